@@ -1,0 +1,26 @@
+"""KappaTune as a plugin: fine-tune only the weight matrices of lowest condition number (arXiv 2506.16289).
+
+Importing this package registers the method `kappatune` with PEFT.
+"""
+
+from kappatune_plugin.condition import Kappa, condition_number
+from kappatune_plugin.config import KappaTuneConfig
+from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.report import KappaReport
+from kappatune_plugin.scan import scan
+from kappatune_plugin.selection import Selection, select
+from kappatune_plugin.tuner import KappaTuneModel
+from kappatune_plugin.version import __version__
+
+__all__ = [
+    "Kappa",
+    "KappaReport",
+    "KappaTuneConfig",
+    "KappaTuneError",
+    "KappaTuneModel",
+    "Selection",
+    "__version__",
+    "condition_number",
+    "scan",
+    "select",
+]

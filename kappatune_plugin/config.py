@@ -1,0 +1,96 @@
+"""What the block `kappatune:` of a recipe says."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+
+from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.patterns import DEFAULT_EXCLUDE
+from kappatune_plugin.peft_method import register_peft_type
+from kappatune_plugin.selection import ORDERS, RANKS, parse_budget
+
+DEFAULT_K = 75
+
+
+@dataclass
+class KappaTuneConfig(PeftConfig):
+    """Configuration of KappaTune (arXiv 2506.16289): train the K weight matrices of lowest condition number.
+
+    Raises:
+        KappaTuneError: values that can't be right, all of them in one message.
+    """
+
+    # PEFT reads this attribute of every method; units are chosen by `k`, so it is no setting
+    target_modules = None
+
+    k: int | str | dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "How much to train: 75 (weight matrices), '10%' (of the eligible ones), {params: 160M} or "
+            "{kappa: 30} (all up to that condition number). Default: 75."
+        },
+    )
+    order: str = field(
+        default="lowest",
+        metadata={"help": f"Which of the ranking to train: {', '.join(ORDERS)}. All but 'lowest' are controls."},
+    )
+    rank_by: str = field(default="kappa", metadata={"help": f"What to rank by: {', '.join(RANKS)}."})
+    seed: int = field(default=0, metadata={"help": "Seed of the random orders."})
+    include: list[str] | None = field(
+        default=None, metadata={"help": "Groups or globs of unit names that may be trained. Default: all."}
+    )
+    exclude: list[str] | None = field(
+        default=None,
+        metadata={"help": f"Groups or globs never trained. Default: [{', '.join(DEFAULT_EXCLUDE)}]."},
+    )
+    rtol: float = field(default=1e-3, metadata={"help": "Relative width of the certified interval of kappa."})
+    report: Any = field(
+        default=None, metadata={"help": "A kappa report made earlier (path), instead of scanning the model."}
+    )
+    selection: Any = field(
+        default=None, metadata={"help": "A selection made earlier (path to selection.json), instead of `k`."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained and saved whole beside the units, e.g. a new classifier head."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = register_peft_type()
+        problems = config_problems(vars(self))
+        if problems:
+            raise KappaTuneError("\n".join(problems))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As PEFT saves it; the path of a report means nothing on another machine and is left out."""
+        return {**super().to_dict(), "report": None}
+
+
+def config_problems(values: dict[str, Any]) -> list[str]:
+    """What is wrong with the settings in `values`, a line each; settings it doesn't name are at their default."""
+    problems = []
+    if values.get("k") is not None:
+        try:
+            parse_budget(values["k"])
+        except KappaTuneError as error:
+            problems.append(str(error))
+    for key, choices in (("order", ORDERS), ("rank_by", RANKS)):
+        if key in values and values[key] not in choices:
+            problems.append(f"{key}: {values[key]!r} is none of {', '.join(choices)}.")
+    for key in ("include", "exclude", "modules_to_save"):
+        if values.get(key) is not None and not _strings(values[key]):
+            problems.append(f"{key}: {values[key]!r} is not a list of names: write [norm, bias, '*.q_proj.weight'].")
+    seed = values.get("seed", 0)
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        problems.append(f"seed: {seed!r} is not a whole number from 0 on.")
+    rtol = values.get("rtol", 1e-3)
+    if isinstance(rtol, bool) or not isinstance(rtol, int | float) or not 0 < rtol < 1:
+        problems.append(f"rtol: {rtol!r} is not a number between 0 and 1, such as 0.001.")
+    if values.get("report") is not None and values.get("selection") is not None:
+        problems.append("report and selection are both given: a selection needs no report, remove one.")
+    return problems
+
+
+def _strings(value: Any) -> bool:
+    return isinstance(value, list | tuple | set) and all(isinstance(item, str) for item in value)

@@ -1,0 +1,59 @@
+"""JSON files that are either whole or not there."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from kappatune_plugin.errors import KappaTuneError
+
+FORMAT = 1
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write `text` to `path` atomically: a reader sees the old file or the new one, never a part of one.
+
+    Raises:
+        KappaTuneError: the folder can't be made or written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise KappaTuneError(f"Can't write {path}: {error.strerror}. Choose a folder that you may write to.") from error
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files private; a report is as public as its folder
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def write_json(path: str | os.PathLike, content: dict[str, Any]) -> None:
+    """Write `content` with `"format": 1` first, atomically. NaN and infinity are not JSON and are refused."""
+    write_text(path, json.dumps({"format": FORMAT, **content}, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: str | os.PathLike, what: str) -> dict[str, Any]:
+    """Read what `write_json` wrote. `what` names the file's kind in errors ("a kappa report").
+
+    Raises:
+        KappaTuneError: missing, unreadable, not JSON, not an object, or of another format.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise KappaTuneError(f"Can't read {what} at {path}: {error.strerror}.") from error
+    except ValueError as error:
+        raise KappaTuneError(f"{path} is not {what}: it isn't JSON ({error}). Make it again.") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise KappaTuneError(f'{path} is not {what} of this version: expected "format": {FORMAT}, found {found!r}.')
+    return content

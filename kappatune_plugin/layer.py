@@ -1,0 +1,172 @@
+"""One trained unit inside a PEFT model."""
+
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.units import WeightUnit, unit_block, unit_hash
+
+
+class KappaTuneLayer(nn.Module, BaseTunerLayer):
+    """The trainable values of one unit, a child of the module that owns the base parameter.
+
+    `kappatune_master[adapter]` holds the values being trained (float32 by default), `original` those of the base
+    model. The base parameter's slice always holds the truth: the active adapter's values, or the original ones while
+    adapters are disabled or none of the active ones trains this unit.
+
+    `kappatune_base[adapter]` is a fingerprint of `original`, saved with the adapter, so that values trained on one
+    base are never written into another.
+    """
+
+    adapter_layer_names = ("kappatune_master",)
+    other_param_names = ("kappatune_base",)
+
+    def __init__(self, owner: nn.Module, attribute: str, unit: WeightUnit) -> None:
+        super().__init__()
+        # through __dict__, since a registered owner would be its own grandchild
+        self.__dict__["owner"] = owner
+        self.attribute = attribute
+        self.unit = unit
+        self.kappatune_master = nn.ParameterDict()
+        self.kappatune_base = BufferDict(persistent=True)
+        self.register_buffer("original", self.block.detach().clone(), persistent=False)
+        self.merged_adapters = []
+        self._active_adapter = []
+        self._written_version: int | None = None
+        self.register_state_dict_pre_hook(_check_written)
+        self.register_load_state_dict_post_hook(_take_over_loaded)
+
+    @property
+    def block(self) -> Tensor:
+        """View of the base parameter's slice, of the base's dtype."""
+        return unit_block(self.owner._parameters[self.attribute], self.unit)
+
+    @property
+    def master(self) -> Tensor | None:
+        """The active adapter's values of this unit; None where it has none."""
+        name = self.active_adapters[0] if self.active_adapters else None
+        return self.kappatune_master[name] if name in self.kappatune_master else None
+
+    @property
+    def moved(self) -> bool:
+        """Whether the active values changed in place since they were last written into the base."""
+        master = self.master
+        return master is not None and master._version != self._written_version
+
+    @property
+    def trained(self) -> Tensor | None:
+        """See `binding.Bindable`.
+
+        Raises:
+            KappaTuneError: an optimizer step moved the values and nobody wrote them into the base.
+        """
+        master = self.master
+        if master is None or self.disable_adapters or self.merged:
+            return None
+        if self.moved:
+            raise KappaTuneError(
+                f"{self.unit.name} was changed by an optimizer step that the base model never got: its optimizer is "
+                "not a torch.optim.Optimizer and no transformers Trainer runs it. Call "
+                "model.base_model.write_through() after each step."
+            )
+        return master if master.requires_grad else None
+
+    def add(self, adapter: str) -> None:
+        """Start `adapter` at the base model's values."""
+        self.kappatune_master[adapter] = nn.Parameter(self.original.detach().clone())
+        self.kappatune_base[adapter] = torch.tensor([unit_hash(self.original)])
+
+    @torch.no_grad()
+    def write(self, adapter: str | None = None) -> None:
+        """Write the values that should hold now, or those of `adapter`, into the base parameter."""
+        master = self.kappatune_master[adapter] if adapter else self.master
+        if master is not None and master.is_meta:
+            return
+        self.block.copy_(self.original if master is None or self.disable_adapters else master)
+        self._written_version = None if master is None else master._version
+
+    def write_original(self) -> None:
+        """Write the base model's own values back."""
+        with torch.no_grad():
+            self.block.copy_(self.original)
+
+    def get_base_layer(self) -> nn.Module:
+        """The module that owns the base parameter."""
+        return self.owner
+
+    def set_adapter(self, adapter_names: str | list[str], *args: Any, **kwargs: Any) -> None:
+        """Activate one adapter and write its values.
+
+        Raises:
+            KappaTuneError: more than one: values replace the base's, so they can't be added up.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if len(names) > 1:
+            raise KappaTuneError(
+                f"KappaTune runs one adapter at a time, got {names}: each replaces the weights it trained. "
+                f"Choose one with model.set_adapter('{names[0]}')."
+            )
+        super().set_adapter(names, *args, **kwargs)
+        self.write()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch between the active adapter's values and the base model's own, exactly."""
+        super().enable_adapters(enabled)
+        self.write()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget `adapter_name`; the base gets its own values back if it was the active one."""
+        super().delete_adapter(adapter_name)
+        self.write()
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Keep the values in the base as they are and stop training them.
+
+        Raises:
+            KappaTuneError: `safe_merge` found a value that isn't finite.
+        """
+        names = [name for name in adapter_names or self.active_adapters if name in self.kappatune_master]
+        for name in names:
+            if safe_merge and not torch.isfinite(self.kappatune_master[name]).all():
+                raise KappaTuneError(f"{self.unit.name} of adapter '{name}' has values that aren't finite: not merged.")
+            self.write(name)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Undo `merge`."""
+        self.merged_adapters = []
+        self.write()
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        if adapter_name in self.kappatune_master:
+            master = self.kappatune_master[adapter_name]
+            master.data = master.data.to(device or self.block.device)
+            self.write()
+
+
+def _check_written(layer: KappaTuneLayer, prefix: str, keep_vars: bool) -> None:
+    """Before values are saved: the base must hold them, or what was evaluated is not what is saved."""
+    master = layer.master
+    if master is None or layer.disable_adapters or master.is_meta:
+        return
+    if not torch.equal(layer.block, master.detach().to(layer.block.dtype)):
+        raise KappaTuneError(
+            f"{layer.unit.name}: the trained values and the base model differ, so training steps were not written "
+            "through. Call model.base_model.write_through() after each optimizer step."
+        )
+
+
+def _take_over_loaded(layer: KappaTuneLayer, incompatible_keys: Any) -> None:
+    """After values are loaded: refuse those of another base, write the rest."""
+    expected = unit_hash(layer.original)
+    for adapter, found in layer.kappatune_base.items():
+        if found.item() != expected:
+            raise KappaTuneError(
+                f"Adapter '{adapter}' was trained on another base model: {layer.unit.name} differs from the weights "
+                "it started from. Load the base that adapter_config.json names, in the dtype it was trained in."
+            )
+    layer.write()

@@ -1,0 +1,169 @@
+"""KappaReport: what a scan found, a row for each weight matrix; saved as JSON, shown as a table."""
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.table import Table
+
+from kappatune_plugin.condition import STATUSES, Kappa, null_condition
+from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.file_checks import (
+    base_problems,
+    identity_problems,
+    is_number,
+    key_problems,
+    maps_strings,
+    repeated_names,
+    row_name,
+    shortened,
+)
+from kappatune_plugin.files import read_json, write_json
+from kappatune_plugin.report_table import report_table
+from kappatune_plugin.version import __version__
+
+if TYPE_CHECKING:
+    from kappatune_plugin.selection import Selection
+
+
+@dataclass(frozen=True)
+class UnitReport:
+    """One weight matrix of a model. Numbers that aren't finite are None, here as in the file.
+
+    Attributes:
+        name: the unit's name in the checkpoint.
+        shape: (rows, columns).
+        kappa, lo, hi: condition number, and the interval that holds the exact one.
+        status: "ok", "zero", "rank_deficient" or "nonfinite"; only "ok" units can be selected.
+        null: median kappa of a Gaussian matrix of this shape.
+        log_volume, stable_rank, sigma_max, sigma_min, frobenius, method: as in `condition.Kappa`.
+        groups: those of "embedding", "head", "router" that the unit belongs to, sorted.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    kappa: float | None
+    lo: float | None
+    hi: float | None
+    status: str
+    null: float
+    log_volume: float | None
+    stable_rank: float | None
+    sigma_max: float | None
+    sigma_min: float | None
+    frobenius: float | None
+    method: str
+    groups: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in NUMBERS:
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                object.__setattr__(self, name, None)
+
+    @classmethod
+    def of(cls, name: str, shape: tuple[int, int], kappa: Kappa, groups: Iterable[str] = ()) -> "UnitReport":
+        """The row of the unit `name` whose matrix has condition number `kappa`."""
+        numbers = asdict(kappa)
+        value, null = numbers.pop("value"), null_condition(*shape)
+        return cls(name=name, shape=shape, kappa=value, null=null, groups=tuple(sorted(groups)), **numbers)
+
+
+NUMBERS = ("kappa", "lo", "hi", "log_volume", "stable_rank", "sigma_max", "sigma_min", "frobenius")
+
+
+def current_versions() -> dict[str, str]:
+    """Versions of what computes the numbers."""
+    return {"torch": str(torch.__version__), "kappatune_plugin": __version__}
+
+
+@dataclass
+class KappaReport:
+    """The condition numbers of a model's weight matrices.
+
+    Attributes:
+        units: a row for each unit scanned, in the model's order.
+        base: {"name": the model's name, "hash": fingerprint of its weights (`units.base_hash`)}.
+        dtype: that of the weights scanned: "bfloat16", or several joined by ", ".
+        left_out: name -> reason, for the units that `include` and `exclude` left out.
+        versions: of torch and of this package, when the scan was made.
+    """
+
+    units: list[UnitReport]
+    base: dict[str, str]
+    dtype: str
+    left_out: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=current_versions)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the report to `path` as JSON, atomically. Raises KappaTuneError if `path` can't be written."""
+        write_json(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "KappaReport":
+        """Read a report that `save` wrote.
+
+        Raises:
+            KappaTuneError: missing, not a kappa report, or damaged; says where.
+        """
+        content = read_json(path, "a kappa report")
+        problems = _report_problems(content)
+        if problems:
+            advice = "Make it again with `kappatune scan`."
+            raise KappaTuneError(f"{path} is not a kappa report:\n{shortened(problems)}\n{advice}")
+        rows = [{**row, "shape": tuple(row["shape"]), "groups": tuple(row["groups"])} for row in content["units"]]
+        content = {key: value for key, value in content.items() if key != "format"}
+        return cls(**{**content, "units": [UnitReport(**row) for row in rows]})
+
+    def table(self, selection: "Selection | None" = None) -> Table:
+        """The report for a terminal: a row a unit, lowest kappa first, or a row for each layer and type if many.
+
+        Args:
+            selection: marks what it trains.
+        """
+        return report_table(self, selection)
+
+
+def _report_problems(content: Mapping[str, Any]) -> list[str]:
+    """What keeps `content` from being a kappa report, a line each."""
+    problems = key_problems("the file", content, ("format", *(item.name for item in fields(KappaReport))))
+    if problems:
+        return problems
+    problems = base_problems(content["base"])
+    for key in ("left_out", "versions"):
+        if not maps_strings(content[key]):
+            problems.append(f"{key}: expected an object of strings, found {content[key]!r:.60}.")
+    if not isinstance(content["dtype"], str):
+        problems.append(f"dtype: expected a string, found {content['dtype']!r:.60}.")
+    if not isinstance(content["units"], list):
+        return [*problems, f"units: expected a list of rows, found {content['units']!r:.60}."]
+    for position, row in enumerate(content["units"]):
+        problems += _row_problems(position, row)
+    if not problems:
+        problems = repeated_names([*(row["name"] for row in content["units"]), *content["left_out"]])
+    return problems
+
+
+def _row_problems(position: int, row: Any) -> list[str]:
+    where = row_name(position, row)
+    problems = key_problems(where, row, [item.name for item in fields(UnitReport)])
+    if problems:
+        return problems
+    problems = identity_problems(where, row)
+    for key in NUMBERS:
+        if row[key] is not None and not is_number(row[key]):
+            problems.append(f"{where}: {key}: expected a number or null, found {row[key]!r:.60}.")
+    if row["status"] not in STATUSES:
+        problems.append(f"{where}: status: {row['status']!r:.60} is none of {', '.join(STATUSES)}.")
+    elif row["status"] == "ok" and not (is_number(row["kappa"]) and row["kappa"] >= 1):
+        problems.append(f"{where}: status is ok, but kappa is {row['kappa']!r:.60}; it is at least 1.")
+    if not is_number(row["null"]):
+        problems.append(f"{where}: null: expected a number, found {row['null']!r:.60}.")
+    if not isinstance(row["method"], str):
+        problems.append(f"{where}: method: expected a string, found {row['method']!r:.60}.")
+    if not isinstance(row["groups"], list) or not all(isinstance(group, str) for group in row["groups"]):
+        problems.append(f"{where}: groups: expected a list of strings, found {row['groups']!r:.60}.")
+    return problems

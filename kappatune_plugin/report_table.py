@@ -1,0 +1,132 @@
+"""A kappa report as a table for a terminal 100 columns wide."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from statistics import median
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from kappatune_plugin.report import KappaReport, UnitReport
+    from kappatune_plugin.selection import Selection
+
+ROWS_SHOWN_ONE_BY_ONE = 60
+LAYER = re.compile(r"((?:[^.]+\.)*?\d+)\.(.+)")
+
+
+def report_table(report: "KappaReport", selection: "Selection | None" = None) -> Table:
+    """A row a unit, lowest kappa first; from 61 units on, a row for each layer and type, in the model's order."""
+    chosen = {unit.name for unit in selection.units} if selection else set()
+    table = Table(title=_title(report, chosen), caption=_caption(report), box=box.SIMPLE_HEAD)
+    table.padding, table.pad_edge = 0, False
+    table.title_justify = table.caption_justify = "left"
+    fill = _fill_by_unit if len(report.units) <= ROWS_SHOWN_ONE_BY_ONE else _fill_by_group
+    fill(table, report.units, chosen)
+    return table
+
+
+def layer_and_type(name: str) -> tuple[str, str]:
+    """ "model.layers.3.mlp.experts.17.up_proj.weight" -> ("layers.3", "mlp.experts.*.up_proj"); ("", name) outside."""
+    name = name.removeprefix("model.").removesuffix(".weight")
+    match = LAYER.fullmatch(name)
+    if match is None:
+        return "", name
+    return match[1], ".".join("*" if part.isdigit() else part for part in match[2].split("."))
+
+
+def short_number(value: float | None) -> str:
+    """Three significant digits, thousands written out, "-" for None."""
+    if value is None:
+        return "-"
+    if value >= 1e6:
+        return f"{value:.1e}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:#.3g}".rstrip(".")
+
+
+def _fill_by_unit(table: Table, units: Sequence["UnitReport"], chosen: set[str]) -> None:
+    _add_columns(table, ["unit"], ["shape", "kappa", "kappa\n/null"], bool(chosen))
+    for unit in sorted(units, key=lambda unit: (unit.status != "ok", unit.kappa or 0, unit.name)):
+        cells = [_shapes([unit]), short_number(unit.kappa), short_number(_over_null(unit)), unit.status]
+        if chosen:
+            cells.append("*" if unit.name in chosen else "")
+        table.add_row(_name(unit.name.removesuffix(".weight"), unit), *cells)
+
+
+def _fill_by_group(table: Table, units: Sequence["UnitReport"], chosen: set[str]) -> None:
+    numbers = ["count", "shape", "kappa\nmin", "kappa\nmedian", "kappa\nmax", "kappa\n/null"]
+    _add_columns(table, ["layer", "units"], numbers, bool(chosen))
+    groups: dict[tuple[str, str], list[UnitReport]] = {}
+    for unit in units:
+        groups.setdefault(layer_and_type(unit.name), []).append(unit)
+    shown = None
+    for (layer, kind), members in groups.items():
+        cells = [str(len(members)), _shapes(members), *_spread(members), _statuses(members)]
+        if chosen:
+            taken = sum(unit.name in chosen for unit in members)
+            cells.append(f"* {taken}" if taken else "")
+        if shown is not None and layer != shown:
+            table.add_section()
+        table.add_row(Text(layer if layer != shown else ""), _name(kind, members[0]), *cells)
+        shown = layer
+
+
+def _add_columns(table: Table, names: Sequence[str], numbers: Sequence[str], with_trained: bool) -> None:
+    for heading in names:
+        table.add_column(heading, overflow="fold")
+    for heading in numbers:
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("status", overflow="fold")
+    if with_trained:
+        table.add_column("trained", justify="right")
+
+
+def _spread(units: Sequence["UnitReport"]) -> list[str]:
+    """kappa's minimum, median and maximum and the median of kappa/null, over the units that are ok."""
+    usable = [unit for unit in units if unit.status == "ok"]
+    if not usable:
+        return ["", "-", "", "-"]
+    kappas = [unit.kappa for unit in usable]
+    ends = ["", ""] if len(units) == 1 else [short_number(min(kappas)), short_number(max(kappas))]
+    over_null = median(_over_null(unit) for unit in usable)
+    return [ends[0], short_number(median(kappas)), ends[1], short_number(over_null)]
+
+
+def _name(name: str, unit: "UnitReport") -> Text:
+    return Text(f"{name} (router)" if "router" in unit.groups else name)
+
+
+def _over_null(unit: "UnitReport") -> float | None:
+    return None if unit.kappa is None else unit.kappa / unit.null
+
+
+def _shapes(units: Iterable["UnitReport"]) -> str:
+    shapes = {unit.shape for unit in units}
+    return "x".join(map(str, shapes.pop())) if len(shapes) == 1 else "several"
+
+
+def _statuses(units: Iterable["UnitReport"]) -> str:
+    """ "ok", or what isn't: "2 zero, 1 nonfinite" """
+    counts = Counter(unit.status for unit in units if unit.status != "ok")
+    return ", ".join(f"{count} {status.removeprefix('rank_')}" for status, count in counts.items()) or "ok"
+
+
+def _title(report: "KappaReport", chosen: set[str]) -> Text:
+    title = f"{report.base['name']} ({report.dtype}): {len(report.units)} weight matrices"
+    if chosen:
+        trained = [unit for unit in report.units if unit.name in chosen]
+        values = sum(unit.shape[0] * unit.shape[1] for unit in trained)
+        title += f", {len(trained)} trained (*), {values:,} values"
+    return Text(title)
+
+
+def _caption(report: "KappaReport") -> Text:
+    """What the numbers mean and which weights aren't shown."""
+    lines = ["kappa/null: kappa relative to a Gaussian matrix of the same shape."]
+    if report.left_out:
+        reasons = Counter(report.left_out.values()).items()
+        lines.append("Left out: " + ", ".join(f"{count} {reason}" for reason, count in reasons) + ".")
+    return Text("\n".join(lines))

@@ -1,0 +1,288 @@
+"""Which weight matrices to train: a kappa report and a budget in, a Selection with the reasons out."""
+
+import math
+import os
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from kappatune_plugin.budget import Budget, parse_budget
+from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.file_checks import (
+    base_problems,
+    identity_problems,
+    is_number,
+    key_problems,
+    repeated_names,
+    row_name,
+    shortened,
+)
+from kappatune_plugin.files import FORMAT, read_json, write_json
+from kappatune_plugin.report import KappaReport, UnitReport
+
+ORDERS = ("lowest", "highest", "random", "shape_matched_random")
+RANKS = ("kappa",)
+NAMES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class SelectedUnit:
+    """One weight matrix to train: its name in the checkpoint, (rows, columns), and its condition number."""
+
+    name: str
+    shape: tuple[int, int]
+    kappa: float
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The weight matrices to train.
+
+    Attributes:
+        units: in the order they were taken.
+        k: the budget as it was given.
+        order, rank_by, seed: as `select` got them.
+        base: {"name", "hash"} of the model the report was made of.
+        reasons: name -> why it was taken or left, for every unit of the report and every one left out of it; empty
+            for a selection read from a file, and not compared.
+    """
+
+    units: list[SelectedUnit]
+    k: int | str | dict[str, Any]
+    order: str
+    rank_by: str
+    seed: int
+    base: dict[str, str]
+    reasons: dict[str, str] = field(default_factory=dict, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of selection.json."""
+        content = {key: value for key, value in asdict(self).items() if key not in ("units", "reasons")}
+        units = [{"name": unit.name, "shape": list(unit.shape), "kappa": unit.kappa} for unit in self.units]
+        return {"format": FORMAT, **content, "units": units}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "Selection":
+        """The selection that `to_dict` wrote.
+
+        Raises:
+            KappaTuneError: anything missing, unknown or wrong, up to five problems in one message.
+        """
+        problems = _selection_problems(content)
+        if problems:
+            raise KappaTuneError(f"Not a selection:\n{shortened(problems)}\nMake it again with `kappatune select`.")
+        units = [SelectedUnit(row["name"], tuple(row["shape"]), row["kappa"]) for row in content["units"]]
+        return cls(units, **{key: content[key] for key in ("k", "order", "rank_by", "seed", "base")})
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write selection.json to `path`, atomically. Raises KappaTuneError if `path` can't be written."""
+        write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Selection":
+        """Read a selection that `save` wrote. Raises KappaTuneError if it is missing or damaged; says where."""
+        content = read_json(path, "a selection")
+        try:
+            return cls.from_dict(content)
+        except KappaTuneError as error:
+            raise KappaTuneError(f"{path}: {error}") from error
+
+
+def select(
+    report: KappaReport,
+    k: int | str | dict[str, Any] = 75,
+    order: str = "lowest",
+    rank_by: str = "kappa",
+    seed: int = 0,
+) -> Selection:
+    """Choose the weight matrices to train.
+
+    Units whose status is not "ok" are never selected. Equal ranks are settled by name, so neither the result nor a
+    random draw depends on the order of the report.
+
+    Args:
+        k: the budget (see `parse_budget`). params: units are taken in order while the values of all together fit;
+            kappa: all up to that kappa, or from it on for order "highest", or as many as that for "random".
+        order: "lowest" is the method, the others are controls. "highest"; "random", any units; "shape_matched_random",
+            random units, of each shape as many as "lowest" takes.
+        rank_by: "kappa".
+        seed: of the random orders.
+
+    Raises:
+        KappaTuneError: settings that can't be right, more units asked for than there are, or nothing selected.
+    """
+    budget = parse_budget(k)
+    for key, value, choices in (("order", order, ORDERS), ("rank_by", rank_by, RANKS)):
+        if value not in choices:
+            raise KappaTuneError(f"{key}: {value!r} is none of {', '.join(choices)}.")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise KappaTuneError(f"seed: {seed!r} is not a whole number from 0 on.")
+    ranking = _ranking(report, highest=order == "highest")
+    if not ranking:
+        raise KappaTuneError(f"Nothing to select from: {_numbers(report)}. {_what_to_do(report)}")
+    if order in ("random", "shape_matched_random"):
+        taken = _draw(report, ranking, budget, order, seed)
+    else:
+        taken = ranking[: _count(report, ranking, budget, order)]
+    units = [SelectedUnit(unit.name, unit.shape, unit.kappa) for unit in taken]
+    reasons = _reasons(report, ranking, taken, budget, order, seed)
+    return Selection(units, k, order, rank_by, seed, dict(report.base), reasons)
+
+
+def differences(a: Selection, b: Selection) -> str:
+    """What differs between two selections, for an error message: a line each, "" if they train the same units.
+
+    Names at most five units each way; the order of the units doesn't matter.
+    """
+    shapes_a, shapes_b = ({unit.name: tuple(unit.shape) for unit in each.units} for each in (a, b))
+    lines = []
+    if a.base["hash"] != b.base["hash"]:
+        lines.append(f"base model: {a.base['name']} ({a.base['hash']}) and {b.base['name']} ({b.base['hash']})")
+    for label, names in (
+        ("only in the first", [name for name in shapes_a if name not in shapes_b]),
+        ("only in the second", [name for name in shapes_b if name not in shapes_a]),
+        ("of other shape", [name for name in shapes_a if shapes_b.get(name, shapes_a[name]) != shapes_a[name]]),
+    ):
+        if names:
+            more = f", and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+            lines.append(f"{len(names)} {label}: {', '.join(names[:NAMES_SHOWN])}{more}")
+    return "\n".join(lines)
+
+
+def _ranking(report: KappaReport, highest: bool) -> list[UnitReport]:
+    sign = -1 if highest else 1
+    eligible = [unit for unit in report.units if unit.status == "ok"]
+    return sorted(eligible, key=lambda unit: (sign * unit.kappa, unit.name))
+
+
+def _count(report: KappaReport, ordered: Sequence[UnitReport], budget: Budget, order: str) -> int:
+    """How many of `ordered` the budget pays for; at least 1."""
+    if budget.kind == "count":
+        if budget.value > len(ordered):
+            raise KappaTuneError(f"k = {budget} is more than there is: {_numbers(report)}. {_what_to_do(report)}")
+        return int(budget.value)
+    if budget.kind == "share":
+        return max(1, int(budget.value * len(ordered)))
+    if budget.kind == "params":
+        return _count_fitting(ordered, budget)
+    kappas = [unit.kappa for unit in ordered]
+    if order == "highest":
+        count, nearest, asked = sum(kappa >= budget.value for kappa in kappas), f"highest is {max(kappas):.4g}", "from"
+    else:
+        count, nearest, asked = sum(kappa <= budget.value for kappa in kappas), f"lowest is {min(kappas):.4g}", "up to"
+    if count == 0:
+        raise KappaTuneError(
+            f"k: no weight matrix has kappa {asked} {float(budget.value):g}: the {nearest} ({_numbers(report)}). "
+            "Choose another threshold, or a number of matrices such as 75."
+        )
+    return count
+
+
+def _count_fitting(ordered: Sequence[UnitReport], budget: Budget) -> int:
+    count = total = 0
+    for unit in ordered:
+        total += math.prod(unit.shape)
+        if total > budget.value:
+            break
+        count += 1
+    if count == 0:
+        first = ordered[0]
+        raise KappaTuneError(
+            f"k: {budget} are too few: the first weight in this order, {first.name}, has {math.prod(first.shape):,}. "
+            "Give at least that many."
+        )
+    return count
+
+
+def _draw(
+    report: KappaReport, ranking: Sequence[UnitReport], budget: Budget, order: str, seed: int
+) -> list[UnitReport]:
+    """The units of a random order, as drawn."""
+    drawn = sorted(ranking, key=lambda unit: unit.name)
+    random.Random(seed).shuffle(drawn)
+    if order == "random":
+        by_count = ranking if budget.kind == "kappa" else drawn
+        return drawn[: _count(report, by_count, budget, order)]
+    wanted = Counter(unit.shape for unit in ranking[: _count(report, ranking, budget, order)])
+    taken = []
+    for unit in drawn:
+        if wanted[unit.shape] > 0:
+            wanted[unit.shape] -= 1
+            taken.append(unit)
+    return taken
+
+
+def _reasons(
+    report: KappaReport,
+    ranking: Sequence[UnitReport],
+    taken: Sequence[UnitReport],
+    budget: Budget,
+    order: str,
+    seed: int,
+) -> dict[str, str]:
+    ranks = {unit.name: rank for rank, unit in enumerate(ranking, start=1)}
+    chosen = {unit.name for unit in taken}
+    limit = f"K = {len(taken)}" + ("" if budget.kind == "count" else f" ({budget})")
+    drawn = f", drawn with seed {seed}" if "random" in order else ""
+    not_drawn = f"not drawn with seed {seed}, " if "random" in order else ""
+    reasons = {}
+    for unit in report.units:
+        if unit.name in chosen:
+            rank = f"kappa {unit.kappa:.4g} is rank {ranks[unit.name]} of {len(ranking)}"
+            reasons[unit.name] = f"taken: {rank}{drawn}, {limit}"
+        elif unit.name in ranks:
+            reasons[unit.name] = f"left: {not_drawn}rank {ranks[unit.name]}, {limit}"
+        else:
+            reasons[unit.name] = f"left: {unit.status}"
+    return {**reasons, **{name: f"left: {reason}" for name, reason in report.left_out.items()}}
+
+
+def _numbers(report: KappaReport) -> str:
+    """ "8 eligible, 2 not ok (1 zero, 1 nonfinite), 3 left out" """
+    statuses = Counter(unit.status for unit in report.units)
+    eligible = statuses.pop("ok", 0)
+    detail = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
+    not_ok = f"{statuses.total()} not ok ({detail})" if statuses else "0 not ok"
+    return f"{eligible} weight matrices eligible, {not_ok}, {len(report.left_out)} left out by include and exclude"
+
+
+def _what_to_do(report: KappaReport) -> str:
+    less = "Choose a smaller k" if any(unit.status == "ok" for unit in report.units) else "Check the base weights"
+    return f"{less}, or scan with a wider `include` or a shorter `exclude`."
+
+
+def _selection_problems(content: Any) -> list[str]:
+    keys = ("format", "k", "order", "rank_by", "seed", "base", "units")
+    problems = key_problems("the selection", content, keys)
+    if problems:
+        return problems
+    if content["format"] != FORMAT:
+        problems.append(f"format: expected {FORMAT}, found {content['format']!r:.60}.")
+    try:
+        parse_budget(content["k"])
+    except KappaTuneError as error:
+        problems.append(str(error))
+    for key, choices in (("order", ORDERS), ("rank_by", RANKS)):
+        if content[key] not in choices:
+            problems.append(f"{key}: {content[key]!r:.60} is none of {', '.join(choices)}.")
+    if isinstance(content["seed"], bool) or not isinstance(content["seed"], int):
+        problems.append(f"seed: expected a whole number, found {content['seed']!r:.60}.")
+    problems += base_problems(content["base"])
+    if not isinstance(content["units"], list) or not content["units"]:
+        return [*problems, f"units: expected a list of at least one row, found {content['units']!r:.60}."]
+    for position, row in enumerate(content["units"]):
+        problems += _selected_row_problems(position, row)
+    return problems or repeated_names([row["name"] for row in content["units"]])
+
+
+def _selected_row_problems(position: int, row: Any) -> list[str]:
+    where = row_name(position, row)
+    problems = key_problems(where, row, ("name", "shape", "kappa"))
+    if problems:
+        return problems
+    problems = identity_problems(where, row)
+    if not is_number(row["kappa"]) or row["kappa"] < 1:
+        problems.append(f"{where}: kappa: expected a number from 1 on, found {row['kappa']!r:.60}.")
+    return problems

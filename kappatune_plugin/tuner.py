@@ -1,0 +1,254 @@
+"""The PEFT method: `get_peft_model(model, KappaTuneConfig(k=75))`.
+
+Everything that relies on the inside of PEFT is here, in layer.py and in peft_method.py.
+"""
+
+import copy
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+
+from kappatune_plugin.binding import bind, bound, unbind
+from kappatune_plugin.config import DEFAULT_K, KappaTuneConfig
+from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.layer import KappaTuneLayer
+from kappatune_plugin.patterns import DEFAULT_EXCLUDE
+from kappatune_plugin.peft_method import PREFIX, register
+from kappatune_plugin.report import KappaReport
+from kappatune_plugin.scan import scan
+from kappatune_plugin.selection import Selection, select
+from kappatune_plugin.units import WeightUnit, base_hash, find_units
+from kappatune_plugin.write_through import follow
+
+MASTER = ".kappatune_master"
+
+
+class KappaTuneModel(BaseTuner):
+    """Trains the selected units of a model in place.
+
+    Attributes:
+        selections: adapter name -> what it trains and why.
+        reports: adapter name -> the kappa report its selection was made from; None if a selection was given.
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = KappaTuneLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    selections: dict[str, Selection]
+    reports: dict[str, KappaReport | None]
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Settle what `adapter_name` trains, then let PEFT attach it.
+
+        Raises:
+            KappaTuneError: the selection is empty, was made on another base, or can't be attached whole.
+        """
+        if "selections" not in self.__dict__:
+            self.selections, self.reports, self._base_hash = {}, {}, base_hash(model)
+            self.register_load_state_dict_pre_hook(_check_loaded_keys)
+        # a config may be used for several models: what it settles to here is this model's
+        config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        selection, units = self._settle(model, adapter_name, config)
+        self._targets: dict[str, list[WeightUnit]] = {}
+        for unit in units:
+            self._targets.setdefault(unit.parameter.rpartition(".")[0], []).append(unit)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        attached = [layer for layer in self.layers() if adapter_name in layer.kappatune_master]
+        if len(attached) != len(units):
+            missing = {unit.name for unit in units} - {layer.unit.name for layer in attached}
+            raise KappaTuneError(f"Can't train {sorted(missing)}: PEFT doesn't reach parameters of the model itself.")
+        self.selections[adapter_name] = selection
+        follow(self)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward. The output head is bound around it, since TRL reads its weight from outside."""
+        getter = getattr(self.model, "get_output_embeddings", None)
+        head = getter() if getter else None
+        if head is None:
+            return self.model(*args, **kwargs)
+        with bound(head):
+            return self.model(*args, **kwargs)
+
+    def layers(self) -> list[KappaTuneLayer]:
+        """The trained units of all adapters, in the model's order."""
+        return [module for module in self.model.modules() if isinstance(module, KappaTuneLayer)]
+
+    def write_through(self, everything: bool = False) -> None:
+        """Write the trained values into the base model: those that moved since the last time, or all of them."""
+        for layer in self._layers_cached():
+            if everything or layer.moved:
+                layer.write()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; units that no other adapter trains are as they were before."""
+        others = [name for name in self.peft_config if name != adapter_name]
+        if adapter_name in self.active_adapters and others:
+            self.set_adapter(others[0])
+        active = self.active_adapters
+        super().delete_adapter(adapter_name)
+        # PEFT passes over layers that have the method's prefix in their own name, as all of ours do
+        for layer in self.layers():
+            layer.delete_adapter(adapter_name)
+            if not layer.kappatune_master:
+                self._detach(layer)
+        self.active_adapter = [name for name in active if name != adapter_name]
+        del self.selections[adapter_name], self.reports[adapter_name]
+
+    def _settle(
+        self, model: nn.Module, adapter_name: str, config: KappaTuneConfig
+    ) -> tuple[Selection, list[WeightUnit]]:
+        """Decide what `config` trains, from its selection, its report, or a scan of the base model."""
+        self.reports[adapter_name] = None
+        if config.selection is not None:
+            selection = _given_selection(config)
+        else:
+            report = self.reports[adapter_name] = self._report(model, config)
+            k = DEFAULT_K if config.k is None else config.k
+            selection = select(report, k=k, order=config.order, rank_by=config.rank_by, seed=config.seed)
+        if selection.base["hash"] != self._base_hash:
+            raise KappaTuneError(
+                f"The selection was made on the base model '{selection.base['name']}' "
+                f"(fingerprint {selection.base['hash']}), but this model's fingerprint is {self._base_hash}. Load that "
+                "base in the dtype it was scanned in, or drop `selection` and let this model be scanned."
+            )
+        units = {unit.name: unit for unit in find_units(model)}
+        wrong = [f"{row.name} {tuple(row.shape)}" for row in selection.units if not _fits(row, units)]
+        if wrong:
+            raise KappaTuneError(f"{len(wrong)} selected weights are not in this model, such as {wrong[:3]}.")
+        config.k, config.order, config.rank_by = selection.k, selection.order, selection.rank_by
+        config.report, config.selection = None, selection.to_dict()
+        return selection, [units[row.name] for row in selection.units]
+
+    def _report(self, model: nn.Module, config: KappaTuneConfig) -> KappaReport:
+        if config.report is not None:
+            report = config.report if isinstance(config.report, KappaReport) else KappaReport.load(config.report)
+            if report.base["hash"] != self._base_hash:
+                raise KappaTuneError(
+                    f"The kappa report is of '{report.base['name']}' (fingerprint {report.base['hash']}), this model's "
+                    f"fingerprint is {self._base_hash}. Make one with `kappatune scan`, or drop `report`."
+                )
+            return report
+        exclude = DEFAULT_EXCLUDE if config.exclude is None else config.exclude
+        active = self.layers()
+        for layer in active:
+            layer.write_original()
+        report = scan(model, include=config.include or (), exclude=exclude, rtol=config.rtol)
+        for layer in active:
+            layer.write()
+        return report
+
+    def _check_target_module_exists(self, peft_config: KappaTuneConfig, key: str) -> bool:
+        return key in self._targets
+
+    def _prepare_adapter_config(self, peft_config: KappaTuneConfig, model_config: dict) -> KappaTuneConfig:
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: KappaTuneConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        for unit in self._targets[current_key]:
+            name = _child_name(unit)
+            if name not in target._modules:
+                attribute = unit.parameter.rpartition(".")[2]
+                layer = KappaTuneLayer(target, attribute, unit)
+                target.add_module(name, layer)
+                for owner, its_attribute in _owners(self.model, target._parameters[attribute]):
+                    bind(owner, its_attribute, layer)
+            target._modules[name].add(adapter_name)
+        self.__dict__.pop("_layers", None)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        # the values are new tensors now: take note of their version
+        self.write_through(everything=True)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        for layer in self.layers():
+            if merge:
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            else:
+                layer.write_original()
+        for layer in self.layers():
+            self._detach(layer)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _detach(self, layer: KappaTuneLayer) -> None:
+        for owner, attribute in _owners(self.model, layer.owner._parameters[layer.attribute]):
+            unbind(owner, attribute, layer)
+        del layer.owner._modules[_child_name(layer.unit)]
+        self.__dict__.pop("_layers", None)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        follow(self)
+
+    def _layers_cached(self) -> list[KappaTuneLayer]:
+        # walking all modules of a large model after each step takes longer than the writing
+        if "_layers" not in self.__dict__:
+            self.__dict__["_layers"] = self.layers()
+        return self.__dict__["_layers"]
+
+
+def _given_selection(config: KappaTuneConfig) -> Selection:
+    given = config.selection
+    if not isinstance(given, Selection):
+        given = Selection.from_dict(given) if isinstance(given, dict) else Selection.load(given)
+    if config.k is not None and config.k != given.k:
+        raise KappaTuneError(f"k is {config.k!r} but the selection was made with k = {given.k!r}: remove one of them.")
+    return given
+
+
+def _fits(row: Any, units: dict[str, WeightUnit]) -> bool:
+    return row.name in units and tuple(row.shape) == units[row.name].shape
+
+
+def _child_name(unit: WeightUnit) -> str:
+    """`kappatune_weight` for a whole parameter, `kappatune_17_gate_proj` for a slice."""
+    if not unit.index:
+        return PREFIX + unit.parameter.rpartition(".")[2]
+    return PREFIX + "_".join(unit.name.removesuffix(".weight").split(".")[-2:])
+
+
+def _owners(model: nn.Module, parameter: Tensor) -> list[tuple[nn.Module, str]]:
+    """Every (module, attribute) that holds `parameter`: tied weights have several."""
+    return [
+        (module, attribute)
+        for module in model.modules()
+        for attribute, held in module._parameters.items()
+        if held is parameter
+    ]
+
+
+def _check_loaded_keys(tuner: KappaTuneModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Refuse a checkpoint whose selection isn't this model's: PEFT would load what fits and ignore the rest."""
+    found = {key for key in state_dict if key.startswith(prefix) and MASTER in key}
+    own = {f"{prefix}{name}": name for name, _ in tuner.named_parameters() if MASTER in name}
+    adapters = {key.rpartition(f"{MASTER}.")[2] for key in found & set(own)}
+    expected = {key for key in own if key.rpartition(f"{MASTER}.")[2] in adapters}
+    if found - set(own) or expected - found:
+        here, there = (
+            sorted({key.partition(MASTER)[0] for key in keys}) for keys in (expected - found, found - set(own))
+        )
+        raise KappaTuneError(
+            f"The checkpoint trains another selection than this run: {len(there)} weights only in the checkpoint "
+            f"({', '.join(there[:3])}), {len(here)} only here ({', '.join(here[:3])}). Resume with the settings it was "
+            "made with (selection.json beside it), or start anew without resume_from_checkpoint."
+        )
+
+
+register(KappaTuneConfig, KappaTuneModel)

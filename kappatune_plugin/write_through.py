@@ -1,0 +1,56 @@
+"""After every optimizer step the trained values reach the base model, without the user adding anything.
+
+Two ways, since neither is right alone. A plain PyTorch loop has only its optimizer: a hook after each step sees that
+values moved. Under DeepSpeed that hook fires before the new values are there, but a Trainer is running, and its
+`on_optimizer_step` comes after.
+"""
+
+import weakref
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+
+class WritesThrough(Protocol):
+    """What is told that a step happened."""
+
+    def write_through(self) -> None: ...
+
+
+_followed: weakref.WeakSet[Any] = weakref.WeakSet()
+_hook: Any = None
+
+
+def follow(tuner: WritesThrough) -> None:
+    """Call `tuner.write_through()` after each optimizer step of any optimizer or transformers Trainer."""
+    global _hook
+    _followed.add(tuner)
+    if _hook is None:
+        _hook = register_optimizer_step_post_hook(_after_step)
+        _add_trainer_callback()
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for tuner in list(_followed):
+        tuner.write_through()
+
+
+def _add_trainer_callback() -> None:
+    """Give every Trainer made from now on the callback, through transformers' list of default callbacks."""
+    try:
+        from transformers import TrainerCallback, trainer
+    except ImportError:
+        # without transformers there is no Trainer to call it
+        return
+
+    class KappaTuneWriteThrough(TrainerCallback):
+        """Writes trained values into the base model after each step, under DeepSpeed too."""
+
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any):
+            tuner = getattr(model, "base_model", None)
+            if tuner in _followed:
+                tuner.write_through(everything=True)
+
+    trainer.DEFAULT_CALLBACKS.append(KappaTuneWriteThrough)

@@ -1,0 +1,28 @@
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from tiny import tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="session")
+def saved_olmoe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny OLMoE of vocabulary 300 with its tokenizer, saved as a hub model is. Read only."""
+    folder = tmp_path_factory.mktemp("olmoe")
+    tiny_model("olmoe", vocab_size=300).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _one_seed() -> None:
+    torch.manual_seed(0)
