@@ -10,7 +10,7 @@ from kappatune_plugin.file_checks import is_number
 
 SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 EXAMPLES = "75 (weight matrices), '10%' (of the eligible ones), {params: 160M} or {kappa: 30} (all up to that kappa)"
-NUMBER = r"\d+(?:\.\d+)?(?:[eE]\+?\d+)?"
+NUMBER = r"\d+(?:\.\d+)?(?:[eE]\+?\d{1,2})?"
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ from typing import Any
 
 from peft import PeftConfig
 
+from kappatune_plugin.budget import parse_budget
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.patterns import DEFAULT_EXCLUDE
 from kappatune_plugin.peft_method import register_peft_type
-from kappatune_plugin.selection import ORDERS, RANKS, parse_budget
+from kappatune_plugin.selection import ORDERS, RANKS
 
 DEFAULT_K = 75
 
@@ -53,6 +54,9 @@ class KappaTuneConfig(PeftConfig):
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained and saved whole beside the units, e.g. a new classifier head."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Tokens whose embeddings are trained too; TRL sets it for tokens it adds."}
     )
 
     def __post_init__(self) -> None:

@@ -115,7 +115,7 @@ def _statuses(units: Iterable["UnitReport"]) -> str:
 
 
 def _title(report: "KappaReport", chosen: set[str]) -> Text:
-    title = f"{report.base['name']} ({report.dtype}): {len(report.units)} weight matrices"
+    title = f"{report.base['name']} ({report.dtype})\n{len(report.units)} weight matrices"
     if chosen:
         trained = [unit for unit in report.units if unit.name in chosen]
         values = sum(unit.shape[0] * unit.shape[1] for unit in trained)

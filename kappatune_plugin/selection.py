@@ -22,7 +22,8 @@ from kappatune_plugin.file_checks import (
 from kappatune_plugin.files import FORMAT, read_json, write_json
 from kappatune_plugin.report import KappaReport, UnitReport
 
-ORDERS = ("lowest", "highest", "random", "shape_matched_random")
+RANDOM = ("random", "shape_matched_random")
+ORDERS = ("lowest", "highest", *RANDOM)
 RANKS = ("kappa",)
 NAMES_SHOWN = 5
 
@@ -122,7 +123,7 @@ def select(
     ranking = _ranking(report, highest=order == "highest")
     if not ranking:
         raise KappaTuneError(f"Nothing to select from: {_numbers(report)}. {_what_to_do(report)}")
-    if order in ("random", "shape_matched_random"):
+    if order in RANDOM:
         taken = _draw(report, ranking, budget, order, seed)
     else:
         taken = ranking[: _count(report, ranking, budget, order)]
@@ -200,11 +201,11 @@ def _draw(
     report: KappaReport, ranking: Sequence[UnitReport], budget: Budget, order: str, seed: int
 ) -> list[UnitReport]:
     """The units of a random order, as drawn."""
+    # by name, so that the same seed draws the same units where rounding moved a kappa
     drawn = sorted(ranking, key=lambda unit: unit.name)
     random.Random(seed).shuffle(drawn)
     if order == "random":
-        by_count = ranking if budget.kind == "kappa" else drawn
-        return drawn[: _count(report, by_count, budget, order)]
+        return drawn[: _count(report, drawn, budget, order)]
     wanted = Counter(unit.shape for unit in ranking[: _count(report, ranking, budget, order)])
     taken = []
     for unit in drawn:
@@ -224,23 +225,21 @@ def _reasons(
 ) -> dict[str, str]:
     ranks = {unit.name: rank for rank, unit in enumerate(ranking, start=1)}
     chosen = {unit.name for unit in taken}
+    end = " from the highest" if order == "highest" else ""
+    drawn, not_drawn = (f", drawn with seed {seed}", f", not drawn with seed {seed}") if order in RANDOM else ("", "")
     limit = f"K = {len(taken)}" + ("" if budget.kind == "count" else f" ({budget})")
-    drawn = f", drawn with seed {seed}" if "random" in order else ""
-    not_drawn = f"not drawn with seed {seed}, " if "random" in order else ""
     reasons = {}
     for unit in report.units:
+        rank = f"rank {ranks.get(unit.name)} of {len(ranking)}{end}"
         if unit.name in chosen:
-            rank = f"kappa {unit.kappa:.4g} is rank {ranks[unit.name]} of {len(ranking)}"
-            reasons[unit.name] = f"taken: {rank}{drawn}, {limit}"
-        elif unit.name in ranks:
-            reasons[unit.name] = f"left: {not_drawn}rank {ranks[unit.name]}, {limit}"
+            reasons[unit.name] = f"taken: kappa {unit.kappa:.4g} is {rank}{drawn}, {limit}"
         else:
-            reasons[unit.name] = f"left: {unit.status}"
+            reasons[unit.name] = f"left: {rank}{not_drawn}, {limit}" if unit.name in ranks else f"left: {unit.status}"
     return {**reasons, **{name: f"left: {reason}" for name, reason in report.left_out.items()}}
 
 
 def _numbers(report: KappaReport) -> str:
-    """ "8 eligible, 2 not ok (1 zero, 1 nonfinite), 3 left out" """
+    """How many units there are to choose from, and where the others went; for errors."""
     statuses = Counter(unit.status for unit in report.units)
     eligible = statuses.pop("ok", 0)
     detail = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
@@ -267,8 +266,8 @@ def _selection_problems(content: Any) -> list[str]:
     for key, choices in (("order", ORDERS), ("rank_by", RANKS)):
         if content[key] not in choices:
             problems.append(f"{key}: {content[key]!r:.60} is none of {', '.join(choices)}.")
-    if isinstance(content["seed"], bool) or not isinstance(content["seed"], int):
-        problems.append(f"seed: expected a whole number, found {content['seed']!r:.60}.")
+    if isinstance(content["seed"], bool) or not isinstance(content["seed"], int) or content["seed"] < 0:
+        problems.append(f"seed: expected a whole number from 0 on, found {content['seed']!r:.60}.")
     problems += base_problems(content["base"])
     if not isinstance(content["units"], list) or not content["units"]:
         return [*problems, f"units: expected a list of at least one row, found {content['units']!r:.60}."]

@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from kappatune_plugin.binding import bind, bound, unbind
+from kappatune_plugin.budget import parse_budget
 from kappatune_plugin.config import DEFAULT_K, KappaTuneConfig
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.layer import KappaTuneLayer
@@ -187,6 +188,10 @@ class KappaTuneModel(BaseTuner):
             self._detach(layer)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # only PEFT's own wrappers are replaced here, and what they unwrap to is complete
+        setattr(parent, child_name, new_module)
+
     def _detach(self, layer: KappaTuneLayer) -> None:
         for owner, attribute in _owners(self.model, layer.owner._parameters[layer.attribute]):
             unbind(owner, attribute, layer)
@@ -208,7 +213,7 @@ def _given_selection(config: KappaTuneConfig) -> Selection:
     given = config.selection
     if not isinstance(given, Selection):
         given = Selection.from_dict(given) if isinstance(given, dict) else Selection.load(given)
-    if config.k is not None and config.k != given.k:
+    if config.k is not None and parse_budget(config.k) != parse_budget(given.k):
         raise KappaTuneError(f"k is {config.k!r} but the selection was made with k = {given.k!r}: remove one of them.")
     return given
 

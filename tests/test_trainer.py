@@ -13,12 +13,12 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM, Trainer
 from trl import SFTConfig, SFTTrainer
 
 from kappatune_plugin import KappaTuneConfig, KappaTuneError
 from kappatune_plugin.units import find_units, unit_matrix
+from tiny import tiny_tokenizer
 
 TEXTS = [f"the cat {i} sat on the mat {j} times" for i in range(8) for j in range(4)]
 

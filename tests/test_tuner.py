@@ -7,14 +7,14 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from peft.utils.peft_types import PeftType
-from reference import random_batches, train_with_full_gradients
 from safetensors.torch import load_file
-from tiny import CONFIGS, MOE_KINDS, tiny_model
 from torch import Tensor, nn
 
 from kappatune_plugin import KappaTuneConfig, KappaTuneError, Selection, scan, select
 from kappatune_plugin.layer import KappaTuneLayer
 from kappatune_plugin.units import find_units, unit_matrix
+from reference import random_batches, train_with_full_gradients
+from tiny import CONFIGS, MOE_KINDS, tiny_model
 
 
 def steps(model: nn.Module, batches: list[list[Tensor]], optimizer: torch.optim.Optimizer | None = None) -> list[float]:
@@ -406,3 +406,15 @@ def test_classifier_heads_are_saved_whole(tmp_path):
     peft_model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(model(), tmp_path)
     assert torch.equal(logits(loaded), logits(peft_model))
+    expected = logits(peft_model)
+    assert torch.equal(logits(peft_model.merge_and_unload()), expected)
+
+
+def test_new_tokens_can_be_trained_beside_the_units():
+    model = tiny_model("llama")
+    before = model.model.embed_tokens.weight.detach().clone()
+    peft_model = get_peft_model(model, KappaTuneConfig(k=3, trainable_token_indices={"embed_tokens": [60, 61]}))
+    tokens = torch.tensor([[3, 60, 5, 61]])
+    steps(peft_model, [[tokens]])
+    after = peft_model.merge_and_unload().model.embed_tokens.weight
+    assert set((after != before).any(1).nonzero().flatten().tolist()) == {60, 61}
