@@ -1,0 +1,94 @@
+"""Which checkpoint of a run can be resumed: a save that was killed leaves a folder that looks like one."""
+
+import json
+import re
+import warnings
+import zipfile
+from pathlib import Path
+
+from kappatune_plugin.errors import KappaTuneError
+
+ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
+NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def checkpoint_to_resume(wanted: str | bool | None, output_dir: Path, save_only_model: bool = False) -> str | None:
+    """The folder for `trainer.train(resume_from_checkpoint=...)`, None to start anew.
+
+    Args:
+        wanted: the recipe's `resume_from_checkpoint`; True means the last complete checkpoint in `output_dir`. One
+            that is skipped because its saving was interrupted gives a warning.
+        save_only_model: the checkpoints have no optimizer.
+
+    Raises:
+        KappaTuneError: there is no complete checkpoint, or the one asked for isn't complete.
+    """
+    if not wanted:
+        return None
+    if isinstance(wanted, str):
+        problems = checkpoint_problems(Path(wanted), save_only_model)
+        if problems:
+            raise KappaTuneError(
+                f"resume_from_checkpoint: '{wanted}' is not a complete checkpoint: {'; '.join(problems)}. "
+                "Give another one, or write `resume_from_checkpoint: true` for the last complete one."
+            )
+        return wanted
+    skipped = []
+    for folder in _newest_first(output_dir):
+        problems = checkpoint_problems(folder, save_only_model)
+        if not problems:
+            if skipped:
+                warnings.warn(f"Resuming from {folder.name}, since {' '.join(skipped)}", stacklevel=2)
+            return str(folder)
+        skipped.append(f"{folder.name} is not complete: {'; '.join(problems)}.")
+    found = " ".join(skipped) or "there is none at all."
+    raise KappaTuneError(
+        f"resume_from_checkpoint: no complete checkpoint in '{output_dir}': {found} Check output_dir, or delete "
+        "resume_from_checkpoint to start anew."
+    )
+
+
+def checkpoint_problems(folder: Path, save_only_model: bool = False) -> list[str]:
+    """What keeps the checkpoint in `folder` from being complete; reads no tensor."""
+    if not folder.is_dir():
+        return ["it is not a folder"]
+    checks = [(ADAPTER_CONFIG, _check_json), (ADAPTER, _check_safetensors), ("trainer_state.json", _check_json)]
+    if not save_only_model:
+        checks += [("optimizer.pt", _check_zip), ("scheduler.pt", _check_zip)]
+    problems = []
+    for name, check in checks:
+        if not (folder / name).is_file():
+            problems.append(f"{name} is missing")
+            continue
+        try:
+            check(folder / name)
+        except Exception as error:
+            # each reader has errors of its own: JSONDecodeError, SafetensorError, BadZipFile, OSError
+            problems.append(f"{name} is damaged ({error})")
+    return problems
+
+
+def _newest_first(output_dir: Path) -> list[Path]:
+    found = [(NAME.fullmatch(folder.name), folder) for folder in output_dir.glob("checkpoint-*")]
+    steps = [(int(match[1]), folder) for match, folder in found if match]
+    return [folder for _, folder in sorted(steps, reverse=True)]
+
+
+def _check_json(path: Path) -> None:
+    json.loads(path.read_text(encoding="utf-8"))
+
+
+def _check_safetensors(path: Path) -> None:
+    from safetensors import safe_open
+
+    # opening compares the file's size with what its header announces
+    with safe_open(path, framework="pt") as file:
+        if not list(file.keys()):
+            raise ValueError("it holds no tensors")
+
+
+def _check_zip(path: Path) -> None:
+    # torch.save writes a zip file; its directory comes last, so a file that was cut short has none
+    with zipfile.ZipFile(path) as file:
+        if not file.namelist():
+            raise ValueError("it is empty")

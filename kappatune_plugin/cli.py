@@ -1,0 +1,163 @@
+"""The command `kappatune`. What is heavy is imported by the command that needs it."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from kappatune_plugin.console import console
+from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.version import __version__
+
+app = typer.Typer(
+    help="Fine-tune only the weight matrices of lowest condition number, and see what was forgotten.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+K_HELP = "How much to train: 75 (matrices), 10%, '{params: 160M}' or '{kappa: 30}'."
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust_remote_code", "--trust-remote-code", help="Run code that comes with the model.")
+]
+
+
+def main() -> None:
+    """The console command."""
+    app()
+
+
+def clean_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Print a KappaTuneError as one message and exit with 2: the user's mistake needs no traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except KappaTuneError as error:
+            Console(stderr=True, soft_wrap=True).print("Error: ", style="bold red", end="")
+            Console(stderr=True, soft_wrap=True).print(str(error), style="red", markup=False, highlight=False)
+            raise typer.Exit(2) from error
+
+    return wrapped
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kappatune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Shared by all commands."""
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@clean_errors
+def sft(
+    context: typer.Context,
+    config: Annotated[Path, typer.Option("--config", help="The recipe, a YAML file.")],
+) -> None:
+    """Fine-tune as a recipe says.
+
+    --key value sets any key of it: --learning_rate 1e-4, --kappatune.k 10%, --data.train.split 'train[:20]'.
+    """
+    from kappatune_plugin.recipe import load_recipe
+    from kappatune_plugin.run import run_sft
+
+    run_sft(load_recipe(config, context.args))
+
+
+@app.command()
+@clean_errors
+def scan(
+    model: Annotated[str, typer.Argument(help="A model's folder, or its name on the hub.")],
+    k: Annotated[str | None, typer.Option("--k", help=f"{K_HELP} Marked in the table; default: 75.")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="A group or glob of what to rank; repeatable.")] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="One of what to leave out; repeatable. Default: norm, bias, embedding, head."),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", help="Where to write the report.")] = Path("kappa_report.json"),
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Rank a model's weight matrices by condition number."""
+    from kappatune_plugin import scan as scan_model
+    from kappatune_plugin import select as select_units
+    from kappatune_plugin.config import DEFAULT_K
+    from kappatune_plugin.patterns import DEFAULT_EXCLUDE
+    from kappatune_plugin.run import check_writable
+    from kappatune_plugin.selection import parse_budget
+
+    budget = DEFAULT_K if k is None else _budget(k)
+    parse_budget(budget)
+    check_writable(output.parent)
+    report = scan_model(
+        model,
+        include=include or (),
+        exclude=DEFAULT_EXCLUDE if exclude is None else exclude,
+        trust_remote_code=trust_remote_code,
+    )
+    report.save(output)
+    # a model of fewer matrices than the default has nothing to mark; asked for by name, it is an error
+    enough = k is not None or sum(unit.status == "ok" for unit in report.units) >= DEFAULT_K
+    selection = select_units(report, k=budget) if enough else None
+    console().print(report.table(selection))
+    typer.echo(f"The report is in {output}.")
+
+
+@app.command()
+@clean_errors
+def select(
+    report: Annotated[Path, typer.Argument(help="A kappa report, from `kappatune scan` or a run.")],
+    k: Annotated[str, typer.Option("--k", help=K_HELP)] = "75",
+    order: Annotated[
+        str, typer.Option(help="lowest; the controls are highest, random, shape_matched_random.")
+    ] = "lowest",
+    rank_by: Annotated[str, typer.Option("--rank_by", "--rank-by", help="What to rank by.")] = "kappa",
+    seed: Annotated[int, typer.Option(help="Of the random orders.")] = 0,
+    output: Annotated[Path, typer.Option("--output", help="Where to write the selection.")] = Path("selection.json"),
+) -> None:
+    """Choose what to train from a report."""
+    from kappatune_plugin import KappaReport
+    from kappatune_plugin import select as select_units
+
+    loaded = KappaReport.load(report)
+    selection = select_units(loaded, k=_budget(k), order=order, rank_by=rank_by, seed=seed)
+    selection.save(output)
+    console().print(loaded.table(selection))
+    typer.echo(f"{len(selection.units)} matrices are selected; the selection is in {output}.")
+
+
+@app.command()
+@clean_errors
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="The output_dir of a run, or one of its checkpoints.")],
+    output_dir: Annotated[Path, typer.Option("--output_dir", "--output-dir", help="The folder to write.")],
+    model: Annotated[str | None, typer.Option(help="The base model; default: the one that the adapter names.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in output_dir.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Write the base model with the trained values in it, a plain checkpoint."""
+    from kappatune_plugin.merge import merge_adapter
+
+    merge_adapter(adapter, output_dir, model, overwrite, trust_remote_code)
+    typer.echo(f"The merged model is in {output_dir}.")
+
+
+def _budget(k: str) -> Any:
+    """`k` as a recipe would say it."""
+    import yaml
+
+    try:
+        return yaml.safe_load(k)
+    except yaml.YAMLError:
+        return k

@@ -1,0 +1,261 @@
+"""Data sets as a recipe names them: a hub id or a file in, rows out; rows and templates in, training examples out."""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.templates import Template, check_columns, did_you_mean, parse_template
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from kappatune_plugin.probes import ChoiceExample
+
+BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".jsonl": ("json", {}),
+    ".json": ("json", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".parquet": ("parquet", {}),
+    ".txt": ("text", {"sample_by": "paragraph"}),
+}
+KEYS = ("path", "name", "split", "data_files", "data_dir", "revision", "columns", "features", "token")
+REFUSED = {
+    "trust_remote_code": "data sets never run code here; use one in Parquet or JSON",
+    "streaming": "give a part of the data by split, such as 'train[:1000]'",
+}
+EXAMPLE = "{path: cardiffnlp/tweet_eval, name: irony, split: 'train[:200]'}, or {path: rows.jsonl}"
+
+
+def load_rows(spec: Mapping[str, Any] | str, what: str, base: Path | None = None) -> "Dataset":
+    """Load the rows that a block of a recipe names.
+
+    Args:
+        spec: path (a hub id, a file that ends in .jsonl, .json, .csv, .tsv, .parquet or .txt, or a folder), name,
+            split (default "train"), and whatever else `datasets.load_dataset` takes; a string is a path. A .txt file
+            gives a row of "text" for each paragraph, paragraphs being parted by blank lines.
+        what: what the rows are for, in errors ("training data").
+        base: the recipe's folder; a relative path that isn't there from the current folder is looked for in it.
+
+    Raises:
+        KappaTuneError: no such file, hub id out of reach, unknown split or key, unreadable or empty data.
+    """
+    problems = spec_problems(spec, what)
+    if problems:
+        raise KappaTuneError("\n".join(problems))
+    spec = local_spec(spec, base)
+    path, split = spec.pop("path"), spec.pop("split", None) or "train"
+    if Path(path).is_file():
+        builder, options = _builder(path, what)
+        rows = _load(builder, {**options, **spec, "data_files": path}, split, what, shown=path)
+    elif _looks_local(path):
+        raise KappaTuneError(f"{what}: there is no file or folder '{path}'{_looked_in(base)}. Check data's `path`.")
+    else:
+        rows = _load(path, spec, split, what, shown=path)
+    if len(rows) == 0:
+        raise KappaTuneError(f"{what}: '{path}', split '{split}', has no rows. Give data that has some.")
+    return rows
+
+
+def spec_problems(spec: Any, what: str) -> list[str]:
+    """What is wrong with a data set's block before anything is loaded, a line each."""
+    if isinstance(spec, str) and spec:
+        return []
+    if not isinstance(spec, Mapping) or not all(isinstance(key, str) for key in spec):
+        return [f"{what}: {spec!r} is not a data set. Write {EXAMPLE}."]
+    problems = [f"{what}: {key} is not taken: {why}." for key, why in REFUSED.items() if spec.get(key)]
+    if not isinstance(spec.get("path"), str) or not spec["path"]:
+        problems.append(f"{what}: it has no path, only {', '.join(spec) or 'nothing'}. Write {EXAMPLE}.")
+    if not isinstance(spec.get("split", ""), str | None):
+        problems.append(f"{what}: split: {spec['split']!r} is not a split's name such as 'train' or 'train[:200]'.")
+    return problems
+
+
+def local_spec(spec: Mapping[str, Any] | str, base: Path | None) -> dict[str, Any]:
+    """`spec` as a mapping, with every file that is only there from the folder `base` named from the root."""
+    spec = dict(spec) if isinstance(spec, Mapping) else {"path": spec}
+    for key in {"path", "data_files", "data_dir"} & set(spec):
+        spec[key] = _each_local(spec[key], base)
+    return spec
+
+
+def prompt_completion(
+    rows: "Dataset",
+    prompt: str,
+    completion: str,
+    labels: Mapping[Any, str] | None = None,
+    label_column: str = "label",
+) -> "Dataset":
+    """Rows in TRL's prompt-completion format (columns `prompt` and `completion`), whose loss is on the completion.
+
+    Args:
+        prompt, completion: templates of plain {column} names.
+        labels: value of `label_column` -> the word that the templates show for it; keys may be numbers or strings.
+
+    Raises:
+        KappaTuneError: a template that can't be read or names a missing column, a label without a word, a row
+            without a value.
+    """
+    filled = pairs(rows, prompt, completion, labels, label_column)
+    from datasets import Dataset
+
+    prompts, completions = ([pair[side] for pair in filled] for side in (0, 1))
+    return Dataset.from_dict({"prompt": prompts, "completion": completions})
+
+
+def pairs(
+    rows: "Dataset",
+    prompt: str,
+    completion: str,
+    labels: Mapping[Any, str] | None = None,
+    label_column: str = "label",
+) -> list[tuple[str, str]]:
+    """(prompt, completion) of every row; arguments and errors as `prompt_completion`."""
+    templates = _templates(rows, prompt, completion, labels, label_column)
+    return [tuple(each.fill(row) for each in templates) for row in _worded(rows, templates, labels, label_column)]
+
+
+def choice_examples(
+    rows: "Dataset", prompt: str, completion: str, labels: Mapping[Any, str], label_column: str = "label"
+) -> list["ChoiceExample"]:
+    """One example a row for measuring accuracy: the completion with each word of `labels`, in their order.
+
+    Raises:
+        KappaTuneError: as `prompt_completion`; also labels of fewer than two words, a completion that doesn't name
+            the label, or a prompt that gives it away.
+    """
+    from kappatune_plugin.probes import ChoiceExample
+
+    templates = prompt_template, completion_template = _templates(rows, prompt, completion, labels, label_column)
+    # several values may share a word: one choice then
+    words = list(dict.fromkeys(str(word) for word in labels.values()))
+    if len(words) < 2:
+        raise KappaTuneError(f"labels: {dict(labels)} leave no choice. Give at least two words.")
+    if label_column not in completion_template.columns or label_column in prompt_template.columns:
+        raise KappaTuneError(
+            f"With labels the completion shows the answer and the prompt doesn't: name {{{label_column}}} in the "
+            f"completion only. Found prompt: {prompt!r}, completion: {completion!r}."
+        )
+    examples = []
+    for row in _worded(rows, templates, labels, label_column):
+        choices = tuple(completion_template.fill({**row, label_column: word}) for word in words)
+        examples.append(ChoiceExample(prompt_template.fill(row), choices, words.index(row[label_column])))
+    return examples
+
+
+def _templates(
+    rows: "Dataset", prompt: str, completion: str, labels: Mapping[Any, str] | None, label_column: str
+) -> tuple[Template, Template]:
+    parsed = []
+    for what, text in (("prompt", prompt), ("completion", completion)):
+        parsed.append(parse_template(text, what))
+        check_columns(parsed[-1], what, rows.column_names)
+    if not parsed[1].columns:
+        raise KappaTuneError(f"completion: {completion!r} names no column: every row would teach the same text.")
+    if labels and label_column not in rows.column_names:
+        raise KappaTuneError(
+            f"label_column: the rows have no column '{label_column}'.{did_you_mean(label_column, rows.column_names)} "
+            f"Columns: {', '.join(rows.column_names)}. Give label_column, or remove labels."
+        )
+    return parsed[0], parsed[1]
+
+
+def _worded(
+    rows: "Dataset", templates: tuple[Template, Template], labels: Mapping[Any, str] | None, label_column: str
+) -> Iterator[dict[str, Any]]:
+    """The rows with only what the templates need, and words instead of label values."""
+    needed = {column for template in templates for column in template.columns}
+    words = {_label_key(value): str(word) for value, word in (labels or {}).items()}
+    columns = sorted(needed | ({label_column} if words else set()))
+    for position, row in enumerate(rows.select_columns(columns)):
+        for column, value in row.items():
+            if value is None or isinstance(value, list | dict):
+                kind = "no value" if value is None else f"a {type(value).__name__}"
+                raise KappaTuneError(
+                    f"Row {position} has {kind} in column '{column}'; a template takes text or numbers."
+                )
+        if words:
+            found = row[label_column]
+            if _label_key(found) not in words:
+                raise KappaTuneError(
+                    f"labels: row {position} has {label_column} = {found!r}, which labels ({', '.join(words)}) "
+                    f"don't name. Write labels: {{..., {found}: WORD}}."
+                )
+            row[label_column] = words[_label_key(found)]
+        yield row
+
+
+def _label_key(value: Any) -> str:
+    """The same for 1, 1.0 and "1": YAML, CSV and JSON disagree on which of them a label is."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _load(path: str, options: dict[str, Any], split: str, what: str, shown: str) -> "Dataset":
+    from datasets import Dataset, load_dataset
+
+    options = {key: value for key, value in options.items() if value is not None}
+    try:
+        rows = load_dataset(path, split=split, **options)
+    except Exception as error:
+        # datasets raises anything here: ConnectionError, ValueError, TypeError, StopIteration, its own errors
+        raise KappaTuneError(_load_problem(error, options, split, what, shown)) from error
+    if not isinstance(rows, Dataset):
+        raise KappaTuneError(f"{what}: '{shown}' gave {type(rows).__name__}, one split is expected. Give `split`.")
+    return rows
+
+
+def _load_problem(error: Exception, options: dict[str, Any], split: str, what: str, shown: str) -> str:
+    """What went wrong in `load_dataset`, in this package's words where they say more."""
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, ConnectionError):
+        return (
+            f"{what}: the hub's data set '{shown}' is out of reach ({error}). Check its name and the network "
+            "(HF_HUB_OFFLINE must not be set), or give the path of a file."
+        )
+    if "corresponds to no data" in str(error) or isinstance(error, StopIteration):
+        return f"{what}: '{shown}', split '{split}', has no rows. Give data that has some."
+    if "Unknown split" in str(error) or "Unrecognized instruction" in str(error):
+        return f"{what}: '{shown}': {error} Write split: train, test or a part such as 'train[:200]'."
+    if isinstance(error, TypeError | ValueError):
+        for key in options:
+            if key not in KEYS and f"'{key}'" in str(error):
+                return f"{what}: unknown key '{key}'.{did_you_mean(key, KEYS)} ({text})"
+    cause = f" ({error.__cause__})" if error.__cause__ else ""
+    return f"{what}: can't load '{shown}': {text}{cause}"
+
+
+def _builder(path: str, what: str) -> tuple[str, dict[str, Any]]:
+    ending = Path(path).suffix.lower()
+    if ending not in BUILDERS:
+        raise KappaTuneError(f"{what}: '{path}' ends in '{ending}'; expected one of {', '.join(BUILDERS)}.")
+    return BUILDERS[ending]
+
+
+def find_local(path: str, base: Path | None) -> str:
+    """`path` itself if it exists from the current folder, else the one in the recipe's folder if that exists."""
+    path = os.path.expanduser(path)
+    if base is not None and not os.path.exists(path) and (base / path).exists():
+        return str(base / path)
+    return path
+
+
+def _each_local(files: Any, base: Path | None) -> Any:
+    """`files` may be a path, or a list or mapping of them, as load_dataset takes `data_files`."""
+    if isinstance(files, str):
+        return find_local(files, base)
+    if isinstance(files, Mapping):
+        return {key: _each_local(value, base) for key, value in files.items()}
+    return [_each_local(value, base) for value in files] if isinstance(files, list) else files
+
+
+def _looks_local(path: str) -> bool:
+    """Whether `path` can only mean a file: a hub id is NAME or OWNER/NAME."""
+    if os.path.exists(path):
+        return False
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).suffix.lower() in BUILDERS
+
+
+def _looked_in(base: Path | None) -> str:
+    return " (looked in the current folder" + (f" and in {base})" if base else ")")

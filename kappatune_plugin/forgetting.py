@@ -1,0 +1,245 @@
+"""How much a run forgets: what it measures, when, and what it leaves behind."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from kappatune_plugin.data import load_rows, pairs
+from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.files import read_json, write_json
+from kappatune_plugin.forgetting_config import SELF, ForgettingConfig
+from kappatune_plugin.probes import (
+    ChoiceExample,
+    base_of,
+    blocks,
+    completion_loss,
+    exact_recall,
+    kl_to_base,
+    label_accuracy,
+    measuring,
+    sample_base,
+    token_loss,
+)
+
+Task = list[ChoiceExample] | list[tuple[str, str]]
+
+
+@dataclass
+class ForgettingData:
+    """What is measured, as text.
+
+    Attributes:
+        controls: name -> texts; None where the base model writes them.
+        task: test examples with labels, or (prompt, completion) pairs without; empty for no task.
+        facts: (prompt, completion) pairs to recall.
+    """
+
+    controls: dict[str, list[str] | None] = field(default_factory=dict)
+    task: Task = field(default_factory=list)
+    facts: list[tuple[str, str]] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, config: ForgettingConfig, task: Task | None = None, folder: Path | None = None) -> "ForgettingData":
+        """Load what `config` names; relative paths may start in `folder`.
+
+        Raises:
+            KappaTuneError: data that can't be loaded, a column that isn't there, nothing to measure.
+        """
+        controls = {
+            name: None if spec == SELF else _control_texts(spec, name, config, folder)
+            for name, spec in config.controls().items()
+        }
+        facts = _facts(config, folder) if config.recall else []
+        if not (controls or facts or task):
+            raise KappaTuneError("forgetting: there is nothing to measure: add control, recall, or a data.test.")
+        return cls(controls, task or [], facts)
+
+
+@dataclass
+class ForgettingProbe:
+    """What is measured, the controls tokenized once.
+
+    Attributes:
+        controls: name -> pieces of token ids.
+        task, facts: as `ForgettingData` has them.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    controls: dict[str, list[list[int]]] = field(default_factory=dict)
+    task: Task = field(default_factory=list)
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    batch_size: int = 8
+
+    @classmethod
+    def build(
+        cls, config: ForgettingConfig, data: ForgettingData, model: nn.Module, tokenizer: PreTrainedTokenizerBase
+    ) -> "ForgettingProbe":
+        """Tokenize `data`; `model`, without its adapter, writes the texts that are None.
+
+        Raises:
+            KappaTuneError: a control without two tokens in a row, or a tokenizer without a token to start from.
+        """
+        controls = {
+            name: sample_base(model, tokenizer, config.samples, config.max_length, config.seed, config.batch_size)
+            if texts is None
+            else blocks(tokenizer, texts, config.max_length)
+            for name, texts in data.controls.items()
+        }
+        return cls(tokenizer, controls, data.task, data.facts, config.batch_size)
+
+    @property
+    def metric(self) -> str | None:
+        """ "accuracy" for a task with labels, "loss" (nats a completion token) without, None for no task."""
+        if not self.task:
+            return None
+        return "accuracy" if isinstance(self.task[0], ChoiceExample) else "loss"
+
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        """The losses and perplexities of the controls, the task's metric, the share of facts recalled."""
+        found = {}
+        for name, pieces in self.controls.items():
+            loss = token_loss(model, pieces, self.batch_size)
+            found[f"{name}_loss"], found[f"{name}_ppl"] = loss.nats_per_token, loss.perplexity
+        if self.task:
+            measure = label_accuracy if self.metric == "accuracy" else completion_loss
+            found[f"task_{self.metric}"] = measure(model, self.tokenizer, self.task, self.batch_size)
+        if self.facts:
+            found["recall"] = exact_recall(model, self.tokenizer, self.facts, self.batch_size)
+        return found
+
+    def divergences(self, model: nn.Module) -> dict[str, float]:
+        """KL(base || model) a token on each control, in nats."""
+        return {f"{name}_kl": kl_to_base(model, pieces, self.batch_size) for name, pieces in self.controls.items()}
+
+
+class ForgettingReport:
+    """What was measured before, during and after a run.
+
+    Attributes:
+        before, after: as `ForgettingProbe.measure` gives them; `after` with the divergences too, and empty until then.
+        steps: [{"step": n, ...}] of those in between.
+    """
+
+    def __init__(self, controls: list[str], metric: str | None, facts: int) -> None:
+        self.controls, self.metric, self.facts = controls, metric, facts
+        self.before: dict[str, float] = {}
+        self.after: dict[str, float] = {}
+        self.steps: list[dict[str, float]] = []
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of forgetting.json; what isn't measured yet, or isn't finite, is null."""
+        before, after = ({key: _finite(value) for key, value in each.items()} for each in (self.before, self.after))
+        control = {
+            name: {
+                "loss_before": before.get(f"{name}_loss"),
+                "loss_after": after.get(f"{name}_loss"),
+                "ppl_before": before.get(f"{name}_ppl"),
+                "ppl_after": after.get(f"{name}_ppl"),
+                "kl_after": after.get(f"{name}_kl"),
+            }
+            for name in self.controls
+        }
+        content: dict[str, Any] = {"control": control}
+        if self.metric:
+            key = f"task_{self.metric}"
+            content["task"] = {"metric": self.metric, "before": before.get(key), "after": after.get(key)}
+        if self.facts:
+            recall = {"before": before.get("recall"), "after": after.get("recall")}
+            content["recall"] = {"metric": "exact_match", "facts": self.facts, **recall}
+        return {**content, "steps": [{key: _finite(value) for key, value in step.items()} for step in self.steps]}
+
+    def save(self, path: Path) -> None:
+        """Write forgetting.json, atomically."""
+        write_json(path, self.to_dict())
+
+    def take_over_steps(self, path: Path, before_step: int) -> None:
+        """Keep what an interrupted run measured up to the step it resumes from, where its forgetting.json is there."""
+        if before_step and path.exists():
+            steps = read_json(path, "a forgetting report").get("steps", [])
+            self.steps = [step for step in steps if step["step"] <= before_step]
+
+    def table(self) -> Table:
+        """Before, after and change, a row for each measure."""
+        table = Table("", "before", "after", "change", title="What was learned, what was forgotten")
+        rows = []
+        if self.metric:
+            rows.append((f"task {self.metric}", f"task_{self.metric}", self.metric == "accuracy"))
+        if self.facts:
+            rows.append((f"recall of {self.facts} facts", "recall", True))
+        for name in self.controls:
+            rows.append((f"{name}: loss a token (nats)", f"{name}_loss", False))
+            rows.append((f"{name}: perplexity", f"{name}_ppl", False))
+        for title, key, share in rows:
+            before, after = self.before.get(key, math.nan), self.after.get(key, math.nan)
+            shown = "{:.1%}" if share else "{:.3f}"
+            change = f"{100 * (after - before):+.1f} points" if share else f"{after - before:+.3f}"
+            table.add_row(title, shown.format(before), shown.format(after), change)
+        for name in self.controls:
+            table.add_row(f"{name}: KL to the base (nats)", "0", f"{self.after.get(f'{name}_kl', math.nan):.4f}", "")
+        return table
+
+
+class ForgettingCallback(TrainerCallback):
+    """Measures the base before training, the model every so many steps and at the end, without disturbing the run.
+
+    Set `trainer` after adding it, so that measurements are logged as the Trainer's own metrics are.
+    """
+
+    def __init__(self, probe: ForgettingProbe, output_dir: str | Path, every: int = 0) -> None:
+        self.probe, self.every = probe, every
+        self.path = Path(output_dir) / "forgetting.json"
+        self.report = ForgettingReport(list(probe.controls), probe.metric, len(probe.facts))
+        self.trainer: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
+        self.report.take_over_steps(self.path, state.global_step)
+        with base_of(model):
+            self.report.before = self.probe.measure(model)
+        self._note(state, model, self.report.before)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
+        if self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:
+            measured = self.probe.measure(model)
+            self.report.steps.append({"step": state.global_step, **measured})
+            self._note(state, model, measured)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
+        self.report.after = {**self.probe.measure(model), **self.probe.divergences(model)}
+        self._note(state, model, self.report.after)
+
+    def _note(self, state: Any, model: nn.Module, measured: Mapping[str, float]) -> None:
+        if state.is_world_process_zero:
+            self.report.save(self.path)
+        if self.trainer is not None:
+            # logging takes back the wish to log this step's training loss
+            wished = self.trainer.control.should_log
+            # TRL puts the averages of its own metrics into the next log of the mode that the model is in
+            with measuring(model):
+                self.trainer.log({f"forgetting/{name}": value for name, value in measured.items()})
+            self.trainer.control.should_log = wished
+
+
+def _control_texts(spec: Mapping[str, Any], name: str, config: ForgettingConfig, folder: Path | None) -> list[str]:
+    rows = load_rows(spec, f"forgetting.control {name}", folder)
+    if config.text_column not in rows.column_names:
+        raise KappaTuneError(
+            f"forgetting.text_column: control {name} has no column '{config.text_column}', only "
+            f"{', '.join(rows.column_names)}."
+        )
+    return [text for text in rows[config.text_column] if text and text.strip()][: config.max_samples]
+
+
+def _facts(config: ForgettingConfig, folder: Path | None) -> list[tuple[str, str]]:
+    spec = {key: value for key, value in config.recall.items() if key not in ("prompt", "completion")}
+    rows = load_rows(spec, "forgetting.recall", folder)
+    return pairs(rows, config.recall["prompt"], config.recall["completion"])[: config.max_samples]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

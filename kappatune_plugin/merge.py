@@ -1,0 +1,117 @@
+"""An adapter and its base in, a plain checkpoint out."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kappatune_plugin.errors import KappaTuneError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def merge_adapter(
+    adapter: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    model: str | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> Path:
+    """Write the base with the adapter's values in it to `output_dir`, as `save_pretrained` does, with the tokenizer.
+
+    The folder appears under its name when it is complete, or not at all.
+
+    Args:
+        adapter: a folder that a run left.
+        model: the base; default: the one that the adapter names.
+        overwrite: replace an `output_dir` that holds something.
+
+    Raises:
+        KappaTuneError: no adapter there, the base can't be loaded or isn't the adapter's, or `output_dir` isn't free.
+    """
+    from peft import PeftConfig
+
+    adapter, output_dir = Path(adapter), Path(output_dir)
+    if not (adapter / "adapter_config.json").is_file():
+        raise KappaTuneError(f"'{adapter}' holds no adapter_config.json. Give the output_dir of a run.")
+    try:
+        config = PeftConfig.from_pretrained(str(adapter))
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise KappaTuneError(f"Can't read {adapter / 'adapter_config.json'}: {error}") from error
+    base = model or config.base_model_name_or_path
+    if not base:
+        raise KappaTuneError(f"'{adapter}' doesn't name its base model. Give it with --model.")
+    _check_free(output_dir, [adapter, Path(base)], overwrite)
+    merged = _merged(adapter, base, config.revision if model is None else None, trust_remote_code)
+    tokenizer = _tokenizer(adapter, base, trust_remote_code)
+    temporary = _sibling(output_dir)
+    try:
+        merged.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        _move(temporary, output_dir)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return output_dir
+
+
+def _check_free(output_dir: Path, sources: list[Path], overwrite: bool) -> None:
+    for source in sources:
+        if output_dir.resolve() == source.resolve():
+            raise KappaTuneError(f"output_dir '{output_dir}' is what is merged. Give another folder.")
+    if output_dir.exists() and not output_dir.is_dir():
+        raise KappaTuneError(f"output_dir '{output_dir}' is a file. Give a folder.")
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not overwrite:
+        raise KappaTuneError(f"output_dir '{output_dir}' is not empty. Give another folder, or add --overwrite.")
+
+
+def _merged(adapter: Path, base: str, revision: str | None, trust_remote_code: bool) -> "PreTrainedModel":
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    options = {"trust_remote_code": trust_remote_code, **({"revision": revision} if revision else {})}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", **options)
+    except (OSError, ValueError) as error:
+        raise KappaTuneError(f"Can't load the base model '{base}': {error}\nGive its place with --model.") from error
+    try:
+        return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    except KappaTuneError:
+        raise
+    except Exception as error:
+        # a damaged adapter_model.safetensors raises SafetensorError, RuntimeError or OSError
+        raise KappaTuneError(f"Can't load the adapter '{adapter}': {error}") from error
+
+
+def _tokenizer(adapter: Path, base: str, trust_remote_code: bool) -> object:
+    from transformers import AutoTokenizer
+
+    where = str(adapter) if (adapter / "tokenizer_config.json").is_file() else base
+    try:
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise KappaTuneError(f"Can't load the tokenizer from '{where}': {error}") from error
+
+
+def _sibling(output_dir: Path) -> Path:
+    """A new folder on the same disk, so that moving it is one step."""
+    try:
+        output_dir.absolute().parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=output_dir.absolute().parent, prefix=f".{output_dir.name}."))
+    except OSError as error:
+        raise KappaTuneError(f"Can't write beside '{output_dir}': {error.strerror}. Choose another folder.") from error
+    # mkdtemp makes folders private; a checkpoint is as public as the folder that holds it
+    folder.chmod(0o755)
+    return folder
+
+
+def _move(temporary: Path, output_dir: Path) -> None:
+    old = None
+    if output_dir.is_dir() and any(output_dir.iterdir()):
+        old = _sibling(output_dir)
+        os.replace(output_dir, old)
+    os.replace(temporary, output_dir)
+    if old is not None:
+        shutil.rmtree(old)

@@ -1,0 +1,286 @@
+"""YAML in, the dataclasses of TRL and the blocks of this package out; every mistake of a recipe in one message."""
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kappatune_plugin.data import find_local, local_spec, spec_problems
+from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.recipe_yaml import BLOCKS, apply_overrides, read_yaml
+from kappatune_plugin.templates import did_you_mean, parse_template
+
+if TYPE_CHECKING:
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
+
+    from kappatune_plugin.config import KappaTuneConfig
+    from kappatune_plugin.forgetting_config import ForgettingConfig
+
+KAPPATUNE_KEYS = (
+    "k",
+    "order",
+    "rank_by",
+    "seed",
+    "include",
+    "exclude",
+    "rtol",
+    "report",
+    "selection",
+    "modules_to_save",
+)
+DATA_KEYS = ("train", "test", "prompt", "completion", "labels", "label_column")
+# keys of TRL's ModelConfig that ask for another method
+OTHER_METHODS = ("use_peft", "use_rslora", "use_dora", "load_in_8bit", "load_in_4bit", "use_bnb_nested_quant")
+OTHER_PREFIXES = ("lora_", "bnb_")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe that is right as far as can be told before anything is loaded.
+
+    Attributes:
+        script_args, training_args, model_args, dataset_args: TRL's own.
+        kappatune: what to train.
+        data: the block `data:`; None if the recipe uses TRL's `dataset_name` or `datasets`.
+        forgetting: the block `forgetting:`; None if there is none.
+        resolved: all keys with the overrides in, as recipe.yaml holds them.
+        folder: of the recipe; relative paths that don't lead anywhere from the current folder start here.
+    """
+
+    script_args: "ScriptArguments"
+    training_args: "SFTConfig"
+    model_args: "ModelConfig"
+    dataset_args: "DatasetMixtureConfig"
+    kappatune: "KappaTuneConfig"
+    data: dict[str, Any] | None
+    forgetting: "ForgettingConfig | None"
+    resolved: dict[str, Any]
+    folder: Path
+
+
+def load_recipe(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Recipe:
+    """Read the recipe at `path` with the command line's `overrides` (["--learning_rate", "1e-4", ...]) laid over it.
+
+    Sets the environment variables of its `env:` mapping, as TRL does.
+
+    Raises:
+        KappaTuneError: everything that is wrong with it, in one message.
+    """
+    path = Path(path)
+    content, problems = read_yaml(path)
+    problems += apply_overrides(content, list(overrides))
+    problems += _set_environment(content.get("env"))
+    blocks = {name: content.pop(name) for name in BLOCKS if name in content}
+    arguments, found = _trl_arguments(content)
+    problems += found + _cross_problems(arguments, blocks)
+    folder = path.resolve().parent
+    _find_local_paths(arguments, blocks, folder)
+    built = [_build(owner, arguments, problems) for owner in _trl_classes()]
+    kappatune = _kappatune(blocks, problems)
+    forgetting = _forgetting(blocks, problems)
+    if "data" in blocks:
+        problems += _data_problems(blocks["data"])
+    if problems:
+        count = f"{len(problems)} problem" + ("s" if len(problems) > 1 else "")
+        raise KappaTuneError("\n  - ".join([f"Recipe {path} has {count}:", *problems]))
+    resolved = {**arguments, **blocks}
+    return Recipe(*built, kappatune, blocks.get("data"), forgetting, resolved, folder)
+
+
+def _trl_classes() -> tuple[type, ...]:
+    from kappatune_plugin.trl_keys import trl_classes
+
+    return trl_classes()
+
+
+def _set_environment(variables: Any) -> list[str]:
+    if variables is None:
+        return []
+    if not isinstance(variables, Mapping):
+        return [f"env: expected a mapping of variables, found {variables!r}."]
+    os.environ.update({str(name): str(value) for name, value in variables.items()})
+    return []
+
+
+def _trl_arguments(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The top level's values in the types that TRL declares, and what is wrong with them."""
+    from kappatune_plugin.trl_keys import convert, trl_keys
+
+    arguments, problems = {}, []
+    for key, value in content.items():
+        if key not in trl_keys():
+            problems.append(f"unknown key {_unknown(key, [*trl_keys(), *BLOCKS])}")
+            continue
+        try:
+            arguments[key] = convert(key, value)
+        except ValueError as error:
+            problems.append(f"{key}: {error}.".replace("..", "."))
+    return arguments, problems
+
+
+def _unknown(key: Any, known: Iterable[str], prefix: str = "") -> str:
+    return f"'{prefix}{key}'.{did_you_mean(str(key), known)}"
+
+
+def _cross_problems(arguments: Mapping[str, Any], blocks: Mapping[str, Any]) -> list[str]:
+    """What is missing, and what can't be together."""
+    problems = []
+    if not arguments.get("model_name_or_path"):
+        problems.append("model_name_or_path is missing: add `model_name_or_path: allenai/OLMoE-1B-7B-0924`, or yours.")
+    if not arguments.get("output_dir"):
+        problems.append("output_dir is missing: add `output_dir: outputs/my-run`.")
+    if "kappatune" not in blocks:
+        problems.append("the block kappatune is missing: add the lines `kappatune:` and `  k: 75`.")
+    other = [key for key in OTHER_METHODS if arguments.get(key)]
+    other += [key for key in arguments if key.startswith(OTHER_PREFIXES)]
+    if other:
+        problems.append(f"{', '.join(other)}: another method's; KappaTune trains the weights. Delete these lines.")
+    named = [key for key in ("dataset_name", "datasets") if arguments.get(key)]
+    if "data" in blocks and named:
+        problems.append(f"data and {' and '.join(named)} both give the training data: delete one.")
+    elif "data" not in blocks and not named:
+        problems.append("the data is missing: add a block data with train, or TRL's dataset_name or datasets.")
+    data = blocks.get("data")
+    if isinstance(data, Mapping) and not data.get("test") and arguments.get("eval_strategy", "no") != "no":
+        problems.append(
+            f"eval_strategy: {arguments['eval_strategy']} needs data.test: add it, or delete eval_strategy."
+        )
+    return problems
+
+
+def _find_local_paths(arguments: dict[str, Any], blocks: Mapping[str, Any], folder: Path) -> None:
+    """Let relative paths start in the recipe's folder where they don't lead anywhere from the current one."""
+    if isinstance(arguments.get("model_name_or_path"), str):
+        arguments["model_name_or_path"] = find_local(arguments["model_name_or_path"], folder)
+    kappatune = blocks.get("kappatune")
+    if isinstance(kappatune, dict):
+        for key in ("report", "selection"):
+            if isinstance(kappatune.get(key), str):
+                kappatune[key] = find_local(kappatune[key], folder)
+    data = blocks.get("data")
+    for key in ("train", "test"):
+        if isinstance(data, dict) and isinstance(data.get(key), str | Mapping):
+            data[key] = local_spec(data[key], folder)
+
+
+def _build(owner: type, arguments: dict[str, Any], problems: list[str]) -> Any:
+    """TRL's dataclass `owner` from those of `arguments` that are its; what it refuses is added to `problems`."""
+    from kappatune_plugin.trl_keys import trl_keys
+
+    keys = trl_keys()
+    mine = {key: value for key, value in arguments.items() if keys[key][0] is owner}
+    if "bf16" in keys and keys["bf16"][0] is owner and _no_bf16_here(mine):
+        # TRL's default is mixed precision in bfloat16, an error on a machine that hasn't got it
+        arguments["bf16"] = mine["bf16"] = False
+    try:
+        return owner(**mine)
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        problems.append(str(error).strip())
+
+
+def _no_bf16_here(arguments: Mapping[str, Any]) -> bool:
+    """Whether the recipe says nothing about precision or device, and this machine can't do TRL's default."""
+    from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
+
+    if arguments.get("bf16") is not None or arguments.get("fp16") or arguments.get("use_cpu"):
+        return False
+    return not is_torch_bf16_gpu_available() and not is_torch_xla_available()
+
+
+def _block(name: str, blocks: Mapping[str, Any], known: Iterable[str], problems: list[str]) -> dict[str, Any] | None:
+    """The block `name`, {} if it is empty, None if it is not a mapping; unknown keys are added to `problems`."""
+    block = {} if blocks[name] is None else blocks[name]
+    if not isinstance(block, dict):
+        problems.append(f"{name}: expected a mapping of {', '.join(known)}, found {block!r}.")
+        return None
+    known = list(known)
+    unknown = [key for key in block if key not in known]
+    problems += [
+        f"unknown key {_unknown(key, known, prefix=f'{name}.')} It takes {', '.join(known)}." for key in unknown
+    ]
+    return {key: value for key, value in block.items() if key not in unknown}
+
+
+def _kappatune(blocks: Mapping[str, Any], problems: list[str]) -> "KappaTuneConfig | None":
+    from kappatune_plugin.config import KappaTuneConfig, config_problems
+    from kappatune_plugin.report import KappaReport
+    from kappatune_plugin.selection import Selection
+
+    if "kappatune" not in blocks:
+        return None
+    values = _block("kappatune", blocks, KAPPATUNE_KEYS, problems)
+    if values is None:
+        return None
+    found = config_problems(values)
+    loaders: dict[str, Callable[[Any], Any]] = {"report": KappaReport.load, "selection": Selection.load}
+    for key, load in loaders.items():
+        if values.get(key) is not None:
+            found += _reading_problem(key, values[key], load)
+    problems += [f"kappatune: {problem}" for problem in found]
+    return None if found else KappaTuneConfig(task_type="CAUSAL_LM", **values)
+
+
+def _reading_problem(key: str, path: Any, load: Callable[[Any], Any]) -> list[str]:
+    """Reads the file at once: the mistake would otherwise show after the model is loaded."""
+    if not isinstance(path, str):
+        return [f"{key}: expected the path of a file, found {path!r}."]
+    try:
+        load(path)
+    except KappaTuneError as error:
+        return [f"{key}: {error}"]
+    return []
+
+
+def _forgetting(blocks: Mapping[str, Any], problems: list[str]) -> "ForgettingConfig | None":
+    from kappatune_plugin.forgetting_config import ForgettingConfig
+
+    if "forgetting" not in blocks:
+        return None
+    values = _block("forgetting", blocks, [field.name for field in fields(ForgettingConfig)], problems)
+    if values is None:
+        return None
+    try:
+        return ForgettingConfig(**values)
+    except KappaTuneError as error:
+        problems += [f"forgetting: {line}" for line in str(error).splitlines()]
+    return None
+
+
+def _data_problems(data: Any) -> list[str]:
+    problems: list[str] = []
+    block = _block("data", {"data": data}, DATA_KEYS, problems)
+    if block is None:
+        return problems
+    if not block.get("train"):
+        problems.append("data.train is missing: add `train: {path: rows.jsonl}`.")
+    for key in ("train", "test"):
+        if block.get(key):
+            problems += spec_problems(block[key], f"data.{key}")
+    given = [key for key in ("prompt", "completion") if block.get(key) is not None]
+    if len(given) == 1:
+        problems.append(f"data: {given[0]} is given alone; prompt and completion go together.")
+    for key in given:
+        try:
+            parse_template(block[key], f"data.{key}")
+        except KappaTuneError as error:
+            problems.append(str(error))
+    if block.get("labels") is not None:
+        problems += _labels_problems(block["labels"])
+        if not given:
+            problems.append("data.labels is given without prompt and completion, which would show them.")
+    if not isinstance(block.get("label_column", ""), str):
+        problems.append(f"data.label_column: expected a column's name, found {block['label_column']!r}.")
+    return problems
+
+
+def _labels_problems(labels: Any) -> list[str]:
+    if not isinstance(labels, Mapping) or not labels:
+        return [f"data.labels: expected a mapping such as {{0: 'no', 1: 'yes'}}, found {labels!r}."]
+    problems = []
+    for value, word in labels.items():
+        if isinstance(word, bool):
+            problems.append(f"data.labels: YAML reads a bare yes or no as true or false: quote the word of {value!r}.")
+        elif not isinstance(word, str | int | float):
+            problems.append(f"data.labels: the word of {value!r} is {word!r}; expected a text.")
+    return problems

@@ -1,0 +1,238 @@
+"""A recipe in, a trained adapter out: TRL's own SFTTrainer, run as `trl sft` runs it."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from kappatune_plugin.checkpoint import checkpoint_to_resume
+from kappatune_plugin.console import console
+from kappatune_plugin.data import choice_examples, load_rows, pairs, prompt_completion
+from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.files import write_text
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from rich.console import Console
+    from trl import SFTTrainer
+
+    from kappatune_plugin.forgetting import ForgettingData, ForgettingReport, Task
+    from kappatune_plugin.recipe import Recipe
+    from kappatune_plugin.selection import Selection
+
+# what may hold a secret isn't copied: output_dir gets published
+SECRETS = ("token", "key", "secret", "password")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left.
+
+    Attributes:
+        output_dir: holds the adapter, selection.json, kappa_report.json, forgetting.json and recipe.yaml.
+        trainer: after training.
+        selection: what was trained.
+        forgetting: what was measured; None for a recipe without the block.
+    """
+
+    output_dir: Path
+    trainer: "SFTTrainer"
+    selection: "Selection"
+    forgetting: "ForgettingReport | None"
+
+
+def run_sft(recipe: "Recipe") -> RunResult:
+    """Train as `recipe` says and write everything that the run decided to its output_dir.
+
+    Raises:
+        KappaTuneError: a mistake of the user that shows only now: data, model, checkpoint, or output_dir.
+    """
+    args = recipe.training_args
+    output_dir = Path(args.output_dir)
+    check_writable(output_dir)
+    resume = checkpoint_to_resume(args.resume_from_checkpoint, output_dir, args.save_only_model)
+    train, test = load_data(recipe)
+    # before the model: what is wrong with it shows at once
+    measured = _forgetting_data(recipe, test)
+    trainer = _trainer(recipe, train, test)
+    out = console(quiet=not trainer.is_world_process_zero())
+    selection = _write_decisions(recipe, trainer, output_dir, out)
+    forgetting = _measure_forgetting(recipe, measured, trainer, output_dir) if measured else None
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(args.output_dir)
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=recipe.script_args.dataset_name)
+    if hasattr(trainer, "end"):
+        # trackers stay open without it (transformers 5.18 and later)
+        trainer.end()
+    _say_the_end(out, output_dir, forgetting)
+    return RunResult(output_dir, trainer, selection, forgetting)
+
+
+def check_writable(folder: Path) -> None:
+    """Make `folder` and try to write in it, so that the error doesn't come after minutes of work.
+
+    Raises:
+        KappaTuneError: it can't be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise KappaTuneError(
+            f"Can't write in '{folder}': {error.strerror}. Choose a folder that you may write to."
+        ) from error
+
+
+def load_data(recipe: "Recipe") -> tuple["Dataset", "Dataset | None"]:
+    """The rows to train on, in a format that TRL knows, and the test rows as they were loaded.
+
+    Raises:
+        KappaTuneError: data that can't be loaded, or rows that the templates don't fit.
+    """
+    data = recipe.data
+    if data is None:
+        return _trl_data(recipe)
+    train = load_rows(data["train"], "data.train", recipe.folder)
+    test = load_rows(data["test"], "data.test", recipe.folder) if data.get("test") else None
+    return _formatted(data, train), test
+
+
+def _formatted(data: dict[str, Any], rows: "Dataset") -> "Dataset":
+    return prompt_completion(rows, **_templates(data)) if data.get("prompt") is not None else rows
+
+
+def _templates(data: dict[str, Any]) -> dict[str, Any]:
+    keys = ("prompt", "completion", "labels", "label_column")
+    return {key: data[key] for key in keys if data.get(key) is not None}
+
+
+def _trl_data(recipe: "Recipe") -> tuple["Dataset", "Dataset | None"]:
+    """TRL's `datasets` or `dataset_name`, as `trl sft` loads them."""
+    from datasets import load_dataset
+    from trl import get_dataset
+
+    script = recipe.script_args
+    splits = [script.dataset_train_split]
+    if recipe.training_args.eval_strategy != "no":
+        splits.append(script.dataset_test_split)
+    try:
+        if recipe.dataset_args.datasets:
+            loaded = get_dataset(recipe.dataset_args)
+        else:
+            loaded = load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
+    except (OSError, ValueError) as error:
+        named = "datasets" if recipe.dataset_args.datasets else f"dataset_name '{script.dataset_name}'"
+        raise KappaTuneError(f"Can't load {named}: {error}") from error
+    missing = [split for split in splits if split not in loaded]
+    if missing:
+        raise KappaTuneError(
+            f"The data has no split {', '.join(missing)}; it has {', '.join(loaded)}. Set dataset_train_split or "
+            "dataset_test_split."
+        )
+    return loaded[splits[0]], loaded[splits[1]] if len(splits) > 1 else None
+
+
+def _trainer(recipe: "Recipe", train: "Dataset", test: "Dataset | None") -> "SFTTrainer":
+    """The trainer of trl/scripts/sft.py with `peft_config` in the place of LoRA's."""
+    from trl import SFTTrainer
+
+    args, model = recipe.training_args, recipe.model_args
+    args.model_init_kwargs = {
+        "revision": model.model_revision,
+        "trust_remote_code": args.trust_remote_code,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+    if args.eval_strategy == "no" or test is None:
+        test = None
+    elif recipe.data is not None:
+        test = _formatted(recipe.data, test)
+    try:
+        return SFTTrainer(
+            model=model.model_name_or_path,
+            args=args,
+            train_dataset=train,
+            eval_dataset=test,
+            peft_config=recipe.kappatune,
+        )
+    except OSError as error:
+        raise KappaTuneError(f"Can't load the model '{model.model_name_or_path}': {error}") from error
+
+
+def _forgetting_data(recipe: "Recipe", test: "Dataset | None") -> "ForgettingData | None":
+    if recipe.forgetting is None:
+        return None
+    from kappatune_plugin.forgetting import ForgettingData
+
+    return ForgettingData.load(recipe.forgetting, _task(recipe.data, test), recipe.folder)
+
+
+def _task(data: dict[str, Any] | None, test: "Dataset | None") -> "Task":
+    """The test rows as examples to measure the task on; none for rows in a format of TRL's."""
+    if data is None or test is None or data.get("prompt") is None:
+        return []
+    return (choice_examples if data.get("labels") else pairs)(test, **_templates(data))
+
+
+def _measure_forgetting(
+    recipe: "Recipe", data: "ForgettingData", trainer: "SFTTrainer", output_dir: Path
+) -> "ForgettingReport":
+    """Have `trainer` measure `data` before, during and after training."""
+    from kappatune_plugin.forgetting import ForgettingCallback, ForgettingProbe
+
+    # a processor, of a model that also sees, holds its tokenizer
+    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    probe = ForgettingProbe.build(recipe.forgetting, data, trainer.model, tokenizer)
+    callback = ForgettingCallback(probe, output_dir, recipe.forgetting.every)
+    callback.trainer = trainer
+    trainer.add_callback(callback)
+    return callback.report
+
+
+def _write_decisions(recipe: "Recipe", trainer: "SFTTrainer", output_dir: Path, out: "Console") -> "Selection":
+    """Show and write what will be trained, before training: an interrupted run has it too."""
+    tuner = trainer.model.base_model
+    selection, report = tuner.selections["default"], tuner.reports["default"]
+    if report is None:
+        out.print(f"Training the {len(selection.units)} matrices of the selection given.")
+    else:
+        out.print(report.table(selection))
+    if trainer.is_world_process_zero():
+        trainer.model.print_trainable_parameters()
+        selection.save(output_dir / "selection.json")
+        if report is not None:
+            report.save(output_dir / "kappa_report.json")
+        write_text(output_dir / "recipe.yaml", public_yaml(recipe.resolved))
+    return selection
+
+
+def _say_the_end(out: "Console", output_dir: Path, forgetting: "ForgettingReport | None") -> None:
+    if forgetting is not None:
+        out.print(forgetting.table())
+    else:
+        out.print(
+            "Nothing was measured. To see what is forgotten, add a block to the recipe: forgetting: {control: self}"
+        )
+    out.print(
+        f"The adapter is in {output_dir}, a plain checkpoint comes from\n"
+        f"  kappatune merge {output_dir} --output_dir {output_dir}-merged",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def public_yaml(resolved: dict[str, Any]) -> str:
+    """The recipe as YAML, without what may hold a secret: tokens, and environment variables named like one."""
+
+    def public(content: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+        return {key: value for key, value in content.items() if not str(key).lower().endswith(names)}
+
+    resolved = public(resolved, ("hub_token",))
+    if isinstance(resolved.get("env"), dict):
+        resolved["env"] = public(resolved["env"], SECRETS)
+    return yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True, width=120)

@@ -1,0 +1,71 @@
+"""Checkpoints that a kill left half written are skipped, named and never trusted."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from kappatune_plugin import KappaTuneError
+from kappatune_plugin.checkpoint import checkpoint_problems, checkpoint_to_resume
+from kappatune_plugin.recipe import load_recipe
+from kappatune_plugin.run import run_sft
+from recipes import tiny_recipe, write_recipe
+
+FILES = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "trainer_state.json",
+    "optimizer.pt",
+    "scheduler.pt",
+)
+
+
+@pytest.fixture(scope="module")
+def run(saved_olmoe, tmp_path_factory) -> Path:
+    """The output_dir of a run with checkpoints at steps 2 and 4. Read only."""
+    folder = tmp_path_factory.mktemp("run")
+    recipe = tiny_recipe(folder, saved_olmoe, save_strategy="steps", save_steps=2, forgetting=None)
+    return run_sft(load_recipe(write_recipe(folder / "recipe.yaml", recipe))).output_dir
+
+
+@pytest.fixture
+def copy(run, tmp_path) -> Path:
+    return Path(shutil.copytree(run, tmp_path / "out"))
+
+
+def test_the_last_complete_one_is_taken(copy):
+    assert checkpoint_to_resume(True, copy) == str(copy / "checkpoint-4")
+    assert checkpoint_to_resume(str(copy / "checkpoint-2"), copy) == str(copy / "checkpoint-2")
+    assert checkpoint_to_resume(None, copy) is None
+
+
+def test_steps_are_numbers_not_words(copy):
+    shutil.copytree(copy / "checkpoint-4", copy / "checkpoint-10")
+    shutil.copytree(copy / "checkpoint-4", copy / "checkpoint-backup")
+    assert checkpoint_to_resume(True, copy) == str(copy / "checkpoint-10")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("harm", ["missing", "empty", "cut"])
+def test_each_file_missing_or_cut_short(copy, name, harm):
+    file = copy / "checkpoint-4" / name
+    content = file.read_bytes()
+    file.unlink() if harm == "missing" else file.write_bytes(content[: len(content) // 2 if harm == "cut" else 0])
+    problems = checkpoint_problems(copy / "checkpoint-4")
+    assert len(problems) == 1 and name in problems[0]
+    with pytest.warns(UserWarning, match=f"Resuming from checkpoint-2, since checkpoint-4 is not complete: {name}"):
+        assert checkpoint_to_resume(True, copy) == str(copy / "checkpoint-2")
+    with pytest.raises(KappaTuneError, match=f"is not a complete checkpoint: {name}"):
+        checkpoint_to_resume(str(copy / "checkpoint-4"), copy)
+
+
+def test_none_complete_is_an_error(copy, tmp_path):
+    for step in (2, 4):
+        (copy / f"checkpoint-{step}" / "optimizer.pt").unlink()
+    with pytest.raises(KappaTuneError, match=r"checkpoint-4 is not complete.*checkpoint-2 is not complete"):
+        checkpoint_to_resume(True, copy)
+    assert checkpoint_to_resume(True, copy, save_only_model=True) == str(copy / "checkpoint-4")
+    with pytest.raises(KappaTuneError, match="there is none at all"):
+        checkpoint_to_resume(True, tmp_path / "empty")
+    with pytest.raises(KappaTuneError, match="it is not a folder"):
+        checkpoint_to_resume(str(tmp_path / "empty"), copy)

@@ -1,0 +1,154 @@
+"""The command as people type it: exit codes, what it prints, what it leaves."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from kappatune_plugin import KappaReport, Selection
+from kappatune_plugin.cli import app
+from recipes import tiny_recipe, write_recipe
+
+
+def kappatune(*words: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def run(saved_olmoe, tmp_path_factory) -> Path:
+    """A finished run's output_dir. Read only."""
+    folder = tmp_path_factory.mktemp("run")
+    code, _, _ = kappatune("sft", "--config", write_recipe(folder / "recipe.yaml", tiny_recipe(folder, saved_olmoe)))
+    assert code == 0
+    return folder / "out"
+
+
+def test_the_command_is_installed():
+    command = Path(sys.executable).parent / "kappatune"
+    done = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.startswith("kappatune 0.")
+
+
+def test_a_recipes_mistakes_are_one_message_and_no_traceback(saved_olmoe, tmp_path):
+    path = write_recipe(tmp_path / "recipe.yaml", tiny_recipe(tmp_path, saved_olmoe, learning_rat=1, kapatune={}))
+    code, out, errors = kappatune("sft", "--config", path)
+    assert code == 2 and "Traceback" not in errors + out
+    assert "2 problems" in errors and "'learning_rate'" in errors and "'kappatune'" in errors
+
+
+def test_markup_in_an_error_is_text(saved_olmoe, tmp_path):
+    path = write_recipe(tmp_path / "recipe.yaml", tiny_recipe(tmp_path, saved_olmoe))
+    code, _, errors = kappatune("sft", "--config", path, "--kappatune.include", "['[bold]*']")
+    assert code == 2 and "[bold]*" in errors
+
+
+def test_scan_writes_the_report_and_marks_the_lowest(saved_olmoe, tmp_path):
+    code, out, _ = kappatune("scan", saved_olmoe, "--k", "10%", "--output", tmp_path / "report.json")
+    report = KappaReport.load(tmp_path / "report.json")
+    assert code == 0 and len(report.units) == 58 and "5 trained (*)" in out and str(tmp_path / "report.json") in out
+
+
+def test_scan_takes_patterns(saved_olmoe, tmp_path):
+    options = ["--include", "*.gate_proj.weight", "--exclude", "norm", "--output", tmp_path / "report.json"]
+    code, out, _ = kappatune("scan", saved_olmoe, *options)
+    assert code == 0 and "trained" not in out
+    assert {unit.name.split(".")[-2] for unit in KappaReport.load(tmp_path / "report.json").units} == {"gate_proj"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{model}", "--k", "0"], "0"),
+        (["{model}", "--exclude", "nrom"], "nrom"),
+        (["./nowhere"], "nowhere"),
+        (["{model}", "--output", "/proc/nowhere/report.json"], "Can't write"),
+    ],
+)
+def test_scans_that_cannot_be(saved_olmoe, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    code, _, errors = kappatune("scan", *(word.replace("{model}", str(saved_olmoe)) for word in words))
+    assert code == 2 and message in errors and not list(tmp_path.iterdir())
+
+
+def test_a_scan_is_kept_when_k_turns_out_too_large(saved_olmoe, tmp_path):
+    code, _, errors = kappatune("scan", saved_olmoe, "--k", "1000", "--output", tmp_path / "report.json")
+    assert code == 2 and "1000" in errors and "58" in errors
+    assert len(KappaReport.load(tmp_path / "report.json").units) == 58
+
+
+def test_select_chooses_from_a_report(run, tmp_path):
+    target = tmp_path / "selection.json"
+    code, out, _ = kappatune("select", run / "kappa_report.json", "--k", "{params: 2000}", "--output", target)
+    units = Selection.load(target).units
+    assert code == 0 and f"{len(units)} matrices are selected" in out
+    assert 2000 - 32 * 32 < sum(unit.shape[0] * unit.shape[1] for unit in units) <= 2000
+    code, _, errors = kappatune("select", run / "kappa_report.json", "--order", "lowst", "--output", target)
+    assert code == 2 and "lowest" in errors
+
+
+def test_merged_is_a_plain_checkpoint_with_the_trained_values(run, saved_olmoe, tmp_path):
+    code, out, _ = kappatune("merge", run, "--output_dir", tmp_path / "merged")
+    assert code == 0 and str(tmp_path / "merged") in out
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(saved_olmoe, dtype=torch.float32)
+    tuned = PeftModel.from_pretrained(base, str(run)).merge_and_unload()
+    for name, value in tuned.state_dict().items():
+        assert torch.equal(value, merged.state_dict()[name]), name
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged")("the cat")["input_ids"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"], "no temporary folder is left"
+
+
+def test_merge_replaces_only_when_told_to(run, tmp_path):
+    target = tmp_path / "merged"
+    target.mkdir()
+    (target / "mine.txt").write_text("keep")
+    code, _, errors = kappatune("merge", run, "--output_dir", target)
+    assert code == 2 and "--overwrite" in errors and (target / "mine.txt").read_text() == "keep"
+    code, _, _ = kappatune("merge", run, "--output_dir", target, "--overwrite")
+    assert code == 0 and not (target / "mine.txt").exists() and (target / "config.json").exists()
+
+
+def test_a_merge_that_fails_leaves_what_was_there(run, tmp_path):
+    broken = Path(shutil.copytree(run, tmp_path / "broken"))
+    weights = broken / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    target = tmp_path / "merged"
+    target.mkdir()
+    (target / "mine.txt").write_text("keep")
+    code, _, errors = kappatune("merge", broken, "--output_dir", target, "--overwrite")
+    assert code == 2 and "Can't load the adapter" in errors
+    assert (target / "mine.txt").read_text() == "keep"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "merged"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda adapter, _: (adapter / "adapter_config.json").unlink(), "holds no adapter_config.json"),
+        (lambda adapter, _: (adapter / "adapter_config.json").write_text("{"), "Can't read"),
+        (lambda adapter, _: (adapter / "adapter_model.safetensors").unlink(), "Can't load the adapter"),
+    ],
+)
+def test_adapters_that_cannot_be_merged(run, tmp_path, change, words):
+    adapter = Path(shutil.copytree(run, tmp_path / "adapter"))
+    change(adapter, tmp_path)
+    code, _, errors = kappatune("merge", adapter, "--output_dir", tmp_path / "merged")
+    assert code == 2 and words in errors and not (tmp_path / "merged").exists()
+
+
+def test_merging_into_another_base_is_an_error(run, saved_olmoe, tmp_path):
+    other = AutoModelForCausalLM.from_pretrained(saved_olmoe, dtype=torch.float32)
+    with torch.no_grad():
+        other.model.layers[0].self_attn.q_proj.weight.mul_(1.01)
+    other.save_pretrained(tmp_path / "other")
+    code, _, errors = kappatune("merge", run, "--model", tmp_path / "other", "--output_dir", tmp_path / "merged")
+    assert code == 2 and "base" in errors and not (tmp_path / "merged").exists()
