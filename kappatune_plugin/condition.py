@@ -9,13 +9,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kappatune_plugin.bracket import RESIDUALS_HIGH, Bracket, at_least, bracket, gaussian, proven
 from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.factor import CholeskyFactor, LUFactor, gram, products, symmetric_product
+from kappatune_plugin.lanczos import block_lanczos
 
 STATUSES = ("ok", "zero", "rank_deficient", "nonfinite")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# medians of the Tracy-Widom law (real case) and of sqrt(n) * sigma_min of an n x n Gaussian matrix (Edelman 1988)
-TRACY_WIDOM_MEDIAN = -1.2686
-EDELMAN_MEDIAN = math.sqrt(1 + 2 * math.log(2)) - 1
+# up to this many columns an SVD is faster than a factor with its iterations
+SVD_COLUMNS = 256
+# a float32 factor's interval is no narrower than about this
+FLOAT32_RTOL = 1e-5
+# products with A^T A until its largest eigenvalue is known: with a float32 factor, and where that wasn't enough
+TOP_STEPS, MORE_TOP_STEPS = 80, 240
+# enough for a bound
+ROUGH_TOP_STEPS = 5
+# sigma_max gets this part of half the interval (its residual counts RESIDUALS_HIGH times in sigma_max^2, so half of
+# that in sigma_max)
+TOP_SHARE = 0.8
+# what is only known to be above a bound gets no status; up to this bound, that is: above, it might be rank-deficient
+LARGEST_BOUND = 1e6
 
 
 @dataclass(frozen=True)
@@ -30,7 +43,8 @@ class Kappa:
         log_volume: sum of log sigma_i; -inf for "zero" and "rank_deficient".
         frobenius: ||W||_F.
         stable_rank: ||W||_F^2 / sigma_max^2, between 1 and min(m, n); nan for "zero".
-        method: "svd32" or "svd64", the precision that settled it; "none" if no singular values were needed.
+        method: what settled it: "lu32", "lu64", "gram32", "gram64" (a factor and its precision), "svd32" or "svd64";
+            " bound" or " proven" behind it says so; "none" if no singular values were needed.
         status: "ok"; "zero"; "rank_deficient" where sigma_min can't be told from 0 in float64; or "nonfinite" where W
             holds NaN or infinity. Every number of a "nonfinite" matrix is nan.
     """
@@ -48,18 +62,24 @@ class Kappa:
 
 
 @torch.no_grad()
-def condition_number(w: Tensor, rtol: float = 1e-3) -> Kappa:
+def condition_number(w: Tensor, rtol: float = 1e-3, above: float = math.inf, proof: bool = False) -> Kappa:
     """The condition number of `w`, (m, n), float64, float32, bfloat16 or float16 on any device; any scale.
 
-    Singular values come from a float32 SVD, and from a float64 one where the interval is wider than `rtol`. The
-    interval rests on the backward stability of the SVD (LAPACK Users' Guide, 3rd ed., section 4.9.1): every computed
+    No SVD where a triangular factor does: LU for square matrices, A^T A = L L^T for others, in float32. Lanczos with
+    the factor finds the extreme singular values, products with `w` itself in float64 put an interval around them (see
+    `bracket`). Where that is wider than `rtol`, the factor is made in float64, and then a float64 SVD.
+
+    An SVD's interval rests on its backward stability (LAPACK Users' Guide, 3rd ed., section 4.9.1): every computed
     singular value is within p(m, n) * eps * sigma_max of the exact one, p "a modestly growing function". Here
     p(m, n) = min(sqrt(m) + sqrt(n), max(m, n)): rounding errors grow like the root of the dimension (Higham and Mary,
     SIAM J. Sci. Comput. 41, 2019), and the root also covers the rounding of float64 input to float32.
 
     Args:
-        rtol: width of [lo, hi] relative to kappa that is good enough, between 0 and 1. float64's interval is what it
-            is, even if wider.
+        rtol: width of [lo, hi] relative to kappa that is good enough, between 0 and 1. A float64 SVD's interval is
+            what it is, even if wider.
+        above: stop as soon as kappa is certainly above this. `lo` and `value` then say how far that is certain, `hi`
+            is inf, and so is the number of what isn't known: nan. For ranking, where only the lowest matter.
+        proof: let Sylvester's law of inertia check the interval (half the time again), and take the SVD if it can't.
 
     Raises:
         KappaTuneError: not a 2-D floating-point matrix with values, or `rtol` out of range.
@@ -75,36 +95,18 @@ def condition_number(w: Tensor, rtol: float = 1e-3) -> Kappa:
     if peak == 0:
         return Kappa(*[math.inf] * 3, 0.0, 0.0, -math.inf, 0.0, math.nan, method="none", status="zero")
     exponent = math.frexp(peak)[1]
-    tall = w if w.shape[0] >= w.shape[1] else w.mT
+    tall = w if w.shape[0] > w.shape[1] else w.mT
+    if min(w.shape) > SVD_COLUMNS:
+        dtypes = (torch.float32, torch.float64) if rtol >= FLOAT32_RTOL else (torch.float64,)
+        for dtype in dtypes:
+            kappa = _from_factor(tall, exponent, dtype, rtol, above, proof)
+            if kappa is not None:
+                return kappa
+        return _from_svd(tall, exponent, torch.float64)
     kappa = _from_svd(tall, exponent, torch.float32)
-    if kappa.hi - kappa.lo <= rtol * kappa.value < math.inf:
+    if kappa.hi - kappa.lo <= rtol * kappa.value < math.inf and not proof:
         return kappa
     return _from_svd(tall, exponent, torch.float64)
-
-
-def null_condition(m: int, n: int) -> float:
-    """The median condition number of an (m, n) matrix of independent Gaussian values, m, n >= 1.
-
-    kappa mostly reflects shape; kappa / null_condition(m, n) is what training left of it. Rectangular shapes come to
-    the edges of the Marchenko-Pastur law, (1 + sqrt(b)) / (1 - sqrt(b)) with b = min / max, square ones to 3.67 n
-    (Edelman, SIAM J. Matrix Anal. Appl. 9, 1988). In between and for small shapes, the edges move inwards by the
-    median of the Tracy-Widom law: Johnstone, Ann. Statist. 29, 2001 (sigma_max); Feldheim and Sodin, Geom. Funct.
-    Anal. 20, 2010 (sigma_min). The last term joins this to Edelman's law; its factor of m - n is fitted to
-    simulations. Within 15% from 8 x 8 to 4096 x 4096, as the tests check.
-
-    Raises:
-        KappaTuneError: m or n below 1.
-    """
-    if min(m, n) < 1:
-        raise KappaTuneError(f"null_condition: {m} x {n} is no matrix shape: both sides are at least 1.")
-    short, long = math.sqrt(min(m, n)), math.sqrt(max(m, n))
-    if short == 1:
-        return 1.0
-    shift, gap = -TRACY_WIDOM_MEDIAN, long - short
-    largest = (long + short) ** 2 - shift * (long + short) * (1 / short + 1 / long) ** (1 / 3)
-    smallest = gap**2 + shift * gap * (1 / short - 1 / long) ** (1 / 3)
-    smallest += (EDELMAN_MEDIAN**2 + 0.21 * abs(m - n)) / min(m, n)
-    return math.sqrt(largest / smallest)
 
 
 def _check_input(w: Tensor, rtol: float) -> None:
@@ -124,6 +126,74 @@ def _check_input(w: Tensor, rtol: float) -> None:
         )
     if isinstance(rtol, bool) or not isinstance(rtol, int | float) or not 0 < rtol < 1:
         raise KappaTuneError(f"rtol: {rtol!r} is not a number between 0 and 1, such as 0.001.")
+
+
+def _from_factor(
+    tall: Tensor, exponent: int, dtype: torch.dtype, rtol: float, above: float, proof: bool
+) -> Kappa | None:
+    """Kappa of `tall`, (m, n) with m >= n, by a factor in `dtype`; None if its interval is wider than `rtol`."""
+    a = _scaled(tall, exponent, torch.promote_types(tall.dtype, torch.float32))
+    # the same start vectors for every matrix and device: the same weights give the same report
+    generator = torch.Generator().manual_seed(0)
+    square = a.shape[0] == a.shape[1]
+    if square:
+        factor, operator = LUFactor.of(a.to(dtype)), lambda v: products(a, v)[1]
+    else:
+        lower = gram(a, dtype)
+        factor, operator = CholeskyFactor.of(lower), lambda v: symmetric_product(lower, v)
+    if factor is None:
+        return None
+    method = f"{'lu' if square else 'gram'}{'32' if dtype == torch.float32 else '64'}"
+    start = gaussian(a, 1, dtype, generator)
+    if above < LARGEST_BOUND:
+        rough = block_lanczos(operator, start, ROUGH_TOP_STEPS, 0.0)
+        bound = at_least(a, factor, rough, generator) if rough is not None else 1.0
+        if above < bound < LARGEST_BOUND:
+            return _only_bounded(a, bound, exponent, f"{method} bound")
+    tolerance = TOP_SHARE * rtol / RESIDUALS_HIGH
+    top = block_lanczos(operator, start, TOP_STEPS, tolerance)
+    if top is None or top.relative_residual > tolerance:
+        top = block_lanczos(lambda v: products(a, v)[1], start.double(), MORE_TOP_STEPS, tolerance)
+    found = bracket(a, factor, top, rtol / 2, generator) if top is not None else None
+    if found is None or not found.kappa[1] - found.kappa[0] <= rtol * found.kappa[0]:
+        return None
+    if proof and not proven(a, found):
+        return None
+    return _settled(a, found, factor.log_volume(), exponent, method + " proven" * proof)
+
+
+def _only_bounded(a: Tensor, bound: float, exponent: int, method: str) -> Kappa:
+    frobenius = torch.linalg.vector_norm(a, dtype=torch.float64).item()
+    return Kappa(
+        value=bound,
+        lo=bound,
+        hi=math.inf,
+        sigma_max=math.nan,
+        sigma_min=math.nan,
+        log_volume=math.nan,
+        frobenius=_times_power_of_two(frobenius, exponent),
+        stable_rank=math.nan,
+        method=method,
+        status="ok",
+    )
+
+
+def _settled(a: Tensor, found: Bracket, log_volume: float, exponent: int, method: str) -> Kappa:
+    frobenius = torch.linalg.vector_norm(a, dtype=torch.float64).item()
+    # products with Ritz vectors are far nearer than the interval says
+    largest, smallest = found.sigma_max[0], found.sigma_min[1]
+    return Kappa(
+        value=largest / smallest,
+        lo=found.kappa[0],
+        hi=found.kappa[1],
+        sigma_max=_times_power_of_two(largest, exponent),
+        sigma_min=_times_power_of_two(smallest, exponent),
+        log_volume=log_volume + a.shape[1] * exponent * math.log(2),
+        frobenius=_times_power_of_two(frobenius, exponent),
+        stable_rank=(frobenius / largest) ** 2,
+        method=method,
+        status="ok",
+    )
 
 
 def _from_svd(tall: Tensor, exponent: int, dtype: torch.dtype) -> Kappa:

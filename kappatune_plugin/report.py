@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.table import Table
 
-from kappatune_plugin.condition import STATUSES, Kappa, null_condition
+from kappatune_plugin.condition import STATUSES, Kappa
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.file_checks import (
     base_problems,
@@ -22,6 +22,7 @@ from kappatune_plugin.file_checks import (
     shortened,
 )
 from kappatune_plugin.files import read_json, write_json
+from kappatune_plugin.null_condition import null_condition
 from kappatune_plugin.report_table import report_table
 from kappatune_plugin.version import __version__
 

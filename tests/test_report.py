@@ -11,8 +11,9 @@ import torch
 from made_up_reports import report, row, twelve_units
 from rich.console import Console
 
-from kappatune_plugin.condition import condition_number, null_condition
+from kappatune_plugin.condition import condition_number
 from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.null_condition import null_condition
 from kappatune_plugin.report import KappaReport, UnitReport
 from kappatune_plugin.report_table import layer_and_type, short_number
 from kappatune_plugin.selection import select

@@ -1,0 +1,200 @@
+"""Intervals that hold the extreme singular values of A, (m, n) with m >= n, from a factor near A^T A.
+
+Upper ends of sigma_min and lower ends of sigma_max are norms of products with A itself in float64, so they hold up to
+the rounding of float64. The other ends rest on the residuals of those products, on Lehmann's bound (Parlett, The
+Symmetric Eigenvalue Problem, ch. 10) and on the factor's measured defect. They hold unless the Krylov space of a random
+block missed an extreme singular value, or the random probes missed most of the defect; `proven` leaves no such unless.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kappatune_plugin.factor import CholeskyFactor, Factor, gram, products
+from kappatune_plugin.lanczos import RitzPairs, block_lanczos
+
+EPS = torch.finfo(torch.float64).eps / 2
+# a block of 4 finds up to 4 equal singular values; 40 steps reach them or another factor is due
+BLOCK, STEPS = 4, 40
+# Davidson corrections with products of A itself before another factor is due
+CORRECTIONS = 3
+PROBES = 16
+# the norm of the largest of 16 products with Gaussian vectors is below ||E|| / 1.8 with probability 1e-6 for E of rank
+# one, the worst case: P(|N(0, 1)| < 1 / 1.8)^16
+PROBE_SAFETY = 1.8
+LARGEST_DEFECT = 0.25
+# room for the distance between a Ritz value and its eigenvalue, in residual norms; one vector sees a cluster less well
+# than a block
+RESIDUALS_LOW, RESIDUALS_HIGH = 2.0, 4.0
+
+
+@dataclass(frozen=True)
+class Bracket:
+    """sigma_max and sigma_min of a matrix, each between two numbers."""
+
+    sigma_max: tuple[float, float]
+    sigma_min: tuple[float, float]
+
+    @property
+    def kappa(self) -> tuple[float, float]:
+        """The interval of sigma_max / sigma_min; inf where sigma_min may be 0."""
+        lo, hi = self.sigma_max[0] / self.sigma_min[1], math.inf
+        if self.sigma_min[0] > 0:
+            hi = self.sigma_max[1] / self.sigma_min[0]
+        # two roundings
+        return lo * (1 - 4 * EPS), hi * (1 + 4 * EPS)
+
+
+def bracket(a: Tensor, factor: Factor, top: RitzPairs, rtol: float, generator: torch.Generator) -> Bracket | None:
+    """Intervals of relative width `rtol` where this factor reaches it, wider ones where not.
+
+    Args:
+        top: Ritz pairs of A^T A, for sigma_max.
+
+    Returns:
+        None if the factor broke down.
+    """
+    start = gaussian(a, BLOCK, factor.dtype, generator)
+    inverse = block_lanczos(factor.solve, start, STEPS, rtol / 3)
+    if inverse is None:
+        return None
+    low = torch.linalg.qr(inverse.largest(BLOCK))[0]
+    high = top.largest(1)
+    z = gaussian(a, PROBES, factor.dtype, generator)
+    x = torch.cat([low, high / torch.linalg.vector_norm(high), factor.probe(z).double()], dim=1)
+    if not torch.isfinite(x).all():
+        return None
+    ax, gx = products(a, x)
+    defect = factor.defect(z, ax[:, -PROBES:], gx[:, -PROBES:])
+    eta = PROBE_SAFETY * torch.linalg.vector_norm(defect, dim=0).max().item()
+    frobenius = torch.linalg.vector_norm(a, dtype=torch.float64).item()
+    space = _Space(low, ax[:, :BLOCK], gx[:, :BLOCK])
+    # a defect that isn't a number is no small defect
+    shrink = factor.shrink(eta) if eta < LARGEST_DEFECT else 0.0
+    smallest = _smallest(a, factor, space, inverse, shrink, frobenius, rtol)
+    return Bracket(_largest(x[:, BLOCK], ax[:, BLOCK], gx[:, BLOCK]), smallest)
+
+
+def at_least(a: Tensor, factor: Factor, top: RitzPairs, generator: torch.Generator) -> float:
+    """A number that kappa is certainly not below, from two inverse steps: ||A u|| / ||A v|| for unit vectors u, v."""
+    inverse = block_lanczos(factor.solve, gaussian(a, BLOCK, factor.dtype, generator), 2, 0.0)
+    if inverse is None:
+        return 1.0
+    x = torch.cat([top.largest(1), inverse.largest(1)], dim=1)
+    norms = torch.linalg.vector_norm(products(a, x)[0], dim=0) / torch.linalg.vector_norm(x, dim=0)
+    longest, shortest = norms.tolist()
+    return longest / shortest * (1 - rounding(a, shortest)) if shortest > 0 else math.inf
+
+
+def proven(a: Tensor, found: Bracket) -> bool:
+    """Whether no singular value of A lies outside of `found`, by Sylvester's law of inertia.
+
+    A^T A - lo^2 and hi^2 - A^T A have Cholesky factors only if they are positive definite; the shifts include float64's
+    rounding of the products and of the factorization (Higham, Accuracy and Stability, th. 10.3).
+    """
+    lower = gram(a, torch.float64)
+    trace = lower.diagonal().sum().item()
+    error = 4 * EPS * (lower.shape[0] + 2) * trace
+    for sign, bound in ((1, found.sigma_min[0]), (-1, found.sigma_max[1])):
+        shifted = sign * lower
+        shifted.diagonal().sub_(sign * bound**2 + error)
+        if CholeskyFactor.of(shifted) is None:
+            return False
+    return True
+
+
+def gaussian(a: Tensor, width: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """(n, width) on the device of `a`, the same numbers on every device."""
+    return torch.randn(a.shape[1], width, generator=generator, dtype=torch.float64).to(a.device, dtype)
+
+
+def rounding(a: Tensor, norm: float) -> float:
+    """Relative error of a float64 norm ||A x|| = `norm` for a unit vector x."""
+    return 8 * EPS * torch.linalg.vector_norm(a, dtype=torch.float64).item() / norm
+
+
+@dataclass(frozen=True)
+class _Space:
+    """An orthonormal basis, (n, b), with its products A @ basis and A^T A @ basis."""
+
+    basis: Tensor
+    a: Tensor
+    gram: Tensor
+
+
+def _largest(v: Tensor, av: Tensor, gv: Tensor) -> tuple[float, float]:
+    value = torch.linalg.vector_norm(av).item() ** 2
+    residual = torch.linalg.vector_norm(gv - value * v).item()
+    return math.sqrt(value) * (1 - 4 * EPS), math.sqrt(value + RESIDUALS_HIGH * residual) * (1 + 4 * EPS)
+
+
+def _smallest(
+    a: Tensor, factor: Factor, space: _Space, inverse: RitzPairs, shrink: float, frobenius: float, rtol: float
+) -> tuple[float, float]:
+    """The interval of sigma_min, improved until it is as narrow as `rtol` or three corrections are through."""
+    best = 0.0
+    for correction in range(CORRECTIONS + 1):
+        theta, z, residuals = _rayleigh_ritz(space)
+        best = max(best, _lower_bound(theta, residuals, inverse, shrink, 4 * EPS * frobenius**2))
+        upper = math.sqrt(theta[0].item())
+        if shrink == 0 or correction == CORRECTIONS or math.sqrt(best) * (1 + rtol) >= upper:
+            break
+        space = _corrected(a, factor, z, residuals)
+    error = 8 * EPS * frobenius / upper if upper > 0 else 0.0
+    return math.sqrt(best) * max(0.0, 1 - error), upper * (1 + error)
+
+
+def _rayleigh_ritz(space: _Space) -> tuple[Tensor, Tensor, _Space]:
+    """The BLOCK lowest values of ||A x||^2 on the space, their vectors, and products with residuals in place of A^T A.
+
+    From the singular values of A @ basis, not from those of its square: float64 then reaches sigma_min itself.
+    """
+    _, sigma, right = torch.linalg.svd(torch.linalg.qr(space.a)[1])
+    rotation = right.mT.flip(1)[:, :BLOCK]
+    theta = sigma.flip(0)[:BLOCK] ** 2
+    z, az, gz = space.basis @ rotation, space.a @ rotation, space.gram @ rotation
+    return theta, z, _Space(z, az, gz - z * theta)
+
+
+def _lower_bound(theta: Tensor, residuals: _Space, inverse: RitzPairs, shrink: float, floor: float) -> float:
+    """What the smallest eigenvalue of A^T A is not below, 0 if nothing can be said."""
+    if shrink == 0:
+        return 0.0
+    lowest, norms = theta[0].item(), torch.linalg.vector_norm(residuals.gram, dim=0)
+    # eigenvalues of A^T A from below, the smallest first: those of the factored matrix, shrunk
+    below = shrink / (inverse.values + inverse.residuals).flip(0)
+    bound = max(lowest - RESIDUALS_LOW * (norms[0].item() + floor), below[0].item())
+    for count in range(1, min(BLOCK, len(below) - 1) + 1):
+        beta = below[count].item()
+        if beta > theta[count - 1].item():
+            found = _lehmann(theta[:count], residuals.gram[:, :count], beta)
+            bound = max(bound, found - RESIDUALS_LOW * floor)
+    # what a cluster that the Krylov space hasn't parted yet may hide
+    return max(0.0, min(bound, lowest) * (1 - RESIDUALS_LOW * inverse.relative_residual))
+
+
+def _lehmann(theta: Tensor, residuals: Tensor, beta: float) -> float:
+    """The lowest eigenvalue is at least this, for Ritz values `theta` (j,) with `residuals` (n, j) orthogonal to their
+    vectors, if eigenvalue j + 1 is at least `beta` and beta > theta; -inf if rounding is in the way."""
+    shifted = torch.diag(theta - beta)
+    squared = shifted @ shifted + residuals.mT @ residuals
+    scale = squared.diagonal().rsqrt()
+    lower, info = torch.linalg.cholesky_ex(squared * scale * scale[:, None])
+    if info.item():
+        return -math.inf
+    half = torch.linalg.solve_triangular(lower, shifted * scale * scale[:, None], upper=False)
+    inner = torch.linalg.solve_triangular(lower, half.mT, upper=False)
+    largest = torch.linalg.eigvalsh((inner + inner.mT) / 2)[-1].item()
+    return beta + 1 / largest if largest < 0 else -math.inf
+
+
+def _corrected(a: Tensor, factor: Factor, z: Tensor, residuals: _Space) -> _Space:
+    """The space of `z` widened by the factor's answer to its residuals (Davidson, J. Comput. Phys. 17, 1975)."""
+    scale = torch.linalg.vector_norm(residuals.gram, dim=0).clamp_min(torch.finfo(torch.float64).tiny)
+    step = factor.solve((residuals.gram / scale).to(factor.dtype)).double()
+    for _ in range(2):
+        step = torch.linalg.qr(step - z @ (z.mT @ step))[0]
+    basis = torch.cat([z, step], dim=1)
+    return _Space(basis, *products(a, basis))

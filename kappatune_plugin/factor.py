@@ -1,0 +1,151 @@
+"""Triangular factors of A^T A, for a matrix A of (m, n) with m >= n, and how far they are from it.
+
+A factor made in float32 is wrong, but it is known by how much: its defect eta bounds every eigenvalue of A^T A from
+below by those of the factored matrix. That makes it a preconditioner whose results can be certified.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+# rows or columns of a block product: large enough for BLAS, small enough to use the symmetry
+PANEL = 256
+# values of A converted at a time
+CHUNK = 1 << 20
+
+
+class Factor(Protocol):
+    """A positive definite M near A^T A that can be solved with."""
+
+    dtype: torch.dtype
+
+    def solve(self, v: Tensor) -> Tensor:
+        """M^-1 v for (n, b) `v` of the factor's dtype."""
+
+    def probe(self, z: Tensor) -> Tensor:
+        """The vectors x whose products `defect` needs to measure the error on `z`, (n, b)."""
+
+    def defect(self, z: Tensor, ax: Tensor, gx: Tensor) -> Tensor:
+        """E z, (n, b), where E is what a perfect factor would make 0; ax = A x and gx = A^T A x for x = probe(z)."""
+
+    def shrink(self, eta: float) -> float:
+        """eigenvalue i of A^T A >= shrink(eta) * eigenvalue i of M, if ||E|| <= eta."""
+
+    def log_volume(self) -> float:
+        """Sum of the logarithms of A's singular values."""
+
+
+class CholeskyFactor:
+    """A^T A ~ L L^T. E = L^-1 A^T A L^-T - I."""
+
+    def __init__(self, lower: Tensor) -> None:
+        self.lower, self.dtype = lower, lower.dtype
+
+    @classmethod
+    def of(cls, gram: Tensor) -> "CholeskyFactor | None":
+        """From A^T A, of which only the lower triangle is read; None if it isn't positive definite in its precision."""
+        lower, info = torch.linalg.cholesky_ex(gram)
+        return cls(lower) if info.item() == 0 else None
+
+    def solve(self, v: Tensor) -> Tensor:
+        return self.probe(torch.linalg.solve_triangular(self.lower, v, upper=False))
+
+    def probe(self, z: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(self.lower.mT, z, upper=True)
+
+    def defect(self, z: Tensor, ax: Tensor, gx: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(self.lower, gx.to(self.dtype), upper=False) - z
+
+    def shrink(self, eta: float) -> float:
+        # x^T A^T A x >= (1 - eta) x^T M x, and Courant-Fischer
+        return 1 - eta
+
+    def log_volume(self) -> float:
+        return self.lower.diagonal().double().log().sum().item()
+
+
+class LUFactor:
+    """A^T ~ P L U for a square A, so M = P L U U^T L^T P^T. E = (P L U)^-T A - I.
+
+    Reaches condition numbers that A^T A, where they are squared, does not.
+    """
+
+    def __init__(self, packed: Tensor, pivots: Tensor) -> None:
+        self.packed, self.dtype = packed, packed.dtype
+        self.order = _permutation(pivots).to(packed.device)
+
+    @classmethod
+    def of(cls, a: Tensor) -> "LUFactor | None":
+        """From a square A; None if a pivot is 0 or not finite."""
+        packed, pivots, info = torch.linalg.lu_factor_ex(a.mT)
+        return cls(packed, pivots) if info.item() == 0 else None
+
+    def solve(self, v: Tensor) -> Tensor:
+        inner = torch.linalg.solve_triangular(self.packed, v[self.order], upper=False, unitriangular=True)
+        return self._solve_transposed(torch.linalg.solve_triangular(self.packed, inner, upper=True))
+
+    def probe(self, z: Tensor) -> Tensor:
+        return z
+
+    def defect(self, z: Tensor, ax: Tensor, gx: Tensor) -> Tensor:
+        return self._solve_transposed(ax.to(self.dtype)) - z
+
+    def shrink(self, eta: float) -> float:
+        # A = (P L U)^T (I + E), so every singular value is at least (1 - eta) times that of (P L U)^T
+        return (1 - eta) ** 2
+
+    def log_volume(self) -> float:
+        return self.packed.diagonal().double().abs().log().sum().item()
+
+    def _solve_transposed(self, v: Tensor) -> Tensor:
+        """(P L U)^-T v."""
+        inner = torch.linalg.solve_triangular(self.packed.mT, v, upper=False)
+        inner = torch.linalg.solve_triangular(self.packed.mT, inner, upper=True, unitriangular=True)
+        result = torch.empty_like(inner)
+        result[self.order] = inner
+        return result
+
+
+def gram(a: Tensor, dtype: torch.dtype) -> Tensor:
+    """Lower triangle of A^T A, (n, n), in `dtype`; above the blocks on its diagonal there are zeros."""
+    m, n = a.shape
+    result = torch.zeros(n, n, dtype=dtype, device=a.device)
+    rows = m if a.dtype == dtype else max(PANEL, CHUNK // n)
+    for top in range(0, m, rows):
+        chunk = a[top : top + rows].to(dtype)
+        for left in range(0, n, PANEL):
+            end = min(left + PANEL, n)
+            result[left:end, :end].addmm_(chunk[:, left:end].mT, chunk[:, :end])
+    return result
+
+
+def symmetric_product(lower: Tensor, v: Tensor) -> Tensor:
+    """G v for the symmetric G of which `gram` holds the lower triangle."""
+    result = torch.empty_like(v)
+    for top in range(0, lower.shape[0], PANEL):
+        end = top + PANEL
+        result[top:end] = lower[top:end, :end] @ v[:end]
+        if top:
+            result[:top].addmm_(lower[top:end, :top].mT, v[top:end])
+    return result
+
+
+def products(a: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A x and A^T A x, (m, b) and (n, b), in the dtype of `x`; A is converted a chunk at a time."""
+    m, n = a.shape
+    ax, gx = x.new_empty(m, x.shape[1]), torch.zeros_like(x)
+    rows = max(32, CHUNK // (4 * n))
+    for top in range(0, m, rows):
+        chunk = a[top : top + rows].to(x.dtype)
+        part = ax[top : top + rows] = chunk @ x
+        gx.addmm_(chunk.mT, part)
+    return ax, gx
+
+
+def _permutation(pivots: Tensor) -> Tensor:
+    """order such that (P^T v) = v[order], from LAPACK's sequence of row exchanges."""
+    order = list(range(len(pivots)))
+    for row, other in enumerate((pivots - 1).tolist()):
+        order[row], order[other] = order[other], order[row]
+    return torch.tensor(order)
