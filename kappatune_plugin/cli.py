@@ -1,63 +1,17 @@
 """The command `kappatune`. What is heavy is imported by the command that needs it."""
 
-import functools
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from kappatune_plugin.cli_app import K_HELP, TrustRemoteCode, app, budget, clean_errors
 from kappatune_plugin.console import console
-from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.version import __version__
-
-app = typer.Typer(
-    help="Fine-tune only the weight matrices of lowest condition number, and see what was forgotten.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
-K_HELP = "How much to train: 75 (matrices), 10%, '{params: 160M}' or '{kappa: 30}'."
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust_remote_code", "--trust-remote-code", help="Run code that comes with the model.")
-]
 
 
 def main() -> None:
     """The console command."""
     app()
-
-
-def clean_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Print a KappaTuneError as one message and exit with 2: the user's mistake needs no traceback."""
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except KappaTuneError as error:
-            Console(stderr=True, soft_wrap=True).print("Error: ", style="bold red", end="")
-            Console(stderr=True, soft_wrap=True).print(str(error), style="red", markup=False, highlight=False)
-            raise typer.Exit(2) from error
-
-    return wrapped
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"kappatune {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print it.")
-    ] = False,
-) -> None:
-    """Shared by all commands."""
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -97,8 +51,8 @@ def scan(
     from kappatune_plugin.run import check_writable
     from kappatune_plugin.selection import parse_budget
 
-    budget = DEFAULT_K if k is None else _budget(k)
-    parse_budget(budget)
+    wanted = DEFAULT_K if k is None else budget(k)
+    parse_budget(wanted)
     check_writable(output.parent)
     report = scan_model(
         model,
@@ -109,7 +63,7 @@ def scan(
     report.save(output)
     # a model of fewer matrices than the default has nothing to mark; asked for by name, it is an error
     enough = k is not None or sum(unit.status == "ok" for unit in report.units) >= DEFAULT_K
-    selection = select_units(report, k=budget) if enough else None
+    selection = select_units(report, k=wanted) if enough else None
     console().print(report.table(selection))
     typer.echo(f"The report is in {output}.")
 
@@ -131,7 +85,7 @@ def select(
     from kappatune_plugin import select as select_units
 
     loaded = KappaReport.load(report)
-    selection = select_units(loaded, k=_budget(k), order=order, rank_by=rank_by, seed=seed)
+    selection = select_units(loaded, k=budget(k), order=order, rank_by=rank_by, seed=seed)
     selection.save(output)
     console().print(loaded.table(selection))
     typer.echo(f"{len(selection.units)} matrices are selected; the selection is in {output}.")
@@ -151,13 +105,3 @@ def merge(
 
     merge_adapter(adapter, output_dir, model, overwrite, trust_remote_code)
     typer.echo(f"The merged model is in {output_dir}.")
-
-
-def _budget(k: str) -> Any:
-    """`k` as a recipe would say it."""
-    import yaml
-
-    try:
-        return yaml.safe_load(k)
-    except yaml.YAMLError:
-        return k
