@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.units import WeightUnit, unit_block
 
 BINDINGS = "_kappatune_bindings"
@@ -29,22 +30,26 @@ class Bindable(Protocol):
 
 
 class SliceAlias(torch.autograd.Function):
-    """base, units, *masters -> an alias of base; the gradient of `base[unit.index]` goes to that unit's master."""
+    """base, layers, *masters -> an alias of base; the gradient of `base[unit.index]` goes to that unit's master."""
 
     @staticmethod
-    def forward(ctx: Any, base: Tensor, units: Sequence[WeightUnit], *masters: Tensor) -> Tensor:
-        ctx.units = units
-        ctx.dtypes = [master.dtype for master in masters]
+    def forward(ctx: Any, base: Tensor, layers: Sequence[Bindable], *masters: Tensor) -> Tensor:
+        ctx.layers, ctx.masters = layers, masters
         return base.detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         slices: list[Tensor | None] = []
-        for position, (unit, dtype) in enumerate(zip(ctx.units, ctx.dtypes, strict=True)):
+        for position, (layer, master) in enumerate(zip(ctx.layers, ctx.masters, strict=True)):
+            if layer.trained is not master:
+                raise KappaTuneError(
+                    f"backward() of a forward that trained {layer.unit.name} runs while the base holds other values: "
+                    "call it outside of disable_adapter(), with the adapter active that the forward ran with."
+                )
             needed = ctx.needs_input_grad[2 + position]
             # a view would keep the whole fused gradient in memory for as long as the slice's
-            copy = bool(unit.index)
-            slices.append(_contiguous(unit_block(gradient, unit), dtype, copy) if needed else None)
+            copy = bool(layer.unit.index)
+            slices.append(_contiguous(unit_block(gradient, layer.unit), master.dtype, copy) if needed else None)
         return None, None, *slices
 
 
@@ -86,11 +91,11 @@ def bound(module: nn.Module) -> Iterator[None]:
     try:
         if torch.is_grad_enabled():
             for attribute, layers in module.__dict__.get(BINDINGS, {}).items():
-                training = [(layer.unit, layer.trained) for layer in layers]
-                training = [(unit, master) for unit, master in training if master is not None]
+                training = [(layer, layer.trained) for layer in layers]
+                training = [(layer, master) for layer, master in training if master is not None]
                 if training and attribute not in module.__dict__:
-                    units, masters = zip(*training, strict=True)
-                    module.__dict__[attribute] = SliceAlias.apply(module._parameters[attribute], units, *masters)
+                    active, masters = zip(*training, strict=True)
+                    module.__dict__[attribute] = SliceAlias.apply(module._parameters[attribute], active, *masters)
                     shadowed.append(attribute)
         yield
     finally:

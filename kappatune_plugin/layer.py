@@ -89,6 +89,14 @@ class KappaTuneLayer(nn.Module, BaseTunerLayer):
         self.block.copy_(self.original if master is None or self.disable_adapters else master)
         self._written_version = None if master is None else master._version
 
+    def _switch(self) -> None:
+        """`write`, unseen by autograd: DPO runs the reference between the policy's forward and its backward.
+
+        By then the values are back; `SliceAlias` refuses a backward where they aren't.
+        """
+        with torch.autograd._unsafe_preserve_version_counter(self.owner._parameters[self.attribute]):
+            self.write()
+
     def write_original(self) -> None:
         """Write the base model's own values back."""
         with torch.no_grad():
@@ -111,12 +119,12 @@ class KappaTuneLayer(nn.Module, BaseTunerLayer):
                 f"Choose one with model.set_adapter('{names[0]}')."
             )
         super().set_adapter(names, *args, **kwargs)
-        self.write()
+        self._switch()
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch between the active adapter's values and the base model's own, exactly."""
         super().enable_adapters(enabled)
-        self.write()
+        self._switch()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget `adapter_name`; the base gets its own values back if it was the active one."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kappatune_plugin.data import find_local, local_spec, spec_problems
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.recipe_yaml import BLOCKS, apply_overrides, read_yaml
+from kappatune_plugin.recipe_yaml import BLOCKS, FLAT, apply_overrides, nest_flat_keys, read_yaml
 from kappatune_plugin.templates import did_you_mean, parse_template
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def load_recipe(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Recip
     """
     path = Path(path)
     content, problems = read_yaml(path)
+    problems += nest_flat_keys(content)
     problems += apply_overrides(content, list(overrides))
     problems += _set_environment(content.get("env"))
     blocks = {name: content.pop(name) for name in BLOCKS if name in content}
@@ -107,10 +108,11 @@ def _trl_arguments(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
     """The top level's values in the types that TRL declares, and what is wrong with them."""
     from kappatune_plugin.trl_keys import convert, trl_keys
 
+    known = [*trl_keys(), *BLOCKS, *(FLAT + key for key in KAPPATUNE_KEYS)]
     arguments, problems = {}, []
     for key, value in content.items():
         if key not in trl_keys():
-            problems.append(f"unknown key {_unknown(key, [*trl_keys(), *BLOCKS])}")
+            problems.append(f"unknown key {_unknown(key, known)}")
             continue
         try:
             arguments[key] = convert(key, value)

@@ -9,6 +9,8 @@ import yaml
 from kappatune_plugin.errors import KappaTuneError
 
 BLOCKS = ("kappatune", "data", "forgetting", "env")
+# `kappatune_k: 75` at the top level says `kappatune: {k: 75}`, the spelling of a LoRA recipe's `lora_r`
+FLAT = "kappatune_"
 # YAML would read "Tweet: {text}" as a mapping, " {label}" too, and a split or a name of digits as a number
 TEXTS = ("prompt", "completion", "path", "name", "split", "label_column")
 
@@ -54,8 +56,29 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:
     return content, loader.repeated
 
 
+def nest_flat_keys(content: dict[str, Any]) -> list[str]:
+    """Move each `kappatune_KEY` of `content` into its block `kappatune`, in place.
+
+    Returns:
+        A line for each key that is spelled both ways.
+    """
+    problems = []
+    for flat in [key for key in content if isinstance(key, str) and key.startswith(FLAT)]:
+        key, value = flat.removeprefix(FLAT), content.pop(flat)
+        if content.get("kappatune") is None:
+            content["kappatune"] = {}
+        block = content["kappatune"]
+        if not isinstance(block, dict):
+            problems.append(f"{flat} and kappatune: {block!r}: make kappatune a mapping, or delete it.")
+        elif key in block:
+            problems.append(f"{flat} and kappatune.{key} say the same: delete one.")
+        else:
+            block[key] = value
+    return problems
+
+
 def apply_overrides(content: dict[str, Any], overrides: list[str]) -> list[str]:
-    """Lay `--key value`, `--key=value`, `--flag` and `--block.key value` over `content`, in place.
+    """Lay `--key value`, `--key=value`, `--flag`, `--block.key value` and `--kappatune_key value` over `content`, in place.
 
     The values of TRL's keys stay as they were typed: their types are brought in with the recipe's. Those of blocks are
     YAML.
@@ -90,6 +113,8 @@ def _split(overrides: list[str]) -> tuple[dict[str, list[str]], list[str]]:
             continue
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
+        if name.startswith(FLAT):
+            name = f"kappatune.{name.removeprefix(FLAT)}"
         if name in flags:
             problems.append(f"--{name} is given twice: delete one.")
         flags[name] = [value] if equals else []

@@ -54,6 +54,8 @@ def test_keys_reach_their_owners(load):
         (["--no_packing"], lambda recipe: recipe.training_args.packing is False),
         (["--save_strategy", "no"], lambda recipe: recipe.training_args.save_strategy == "no"),
         (["--kappatune.k", "10%"], lambda recipe: recipe.kappatune.k == "10%"),
+        (["--kappatune_k", "10%"], lambda recipe: recipe.kappatune.k == "10%"),
+        (["--kappatune-exclude=[norm]"], lambda recipe: recipe.kappatune.exclude == ["norm"]),
         (["--kappatune.k", "{params: 2M}"], lambda recipe: recipe.kappatune.k == {"params": "2M"}),
         (["--kappatune.exclude", "[norm, router]"], lambda recipe: recipe.kappatune.exclude == ["norm", "router"]),
         (["--forgetting.control", "self"], lambda recipe: recipe.forgetting.control == "self"),
@@ -64,6 +66,14 @@ def test_keys_reach_their_owners(load):
 )
 def test_overrides(load, overrides, read):
     assert read(load(*overrides))
+
+
+def test_the_flat_spelling_says_the_same(load):
+    flat = load(kappatune=None, kappatune_k="10%", kappatune_order="highest", kappatune_exclude=["norm", "router"])
+    nested = load(kappatune={"k": "10%", "order": "highest", "exclude": ["norm", "router"]})
+    assert flat.kappatune == nested.kappatune and flat.resolved == nested.resolved
+    mixed = load(kappatune={"k": "10%"}, kappatune_order="highest", kappatune_exclude=["norm", "router"])
+    assert mixed.kappatune == nested.kappatune
 
 
 def test_overrides_land_in_the_resolved_recipe(load):
@@ -108,6 +118,10 @@ def test_all_problems_at_once(load):
         ({"use_peft": True, "lora_r": 8}, ["use_peft, lora_r", "Delete"]),
         ({"load_in_4bit": True}, ["load_in_4bit"]),
         ({"eval_strategy": "stepps"}, ["eval_strategy", "steps"]),
+        ({"kappatune_k": 3}, ["kappatune_k and kappatune.k", "delete one"]),
+        ({"kappatune": 75, "kappatune_k": 3}, ["kappatune_k and kappatune: 75", "make kappatune a mapping"]),
+        ({"kappatune": None, "kappatune_kk": 3}, ["unknown key 'kappatune.kk'"]),
+        ({"kappatune": None, "kapatune_k": 3}, ["Did you mean 'kappatune_k'?"]),
         ({"kappatune": {"k": True}}, ["k: True"]),
         ({"kappatune": {"k": "ten%"}}, ["ten%"]),
         ({"kappatune": {"k": {"parms": 3}}}, ["parms"]),
@@ -150,6 +164,7 @@ def test_each_mistake_of_the_data_is_named(load, data, words):
         (["loose"], "'loose' belongs to no flag"),
         (["--max_steps", "3", "--max_steps", "4"], "--max_steps is given twice"),
         (["--kappatune.k", "1", "2"], "takes one value"),
+        (["--kappatune_k", "3", "--kappatune.k", "4"], "--kappatune.k is given twice"),
         (["--max_steps", "soon"], "max_steps: expected a whole number"),
     ],
 )

@@ -238,6 +238,29 @@ def test_training_is_the_same_with_the_base_measured_in_between():
     assert run(measure=True) == run(measure=False)
 
 
+def test_the_base_may_run_between_forward_and_backward():
+    """As DPO does; a backward while the base holds other values would be wrong and is refused."""
+    tokens = random_batches(1)[0][0]
+    peft_model = get_peft_model(tiny_model("olmoe"), KappaTuneConfig(k=7))
+    steps(peft_model, random_batches(1))
+    masters = [layer.kappatune_master["default"] for layer in peft_model.base_model.layers()]
+    peft_model.zero_grad()
+    peft_model(input_ids=tokens, labels=tokens).loss.backward()
+    expected = [master.grad.clone() for master in masters]
+    peft_model.zero_grad()
+    loss = peft_model(input_ids=tokens, labels=tokens).loss
+    with peft_model.disable_adapter():
+        peft_model(input_ids=tokens)
+        with pytest.raises(KappaTuneError, match="outside of disable_adapter"):
+            loss.backward(retain_graph=True)
+    peft_model.zero_grad()
+    loss = peft_model(input_ids=tokens, labels=tokens).loss
+    with peft_model.disable_adapter():
+        peft_model(input_ids=tokens)
+    loss.backward()
+    assert all(torch.equal(master.grad, each) for master, each in zip(masters, expected, strict=True))
+
+
 def test_named_adapters_take_turns():
     model = tiny_model("olmoe")
     base = logits(model)
