@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Run a toolkit's own commands on tiny models and compare the checkpoints they leave:
+#     tests/toolkits/run.sh NAME [FOLDER]
+# NAME is that of a script beside this one (axolotl, llamafactory). FOLDER keeps the environments, so that only the
+# first run installs anything (minutes); default: kappatune-toolkits in the cache folder. On a machine without a GPU,
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu spares the gigabytes of CUDA.
+set -euo pipefail
+
+name=${1:?usage: run.sh NAME [FOLDER]}
+here=$(cd "$(dirname "$0")" && pwd)
+folder=${2:-${KAPPATUNE_TOOLKITS:-${XDG_CACHE_HOME:-$HOME/.cache}/kappatune-toolkits}}
+script=$here/${name%%-*}.sh
+[ -f "$script" ] && [ "$name" != run ] || { echo "no toolkit is called '$name'" >&2; exit 2; }
+. "$here/common.sh"
+. "$script"
