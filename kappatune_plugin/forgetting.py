@@ -10,6 +10,7 @@ from rich.table import Table
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from kappatune_plugin.answers import answer_accuracy
 from kappatune_plugin.data import load_rows, pairs
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.files import read_json, write_json
@@ -18,6 +19,7 @@ from kappatune_plugin.probes import (
     ChoiceExample,
     base_of,
     blocks,
+    completion_kl,
     completion_loss,
     exact_recall,
     kl_to_base,
@@ -28,6 +30,9 @@ from kappatune_plugin.probes import (
 )
 
 Task = list[ChoiceExample] | list[tuple[str, str]]
+HARNESS = "lm_eval/"
+# of the task's metrics, those that count right answers
+SHARES = ("accuracy", "answer_accuracy")
 
 
 @dataclass
@@ -56,8 +61,13 @@ class ForgettingData:
             for name, spec in config.controls().items()
         }
         facts = _facts(config, folder) if config.recall else []
-        if not (controls or facts or task):
+        if not (controls or facts or task or config.lm_eval):
             raise KappaTuneError("forgetting: there is nothing to measure: add control, recall, or a data.test.")
+        if config.generate is not None and (not task or isinstance(task[0], ChoiceExample)):
+            raise KappaTuneError(
+                "forgetting.generate: there is no task to write answers to: give data.test with prompt and completion, "
+                "without labels, or delete generate."
+            )
         return cls(controls, task or [], facts)
 
 
@@ -68,6 +78,8 @@ class ForgettingProbe:
     Attributes:
         controls: name -> pieces of token ids.
         task, facts: as `ForgettingData` has them.
+        generate: settings of `answer_accuracy`; None measures the task by likelihood.
+        harness: settings of `harness.run_harness`; None runs none.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -75,6 +87,8 @@ class ForgettingProbe:
     task: Task = field(default_factory=list)
     facts: list[tuple[str, str]] = field(default_factory=list)
     batch_size: int = 8
+    generate: dict[str, int] | None = None
+    harness: dict[str, Any] | None = None
 
     @classmethod
     def build(
@@ -83,39 +97,75 @@ class ForgettingProbe:
         """Tokenize `data`; `model`, without its adapter, writes the texts that are None.
 
         Raises:
-            KappaTuneError: a control without two tokens in a row, or a tokenizer without a token to start from.
+            KappaTuneError: a control without two tokens in a row, a tokenizer without a token to start from, or a
+                harness that isn't installed or doesn't know a task.
         """
+        harness = config.harness()
+        if harness is not None:
+            from kappatune_plugin.harness import check_harness
+
+            check_harness(**harness)
+        truncate = config.long_texts == "truncate"
         controls = {
             name: sample_base(model, tokenizer, config.samples, config.max_length, config.seed, config.batch_size)
             if texts is None
-            else blocks(tokenizer, texts, config.max_length)
+            else blocks(tokenizer, texts, config.max_length, truncate)
             for name, texts in data.controls.items()
         }
-        return cls(tokenizer, controls, data.task, data.facts, config.batch_size)
+        return cls(tokenizer, controls, data.task, data.facts, config.batch_size, config.generate, harness)
 
     @property
     def metric(self) -> str | None:
-        """ "accuracy" for a task with labels, "loss" (nats a completion token) without, None for no task."""
+        """How the task is measured; None for no task.
+
+        "accuracy" of likelihoods for a task with labels; without labels "answer_accuracy" of what the model writes if
+        `generate` is set, else "loss" (nats a completion token).
+        """
         if not self.task:
             return None
-        return "accuracy" if isinstance(self.task[0], ChoiceExample) else "loss"
+        if isinstance(self.task[0], ChoiceExample):
+            return "accuracy"
+        return "loss" if self.generate is None else "answer_accuracy"
 
-    def measure(self, model: nn.Module) -> dict[str, float]:
-        """The losses and perplexities of the controls, the task's metric, the share of facts recalled."""
+    def measure(self, model: nn.Module, quick: bool = False) -> dict[str, float]:
+        """The losses and perplexities of the controls, the task's metric, the share of facts recalled, the harness.
+
+        Args:
+            quick: leave out what writes text or runs the harness: for measurements during a run.
+        """
         found = {}
         for name, pieces in self.controls.items():
             loss = token_loss(model, pieces, self.batch_size)
             found[f"{name}_loss"], found[f"{name}_ppl"] = loss.nats_per_token, loss.perplexity
-        if self.task:
+        if self.metric in ("accuracy", "loss"):
             measure = label_accuracy if self.metric == "accuracy" else completion_loss
             found[f"task_{self.metric}"] = measure(model, self.tokenizer, self.task, self.batch_size)
         if self.facts:
             found["recall"] = exact_recall(model, self.tokenizer, self.facts, self.batch_size)
+        return found if quick else {**found, **self._slow(model)}
+
+    def _slow(self, model: nn.Module) -> dict[str, float]:
+        found = {}
+        if self.metric == "answer_accuracy":
+            settings = {"batch_size": self.batch_size, **self.generate}
+            found["task_answer_accuracy"] = answer_accuracy(model, self.tokenizer, self.task, **settings)
+        if self.harness is not None:
+            from kappatune_plugin.harness import run_harness
+
+            found |= run_harness(model, self.tokenizer, batch_size=self.batch_size, **self.harness)
         return found
 
     def divergences(self, model: nn.Module) -> dict[str, float]:
-        """KL(base || model) a token on each control, in nats."""
-        return {f"{name}_kl": kl_to_base(model, pieces, self.batch_size) for name, pieces in self.controls.items()}
+        """KL(base || model) a token in nats: on each control, and on the completions of the task as `task_kl`."""
+        found = {f"{name}_kl": kl_to_base(model, pieces, self.batch_size) for name, pieces in self.controls.items()}
+        if self.task:
+            found["task_kl"] = completion_kl(model, self.tokenizer, task_pairs(self.task), self.batch_size)
+        return found
+
+
+def task_pairs(task: Task) -> list[tuple[str, str]]:
+    """(prompt, right completion) of each test example."""
+    return [(each.prompt, each.choices[each.answer]) if isinstance(each, ChoiceExample) else each for each in task]
 
 
 class ForgettingReport:
@@ -148,10 +198,19 @@ class ForgettingReport:
         content: dict[str, Any] = {"control": control}
         if self.metric:
             key = f"task_{self.metric}"
-            content["task"] = {"metric": self.metric, "before": before.get(key), "after": after.get(key)}
+            kl = after.get("task_kl")
+            content["task"] = {
+                "metric": self.metric,
+                "before": before.get(key),
+                "after": after.get(key),
+                "kl_after": kl,
+            }
         if self.facts:
             recall = {"before": before.get("recall"), "after": after.get("recall")}
             content["recall"] = {"metric": "exact_match", "facts": self.facts, **recall}
+        harness = {key: {"before": before[key], "after": after.get(key)} for key in before if key.startswith(HARNESS)}
+        if harness:
+            content["lm_eval"] = {key.removeprefix(HARNESS): values for key, values in harness.items()}
         return {**content, "steps": [{key: _finite(value) for key, value in step.items()} for step in self.steps]}
 
     def save(self, path: Path) -> None:
@@ -169,20 +228,29 @@ class ForgettingReport:
         table = Table("", "before", "after", "change", title="What was learned, what was forgotten")
         rows = []
         if self.metric:
-            rows.append((f"task {self.metric}", f"task_{self.metric}", self.metric == "accuracy"))
+            rows.append((f"task {self.metric.replace('_', ' ')}", f"task_{self.metric}", self.metric in SHARES))
         if self.facts:
             rows.append((f"recall of {self.facts} facts", "recall", True))
         for name in self.controls:
             rows.append((f"{name}: loss a token (nats)", f"{name}_loss", False))
             rows.append((f"{name}: perplexity", f"{name}_ppl", False))
+        rows += [(key.removeprefix(HARNESS), key, False) for key in self.before if key.startswith(HARNESS)]
         for title, key, share in rows:
             before, after = self.before.get(key, math.nan), self.after.get(key, math.nan)
             shown = "{:.1%}" if share else "{:.3f}"
             change = f"{100 * (after - before):+.1f} points" if share else f"{after - before:+.3f}"
             table.add_row(title, shown.format(before), shown.format(after), change)
-        for name in self.controls:
+        for name in [*self.controls, *(["task"] if self.metric else [])]:
             table.add_row(f"{name}: KL to the base (nats)", "0", f"{self.after.get(f'{name}_kl', math.nan):.4f}", "")
         return table
+
+    def delta(self, measured: Mapping[str, float]) -> float | None:
+        """The rise of the control loss in `measured` since before, in nats a token: of the control that rose most.
+
+        None without controls.
+        """
+        rises = [measured[f"{name}_loss"] - self.before[f"{name}_loss"] for name in self.controls]
+        return max(rises) if rises else None
 
 
 class ForgettingCallback(TrainerCallback):
@@ -205,7 +273,7 @@ class ForgettingCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
         if self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:
-            measured = self.probe.measure(model)
+            measured = self.probe.measure(model, quick=True)
             self.report.steps.append({"step": state.global_step, **measured})
             self._note(state, model, measured)
 
@@ -226,13 +294,14 @@ class ForgettingCallback(TrainerCallback):
 
 
 def _control_texts(spec: Mapping[str, Any], name: str, config: ForgettingConfig, folder: Path | None) -> list[str]:
+    spec = dict(spec) if isinstance(spec, Mapping) else {"path": spec}
+    column = spec.pop("text_column", None) or config.text_column
     rows = load_rows(spec, f"forgetting.control {name}", folder)
-    if config.text_column not in rows.column_names:
+    if column not in rows.column_names:
         raise KappaTuneError(
-            f"forgetting.text_column: control {name} has no column '{config.text_column}', only "
-            f"{', '.join(rows.column_names)}."
+            f"forgetting.text_column: control {name} has no column '{column}', only {', '.join(rows.column_names)}."
         )
-    return [text for text in rows[config.text_column] if text and text.strip()][: config.max_samples]
+    return [text for text in rows[column] if text and text.strip()][: config.max_samples]
 
 
 def _facts(config: ForgettingConfig, folder: Path | None) -> list[tuple[str, str]]:

@@ -43,15 +43,25 @@ class ChoiceExample:
 
 @contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module's mode and the random state are as before."""
+    """Evaluation mode without gradients; afterwards every module's mode and the random state are as before.
+
+    The load-balancing loss that TRL turns on for a mixture of experts is off: transformers can't compute it while it
+    generates from padded prompts.
+    """
     modes = {module: module.training for module in model.modules()}
+    config = getattr(model, "config", None)
+    balancing = getattr(config, "output_router_logits", False)
     device = getattr(model, "device", torch.device("cpu"))
     devices = [device] if device.type == "cuda" else []
     try:
         model.eval()
+        if balancing:
+            config.output_router_logits = False
         with torch.no_grad(), torch.random.fork_rng(devices):
             yield
     finally:
+        if balancing:
+            config.output_router_logits = balancing
         for module, training in modes.items():
             module.training = training
 
@@ -61,15 +71,20 @@ def base_of(model: nn.Module) -> Any:
     return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
 
 
-def blocks(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> list[list[int]]:
-    """Token ids of each text, cut in pieces of at most `max_length`; pieces that predict nothing are dropped.
+def blocks(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int, truncate: bool = False
+) -> list[list[int]]:
+    """Token ids of each text in pieces of at most `max_length`; pieces that predict nothing are dropped.
+
+    Args:
+        truncate: keep only the first piece of each text, as PEFT's MetaMathQA benchmark does.
 
     Raises:
         KappaTuneError: nothing is left.
     """
     pieces = []
     for text in texts:
-        ids = tokenizer(text, truncation=False, verbose=False)["input_ids"]
+        ids = tokenizer(text, truncation=truncate, max_length=max_length if truncate else None, verbose=False).input_ids
         pieces += [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
     pieces = [piece for piece in pieces if len(piece) >= 2]
     if not pieces:
@@ -100,7 +115,10 @@ def completion_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: 
 def token_loss(model: nn.Module, pieces: Sequence[Sequence[int]], batch_size: int = 8) -> TokenLoss:
     """Mean loss of every token but the first of each piece: all nats over all tokens, not a mean of means.
 
-    As PEFT's MetaMathQA benchmark defines it since its correction (shifted, masked, weighted by token).
+    As PEFT's MetaMathQA benchmark (method_comparison/MetaMathQA, `calculate_mean_per_token_loss`) defines it since its
+    corrections: the logits at a token against the token after it, no padding, every token alike; `base_of` measures the
+    base without the adapter. Two differences are of rounding only: padding is on the right here, and the logarithm of
+    the softmax is taken in float32 whatever the model's dtype.
     """
     nats, tokens = 0.0, 0
     with measuring(model):
@@ -111,21 +129,48 @@ def token_loss(model: nn.Module, pieces: Sequence[Sequence[int]], batch_size: in
     return TokenLoss(nats / tokens, tokens)
 
 
-def kl_to_base(model: nn.Module, pieces: Sequence[Sequence[int]], batch_size: int = 8) -> float:
+def kl_to_base(
+    model: nn.Module, pieces: Sequence[Sequence[int]], batch_size: int = 8, starts: Sequence[int] | None = None
+) -> float:
     """Mean over tokens of KL(base || model) of the next-token distribution, in nats.
 
     The forward direction, as RL's Razor (arXiv 2509.04259) predicts forgetting by it. 0 for a model without adapter.
+
+    Args:
+        starts: of each piece the position of its first token whose prediction counts; default: 1, its second token.
     """
     total, tokens = 0.0, 0
+    rows = list(zip(pieces, starts or [1] * len(pieces), strict=True))
     with measuring(model):
-        for batch in _batches(pieces, batch_size):
-            tuned, mask = _log_probabilities(model, batch)
+        for batch in _batches(rows, batch_size):
+            ids = [piece for piece, _ in batch]
+            tuned, mask = _log_probabilities(model, ids)
             with base_of(model):
-                base, _ = _log_probabilities(model, batch)
+                base, _ = _log_probabilities(model, ids)
             divergence = (base.exp() * (base - tuned)).sum(-1)
+            for row, (_, start) in enumerate(batch):
+                mask[row, : start - 1] = False
             total += divergence[mask].double().sum().item()
             tokens += int(mask.sum())
     return total / tokens
+
+
+def completion_kl(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], batch_size: int = 8
+) -> float:
+    """Mean over the completions' tokens of KL(base || model), given the prompt and the right tokens before, in nats.
+
+    For a completion of one token that is RL's Razor's divergence on the new task, E_x KL(base(y|x) || model(y|x)); for
+    longer ones it follows the right completion where that averages over the base's own.
+
+    Raises:
+        KappaTuneError: no pairs.
+    """
+    if not pairs:
+        raise KappaTuneError("There are no test examples to measure the task's KL on.")
+    divided = [completion_ids(tokenizer, *pair) for pair in pairs]
+    pieces = [prompt + completion for prompt, completion in divided]
+    return kl_to_base(model, pieces, batch_size, starts=[len(prompt) for prompt, _ in divided])
 
 
 def label_accuracy(

@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 from kappatune_plugin import KappaTuneConfig, KappaTuneError
 from kappatune_plugin.forgetting import ForgettingCallback, ForgettingData, ForgettingProbe
 from kappatune_plugin.forgetting_config import ForgettingConfig
-from kappatune_plugin.probes import ChoiceExample, kl_to_base, token_loss
+from kappatune_plugin.probes import ChoiceExample, completion_kl, kl_to_base, token_loss
 from recipes import CONTROL, FACTS, write_rows
 from tiny import tiny_tokenizer
 
@@ -99,7 +99,7 @@ def test_logged_as_the_trainers_own_metrics(saved_olmoe, tmp_path):
     assert [entry["step"] for entry in logged] == [0, 2, 4, 6]
     assert logged[0]["forgetting/control_loss"] == callback.report.before["control_loss"]
     assert {"forgetting/control_ppl", "forgetting/task_accuracy", "forgetting/recall"} < logged[1].keys()
-    assert "forgetting/control_kl" in logged[3]
+    assert {"forgetting/control_kl", "forgetting/task_kl"} < logged[3].keys()
 
 
 def test_file_is_as_documented(saved_olmoe, tmp_path):
@@ -117,6 +117,8 @@ def test_file_is_as_documented(saved_olmoe, tmp_path):
         "kl_after": callback.report.after["control_kl"],
     }
     assert content["task"]["metric"] == "accuracy"
+    right = [(example.prompt, example.choices[example.answer]) for example in TASK]
+    assert content["task"]["kl_after"] == pytest.approx(completion_kl(one.model, tiny_tokenizer(), right))
     assert content["recall"] | {"before": 0, "after": 0} == {
         "metric": "exact_match",
         "facts": 2,
@@ -151,6 +153,7 @@ def test_table_shows_before_after_and_change(saved_olmoe, tmp_path):
         "control_loss": 2.25,
         "control_ppl": 9.488,
         "control_kl": 0.125,
+        "task_kl": 1.5,
     }
     console = Console(width=100)
     with console.capture() as capture:
@@ -159,7 +162,9 @@ def test_table_shows_before_after_and_change(saved_olmoe, tmp_path):
     for line in (["accuracy", "50.0%", "75.0%", "+25.0 points"], ["recall of 2 facts", "100.0%", "50.0%", "-50.0"]):
         assert any(all(word in row for word in line) for row in shown.splitlines()), line
     assert any(all(word in row for word in ("loss", "2.000", "2.250", "+0.250")) for row in shown.splitlines())
-    assert any(all(word in row for word in ("KL", "0.1250")) for row in shown.splitlines())
+    for kl in (("control: KL", "0.1250"), ("task: KL", "1.5000")):
+        assert any(all(word in row for word in kl) for row in shown.splitlines()), kl
+    assert callback.report.delta(callback.report.after) == 0.25
 
 
 def test_a_task_without_labels_is_measured_by_its_loss(saved_olmoe, tmp_path):
@@ -167,6 +172,24 @@ def test_a_task_without_labels_is_measured_by_its_loss(saved_olmoe, tmp_path):
     data = ForgettingData(task=[("the cat", " sat"), ("yes", " no")])
     found = ForgettingProbe.build(ForgettingConfig(), data, one.model, tiny_tokenizer()).measure(one.model)
     assert found.keys() == {"task_loss"} and 0 < found["task_loss"] < 20
+
+
+def test_a_task_can_be_measured_by_what_the_model_writes(saved_olmoe, tmp_path):
+    one = trainer(saved_olmoe, tmp_path / "out")
+    config = ForgettingConfig(generate={"max_new_tokens": 4})
+    data = ForgettingData.load(config, [("the cat", " #### 5"), ("yes", " The answer is: 3")])
+    built = ForgettingProbe.build(config, data, one.model, tiny_tokenizer())
+    assert built.measure(one.model) == {"task_answer_accuracy": 0.0}
+    assert built.measure(one.model, quick=True) == {}
+    with pytest.raises(KappaTuneError, match="no task to write answers to"):
+        ForgettingData.load(config, TASK)
+
+
+def test_a_control_may_name_its_own_column(tmp_path):
+    one = str(write_rows(tmp_path / "a.jsonl", [{"text": "the cat"}]))
+    other = str(write_rows(tmp_path / "b.jsonl", [{"story": "the mat"}]))
+    config = ForgettingConfig(control={"a": {"path": one}, "b": {"path": other, "text_column": "story"}})
+    assert ForgettingData.load(config).controls == {"a": ["the cat"], "b": ["the mat"]}
 
 
 def test_several_controls_and_max_samples(saved_olmoe, tmp_path):
@@ -194,6 +217,16 @@ def test_several_controls_and_max_samples(saved_olmoe, tmp_path):
         ({"recall": "facts.jsonl"}, ["not a mapping"]),
         ({"recall": {"path": "x", "prompt": "{a", "completion": "{b}"}}, ["recall.prompt", "{a"]),
         ({"text_column": 3}, ["text_column: 3"]),
+        ({"control": "task.jsonl"}, ["Write {path: task.jsonl}"]),
+        ({"control": {"task": {"path": "x"}}}, ["control: the name 'task' stands for the task"]),
+        ({"long_texts": "cut"}, ["long_texts: 'cut'", "split, truncate"]),
+        ({"max_delta": 0}, ["max_delta: 0", "such as 0.05"]),
+        ({"max_delta": True}, ["max_delta: True"]),
+        ({"generate": 3}, ["generate: 3", "max_new_tokens"]),
+        ({"generate": {"max_new": 3, "batch_size": 0}}, ["unknown key 'max_new'", "generate.batch_size: 0"]),
+        ({"lm_eval": "hellaswag"}, ["lm_eval: 'hellaswag'", "[hellaswag, arc_challenge]"]),
+        ({"lm_eval": {"task": ["x"]}}, ["unknown key 'task'", "tasks: None"]),
+        ({"lm_eval": {"tasks": ["x"], "limit": 0}}, ["lm_eval.limit: 0"]),
     ],
 )
 def test_blocks_that_cannot_be_right(values, words):

@@ -9,8 +9,10 @@ from peft import get_peft_model
 from kappatune_plugin import KappaTuneConfig, KappaTuneError
 from kappatune_plugin.probes import (
     ChoiceExample,
+    base_of,
     blocks,
     completion_ids,
+    completion_kl,
     completion_loss,
     exact_recall,
     kl_to_base,
@@ -55,6 +57,24 @@ def test_token_loss_weighs_every_token_alike(batch_size):
     assert found.perplexity == pytest.approx(math.exp(sum(losses) / 10), rel=1e-5)
 
 
+def test_token_loss_is_what_the_metamathqa_benchmark_measures():
+    """Its definition step by step: texts cut at max_length, padded on the left, each token's logits for the next."""
+    model, tokenizer = tuned_model().eval(), tiny_tokenizer()
+    texts = ["the cat sat on the mat, yes and no", "yes", "no good bad mat " * 6]
+    batch = tokenizer(texts, truncation=True, max_length=12, padding=True, padding_side="left", return_tensors="pt")
+    losses = []
+    with torch.no_grad(), model.disable_adapter():
+        for logits, ids, mask in zip(model(**batch).logits, batch.input_ids, batch.attention_mask, strict=True):
+            kept, target = logits[-mask.sum() :], ids[-mask.sum() :]
+            losses.append(torch.nn.functional.cross_entropy(kept[:-1], target[1:], reduction="none"))
+    expected = torch.cat(losses)
+    pieces = blocks(tokenizer, texts, max_length=12, truncate=True)
+    with base_of(model):
+        found = token_loss(model, pieces, batch_size=2)
+    assert found.tokens == len(expected) > 20
+    assert found.nats_per_token == pytest.approx(expected.mean().item(), rel=1e-6)
+
+
 def test_base_is_measured_without_the_adapter():
     model = tuned_model()
     untouched = token_loss(tiny_model("olmoe", vocab_size=300), PIECES)
@@ -77,6 +97,23 @@ def test_kl_is_forward_and_from_the_base(batch_size):
 
 def test_kl_of_the_base_to_itself_is_zero():
     assert kl_to_base(tiny_model("olmoe"), PIECES) == 0
+
+
+def test_kl_on_the_task_counts_the_completion_only():
+    model, base, tokenizer = tuned_model().eval(), tiny_model("olmoe", vocab_size=300).eval(), tiny_tokenizer()
+    pairs = [("the cat", " sat on the mat"), ("yes", " no"), ("a good bad cat", " yes")]
+    total, tokens = 0.0, 0
+    for prompt, completion in pairs:
+        ids = tokenizer(prompt + completion, return_tensors="pt").input_ids
+        count = len(tokenizer(completion).input_ids)
+        with torch.no_grad():
+            p, q = (one(input_ids=ids).logits[0, -count - 1 : -1].double().softmax(-1) for one in (base, model))
+        total += (p * (p / q).log()).sum().item()
+        tokens += count
+    for batch_size in (1, 2, 8):
+        assert completion_kl(model, tokenizer, pairs, batch_size) == pytest.approx(total / tokens, rel=1e-4)
+    with pytest.raises(KappaTuneError, match="no test examples"):
+        completion_kl(model, tokenizer, [])
 
 
 def test_measuring_restores_modes_and_random_state():
@@ -159,6 +196,10 @@ def test_blocks_cut_long_texts_and_drop_what_predicts_nothing():
     ids = tokenizer(text).input_ids
     assert blocks(tokenizer, [text, "", "y"], max_length=4) == [
         piece for piece in (ids[:4], ids[4:8], ids[8:]) if len(piece) >= 2
+    ]
+    assert blocks(tokenizer, [text, "yes no"], max_length=4, truncate=True) == [
+        ids[:4],
+        tokenizer("yes no").input_ids,
     ]
     with pytest.raises(KappaTuneError, match="2 control texts"):
         blocks(tokenizer, ["", "y"], max_length=4)
