@@ -1,6 +1,6 @@
 """What the block `kappatune:` of a recipe says."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from peft import PeftConfig
@@ -69,6 +69,14 @@ class KappaTuneConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """As PEFT saves it; the path of a report means nothing on another machine and is left out."""
         return {**super().to_dict(), "report": None}
+
+
+# what the block `kappatune:` of a recipe takes; PEFT and TRL set the other fields
+KAPPATUNE_KEYS = tuple(
+    each.name
+    for each in fields(KappaTuneConfig)
+    if each.name not in PeftConfig.__dataclass_fields__ and each.name != "trainable_token_indices"
+)
 
 
 def config_problems(values: dict[str, Any]) -> list[str]:

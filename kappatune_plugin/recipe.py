@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kappatune_plugin.config import KAPPATUNE_KEYS, KappaTuneConfig, config_problems
 from kappatune_plugin.data import find_local, local_spec, spec_problems
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.recipe_yaml import BLOCKS, FLAT, apply_overrides, nest_flat_keys, read_yaml
@@ -14,21 +15,8 @@ from kappatune_plugin.templates import did_you_mean, parse_template
 if TYPE_CHECKING:
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
-    from kappatune_plugin.config import KappaTuneConfig
     from kappatune_plugin.forgetting_config import ForgettingConfig
 
-KAPPATUNE_KEYS = (
-    "k",
-    "order",
-    "rank_by",
-    "seed",
-    "include",
-    "exclude",
-    "rtol",
-    "report",
-    "selection",
-    "modules_to_save",
-)
 DATA_KEYS = ("train", "test", "prompt", "completion", "labels", "label_column")
 # keys of TRL's ModelConfig that ask for another method
 OTHER_METHODS = ("use_peft", "use_rslora", "use_dora", "load_in_8bit", "load_in_4bit", "use_bnb_nested_quant")
@@ -52,7 +40,7 @@ class Recipe:
     training_args: "SFTConfig"
     model_args: "ModelConfig"
     dataset_args: "DatasetMixtureConfig"
-    kappatune: "KappaTuneConfig"
+    kappatune: KappaTuneConfig
     data: dict[str, Any] | None
     forgetting: "ForgettingConfig | None"
     resolved: dict[str, Any]
@@ -204,8 +192,7 @@ def _block(name: str, blocks: Mapping[str, Any], known: Iterable[str], problems:
     return {key: value for key, value in block.items() if key not in unknown}
 
 
-def _kappatune(blocks: Mapping[str, Any], problems: list[str]) -> "KappaTuneConfig | None":
-    from kappatune_plugin.config import KappaTuneConfig, config_problems
+def _kappatune(blocks: Mapping[str, Any], problems: list[str]) -> KappaTuneConfig | None:
     from kappatune_plugin.report import KappaReport
     from kappatune_plugin.selection import Selection
 
