@@ -16,12 +16,23 @@ from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.report import KappaReport
 from kappatune_plugin.scan import scan
 from kappatune_plugin.selection import select
+from kappatune_plugin.sources import ModelSource
 from kappatune_plugin.units import base_hash, find_units, unit_matrix
 from tiny import CONFIGS, tiny_model
 
 
 def quiet(model: nn.Module | str | Path, **settings) -> KappaReport:
     return scan(model, progress=False, **settings)
+
+
+def kappa_of(matrix: torch.Tensor) -> float:
+    """As a scan finds it, which gives each matrix one thread: with several, last digits may differ."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return condition_number(matrix).value
+    finally:
+        torch.set_num_threads(threads)
 
 
 def two_layers() -> nn.Sequential:
@@ -40,7 +51,7 @@ def test_rows_are_the_units_with_their_kappas(kind, dtype):
         sigma = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
         assert row.shape == tuple(matrix.shape) and set(row.groups) == unit.groups
         assert row.lo <= sigma[0] / sigma[-1] <= row.hi
-        assert row.kappa == condition_number(matrix).value
+        assert row.kappa == kappa_of(matrix)
     # the routers of DeepSeek stay in float32
     dtypes = {dtype, torch.float32} if kind.startswith("deepseek") else {dtype}
     assert report.dtype == ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
@@ -182,6 +193,27 @@ def test_what_cannot_be_loaded_is_an_error(tmp_path, saved_olmoe):
         quiet(tmp_path / "cut")
     with pytest.raises(KappaTuneError, match="dict"):
         quiet({"model": 1})
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_report_does_not_depend_on_the_threads(threads):
+    model = tiny_model("olmoe")
+    expected, before = quiet(model), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert quiet(model) == expected
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_error_in_a_thread_ends_the_scan(monkeypatch):
+    def fail(source, unit):
+        raise KappaTuneError(f"no {unit.name}")
+
+    monkeypatch.setattr(ModelSource, "load", fail)
+    with pytest.raises(KappaTuneError, match="no .*weight"):
+        quiet(two_layers())
 
 
 def test_progress_bar_can_be_turned_off(capsys):

@@ -1,0 +1,64 @@
+"""A model from a folder or the hub, with its weights or without."""
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from kappatune_plugin.errors import KappaTuneError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def load_model(path: str, trust_remote_code: bool = False) -> nn.Module:
+    """The model in the folder `path` or of that name on the hub, on the CPU, in the dtype it was saved in.
+
+    Raises:
+        KappaTuneError: transformers can't load it, or the checkpoint lacks weights.
+    """
+    options = {"trust_remote_code": trust_remote_code}
+    try:
+        loader = model_class(model_config(path, trust_remote_code))
+        model, info = loader.from_pretrained(path, dtype="auto", output_loading_info=True, **options)
+    except KappaTuneError:
+        raise
+    except Exception as error:
+        # transformers raises anything here: OSError, ValueError, KeyError, SafetensorError, errors of remote code
+        raise cannot_load(path, error) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise KappaTuneError(
+            f"'{path}' lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}: they would be "
+            "random numbers. Load the model yourself and scan that, or mend the checkpoint."
+        )
+    return model
+
+
+def model_config(path: str, trust_remote_code: bool = False) -> "PretrainedConfig":
+    """The config in the folder `path` or of that name on the hub. Raises KappaTuneError if there is none."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise cannot_load(path, error) from error
+
+
+def model_class(config: "PretrainedConfig") -> Any:
+    """The class that the checkpoint was saved from; else the causal language model of its type, else the encoder."""
+    import transformers
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    architecture = getattr(transformers, (config.architectures or [""])[0], None)
+    if architecture is not None:
+        return architecture
+    remote = getattr(config, "auto_map", None) or {}
+    causal = "AutoModelForCausalLM" in remote or type(config) in AutoModelForCausalLM._model_mapping
+    return AutoModelForCausalLM if causal else AutoModel
+
+
+def cannot_load(path: str, error: Exception) -> KappaTuneError:
+    return KappaTuneError(
+        f"Can't load a model from '{path}': {type(error).__name__}: {error}\nGive a folder that `save_pretrained` "
+        "wrote, or a model's name on the hub."
+    )

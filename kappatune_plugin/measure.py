@@ -1,0 +1,96 @@
+"""Condition numbers of many matrices: several at once, one thread each, behind one bar."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+
+import torch
+from tqdm import tqdm
+
+from kappatune_plugin.condition import condition_number
+from kappatune_plugin.report import UnitReport
+from kappatune_plugin.sources import Load, Source
+from kappatune_plugin.units import WeightUnit
+
+BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
+
+
+class Bar:
+    """Progress over the matrices of a scan, in units of work; `steps` says how many matrices there are."""
+
+    def __init__(self, units: Sequence[WeightUnit], show: bool) -> None:
+        self._steps, self._done = len(units), 0
+        self._bar = tqdm(total=sum(map(cost, units)), desc="kappa", bar_format=BAR_FORMAT, disable=not show)
+
+    def advance(self, unit: WeightUnit) -> None:
+        self._done += 1
+        self._bar.set_description_str(f"kappa of {self._done}/{self._steps} matrices", refresh=False)
+        self._bar.update(cost(unit))
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+def cost(unit: WeightUnit) -> int:
+    """Floating-point operations of a factor, without the constant: rows * columns * min(rows, columns)."""
+    return unit.shape[0] * unit.shape[1] * min(unit.shape)
+
+
+def measure(
+    source: Source,
+    units: Sequence[WeightUnit],
+    rtol: float,
+    bar: Bar,
+    above: Callable[[WeightUnit], float] | None = None,
+) -> list[UnitReport]:
+    """The rows of those of `units` that `source.work` yields here, in the order of `units`.
+
+    The number of matrices at a time is torch's number of threads; each is measured by one thread, so its numbers
+    don't depend on how many there are.
+
+    Args:
+        above: the bound of a unit: once its kappa is certainly above, nothing more is found out. See
+            `condition_number`.
+    """
+    rows: dict[str, UnitReport] = {}
+
+    def one(unit: WeightUnit, load: Load) -> UnitReport:
+        bound = {} if above is None else {"above": above(unit)}
+        return UnitReport.of(unit.name, unit.shape, condition_number(load(), rtol, **bound), unit.groups)
+
+    def keep(unit: WeightUnit, row: UnitReport) -> None:
+        rows[unit.name] = row
+        bar.advance(unit)
+
+    longest_first = sorted(units, key=lambda unit: -cost(unit))
+    with _workers(min(torch.get_num_threads(), len(units))) as pool:
+        pending: dict[Future, WeightUnit] = {}
+        for unit, load in source.work(longest_first):
+            pending[pool.submit(one, unit, load)] = unit
+            while len(pending) >= pool._max_workers:
+                _collect(pending, keep)
+        while pending:
+            _collect(pending, keep)
+    return [rows[unit.name] for unit in units if unit.name in rows]
+
+
+def _collect(pending: dict[Future, WeightUnit], keep: Callable[[WeightUnit, UnitReport], None]) -> None:
+    """Wait for the first of `pending` that is done, and hand it over."""
+    for future in wait(pending, return_when=FIRST_COMPLETED).done:
+        keep(pending.pop(future), future.result())
+
+
+@contextmanager
+def _workers(count: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool whose threads use one thread each inside torch."""
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(max(1, count), initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        # a thread's setting reaches the others through MKL
+        torch.set_num_threads(threads)

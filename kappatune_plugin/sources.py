@@ -1,0 +1,99 @@
+"""Where weights are: a source lists the weight matrices of a model and hands them out one at a time."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.loading import load_model
+from kappatune_plugin.units import WeightUnit, base_hash, find_units, unit_matrix
+
+Load = Callable[[], Tensor]
+
+
+class Source:
+    """The weight matrices of one model, wherever they are.
+
+    Attributes:
+        name: what the report calls the model.
+        units: every weight matrix, in the model's order.
+        parameters: the names of all parameters, of norms and biases too.
+    """
+
+    name: str
+    units: list[WeightUnit]
+    parameters: list[str]
+
+    def dtype(self, unit: WeightUnit) -> str:
+        """How the unit is stored: "bfloat16"; for a quantized weight also what its values are ranked as."""
+        raise NotImplementedError
+
+    def load(self, unit: WeightUnit) -> Tensor:
+        """The unit's values, a matrix of `unit.shape` in floating point. May be called from several threads."""
+        raise NotImplementedError
+
+    def base_hash(self) -> str:
+        """The fingerprint of all units' weights, as `units.base_hash` makes it."""
+        raise NotImplementedError
+
+    def work(self, units: Iterable[WeightUnit]) -> Iterator[tuple[WeightUnit, Load]]:
+        """The units to measure in this process, in the order of `units`, each with the function that loads it.
+
+        It is advanced from the main thread, and only when the next unit is about to be measured. A source of sharded
+        weights gathers a unit here, which takes all ranks, and yields only those of its own rank.
+        """
+        for unit in units:
+            yield unit, partial(self.load, unit)
+
+
+class ModelSource(Source):
+    """A model in memory, on any device."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.name = _model_name(model)
+        self.units = find_units(model)
+        self.parameters = [name for name, _ in model.named_parameters()]
+        self._model = model
+
+    def dtype(self, unit: WeightUnit) -> str:
+        return dtype_name(self._model.get_parameter(unit.parameter).dtype)
+
+    def load(self, unit: WeightUnit) -> Tensor:
+        return unit_matrix(self._model, unit)
+
+    def base_hash(self) -> str:
+        return base_hash(self._model)
+
+
+def open_source(model_or_path: nn.Module | str | os.PathLike, trust_remote_code: bool = False) -> Source:
+    """The weights of a model, or of the folder or hub name of one.
+
+    Raises:
+        KappaTuneError: neither, or the model can't be loaded.
+    """
+    if isinstance(model_or_path, nn.Module):
+        return ModelSource(model_or_path)
+    if isinstance(model_or_path, str | os.PathLike):
+        return ModelSource(load_model(os.fspath(model_or_path), trust_remote_code))
+    kind = type(model_or_path).__name__
+    raise KappaTuneError(f"scan needs a model, or the folder or hub name of one; found {kind}.")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "bfloat16" for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _model_name(model: nn.Module) -> str:
+    """What the report calls the model: its hub name, the last part of its folder, or its class."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    return path_name(name)
+
+
+def path_name(name: str) -> str:
+    """A hub name as it is, a folder without the path to it."""
+    return Path(name).resolve().name if Path(name).is_dir() else name
