@@ -82,7 +82,11 @@ KAPPATUNE_KEYS = tuple(
 def config_problems(values: dict[str, Any]) -> list[str]:
     """What is wrong with the settings in `values`, a line each; settings it doesn't name are at their default."""
     problems = []
-    if values.get("k") is not None:
+    if values.get("k") == "auto":
+        problems.append(
+            "k: auto needs the forgetting block of a recipe, to run with `kappatune sft`. Give a number here."
+        )
+    elif values.get("k") is not None:
         try:
             parse_budget(values["k"])
         except KappaTuneError as error:

@@ -174,6 +174,8 @@ class ForgettingReport:
     Attributes:
         before, after: as `ForgettingProbe.measure` gives them; `after` with the divergences too, and empty until then.
         steps: [{"step": n, ...}] of those in between.
+        budget: what `k: auto` decided: {"start", "most", "matrices", "steps": [{"step", "action", "matrices",
+            "reason"}]}; None for a fixed k.
     """
 
     def __init__(self, controls: list[str], metric: str | None, facts: int) -> None:
@@ -181,6 +183,7 @@ class ForgettingReport:
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
         self.steps: list[dict[str, float]] = []
+        self.budget: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The content of forgetting.json; what isn't measured yet, or isn't finite, is null."""
@@ -211,6 +214,8 @@ class ForgettingReport:
         harness = {key: {"before": before[key], "after": after.get(key)} for key in before if key.startswith(HARNESS)}
         if harness:
             content["lm_eval"] = {key.removeprefix(HARNESS): values for key, values in harness.items()}
+        if self.budget is not None:
+            content["budget"] = self.budget
         return {**content, "steps": [{key: _finite(value) for key, value in step.items()} for step in self.steps]}
 
     def save(self, path: Path) -> None:
@@ -220,8 +225,11 @@ class ForgettingReport:
     def take_over_steps(self, path: Path, before_step: int) -> None:
         """Keep what an interrupted run measured up to the step it resumes from, where its forgetting.json is there."""
         if before_step and path.exists():
-            steps = read_json(path, "a forgetting report").get("steps", [])
-            self.steps = [step for step in steps if step["step"] <= before_step]
+            content = read_json(path, "a forgetting report")
+            self.steps = [step for step in content.get("steps", []) if step["step"] <= before_step]
+            if self.budget is not None:
+                decided = content.get("budget", {}).get("steps", [])
+                self.budget["steps"] += [step for step in decided if step["step"] <= before_step]
 
     def table(self) -> Table:
         """Before, after and change, a row for each measure."""
@@ -284,13 +292,17 @@ class ForgettingCallback(TrainerCallback):
     def _note(self, state: Any, model: nn.Module, measured: Mapping[str, float]) -> None:
         if state.is_world_process_zero:
             self.report.save(self.path)
-        if self.trainer is not None:
-            # logging takes back the wish to log this step's training loss
-            wished = self.trainer.control.should_log
-            # TRL puts the averages of its own metrics into the next log of the mode that the model is in
-            with measuring(model):
-                self.trainer.log({f"forgetting/{name}": value for name, value in measured.items()})
-            self.trainer.control.should_log = wished
+        self._log({f"forgetting/{name}": value for name, value in measured.items()}, model)
+
+    def _log(self, metrics: Mapping[str, float], model: nn.Module) -> None:
+        if self.trainer is None:
+            return
+        # logging takes back the wish to log this step's training loss
+        wished = self.trainer.control.should_log
+        # TRL puts the averages of its own metrics into the next log of the mode that the model is in
+        with measuring(model):
+            self.trainer.log(dict(metrics))
+        self.trainer.control.should_log = wished
 
 
 def _control_texts(spec: Mapping[str, Any], name: str, config: ForgettingConfig, folder: Path | None) -> list[str]:

@@ -20,6 +20,8 @@ class KappaTuneLayer(nn.Module, BaseTunerLayer):
 
     `kappatune_base[adapter]` is a fingerprint of `original`, saved with the adapter, so that values trained on one
     base are never written into another.
+
+    `resting` takes it out of training for a time: no gradient, no optimizer state, its values stay.
     """
 
     adapter_layer_names = ("kappatune_master",)
@@ -37,6 +39,7 @@ class KappaTuneLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         self._active_adapter = []
         self._written_version: int | None = None
+        self.resting = False
         self.register_state_dict_pre_hook(_check_written)
         self.register_load_state_dict_post_hook(_take_over_loaded)
 
@@ -65,7 +68,7 @@ class KappaTuneLayer(nn.Module, BaseTunerLayer):
             KappaTuneError: an optimizer step moved the values and nobody wrote them into the base.
         """
         master = self.master
-        if master is None or self.disable_adapters or self.merged:
+        if master is None or self.disable_adapters or self.merged or self.resting:
             return None
         if self.moved:
             raise KappaTuneError(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kappatune_plugin.auto_budget import AUTO, AutoBudget
 from kappatune_plugin.config import KAPPATUNE_KEYS, KappaTuneConfig, config_problems
 from kappatune_plugin.data import find_local, local_spec, spec_problems
 from kappatune_plugin.errors import KappaTuneError
@@ -34,6 +35,7 @@ class Recipe:
         forgetting: the block `forgetting:`; None if there is none.
         resolved: all keys with the overrides in, as recipe.yaml holds them.
         folder: of the recipe; relative paths that don't lead anywhere from the current folder start here.
+        auto: how `k: auto` decides; `kappatune.k` is its largest budget then. None for a fixed k.
     """
 
     script_args: "ScriptArguments"
@@ -45,6 +47,7 @@ class Recipe:
     forgetting: "ForgettingConfig | None"
     resolved: dict[str, Any]
     folder: Path
+    auto: AutoBudget | None = None
 
 
 def load_recipe(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Recipe:
@@ -68,13 +71,14 @@ def load_recipe(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Recip
     built = [_build(owner, arguments, problems) for owner in _trl_classes()]
     kappatune = _kappatune(blocks, problems)
     forgetting = _forgetting(blocks, problems)
+    auto = _auto(blocks, forgetting, built[1], problems)
     if "data" in blocks:
         problems += _data_problems(blocks["data"])
     if problems:
         count = f"{len(problems)} problem" + ("s" if len(problems) > 1 else "")
         raise KappaTuneError("\n  - ".join([f"Recipe {path} has {count}:", *problems]))
     resolved = {**arguments, **blocks}
-    return Recipe(*built, kappatune, blocks.get("data"), forgetting, resolved, folder)
+    return Recipe(*built, kappatune, blocks.get("data"), forgetting, resolved, folder, auto)
 
 
 def _trl_classes() -> tuple[type, ...]:
@@ -198,9 +202,14 @@ def _kappatune(blocks: Mapping[str, Any], problems: list[str]) -> KappaTuneConfi
 
     if "kappatune" not in blocks:
         return None
-    values = _block("kappatune", blocks, KAPPATUNE_KEYS, problems)
+    values = _block("kappatune", blocks, (*KAPPATUNE_KEYS, AUTO), problems)
     if values is None:
         return None
+    if values.pop("auto", None) is not None and values.get("k") != AUTO:
+        problems.append(f"kappatune.auto is given, but k is {values.get('k')!r}: write `k: auto`, or delete auto.")
+    if values.get("k") == AUTO:
+        # all that may be trained; `auto` says how many of them are, and is judged on its own
+        values["k"] = None if values.get("selection") is not None else _most(blocks)
     found = config_problems(values)
     loaders: dict[str, Callable[[Any], Any]] = {"report": KappaReport.load, "selection": Selection.load}
     for key, load in loaders.items():
@@ -208,6 +217,40 @@ def _kappatune(blocks: Mapping[str, Any], problems: list[str]) -> KappaTuneConfi
             found += _reading_problem(key, values[key], load)
     problems += [f"kappatune: {problem}" for problem in found]
     return None if found else KappaTuneConfig(task_type="CAUSAL_LM", **values)
+
+
+def _most(blocks: Mapping[str, Any]) -> Any:
+    """The largest budget of `k: auto`; None if its block is wrong."""
+    try:
+        return AutoBudget.of(blocks["kappatune"].get("auto")).most
+    except KappaTuneError:
+        return None
+
+
+def _auto(
+    blocks: Mapping[str, Any], forgetting: "ForgettingConfig | None", args: Any, problems: list[str]
+) -> AutoBudget | None:
+    """The settings of `k: auto`; what is missing for it is added to `problems`."""
+    block = blocks.get("kappatune")
+    if not isinstance(block, dict) or block.get("k") != AUTO:
+        return None
+    try:
+        auto = AutoBudget.of(block.get("auto"))
+    except KappaTuneError as error:
+        problems += [f"kappatune.auto: {line}" for line in str(error).splitlines()]
+        return None
+    measured = blocks.get("forgetting") or {}
+    for key, example in (("control", "self"), ("every", 50), ("max_delta", 0.05)):
+        if isinstance(measured, dict) and not measured.get(key):
+            problems.append(f"kappatune.k: auto needs forgetting.{key}: add `{key}: {example}` to that block.")
+    if args is not None and (args.logging_strategy != "steps" or args.logging_steps > auto.window):
+        problems.append(
+            f"kappatune.auto.window: within {auto.window} steps no training loss is logged (logging_strategy "
+            f"{args.logging_strategy.value}, logging_steps {args.logging_steps}): lower logging_steps or raise window."
+        )
+    if args is not None and args.load_best_model_at_end:
+        problems.append("load_best_model_at_end: k: auto keeps the last values within forgetting.max_delta. Delete it.")
+    return auto
 
 
 def _reading_problem(key: str, path: Any, load: Callable[[Any], Any]) -> list[str]:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from trl import SFTTrainer
 
-    from kappatune_plugin.forgetting import ForgettingData, ForgettingReport, Task
+    from kappatune_plugin.auto_callback import AutoBudgetCallback
+    from kappatune_plugin.forgetting import ForgettingData, ForgettingProbe, ForgettingReport, Task
     from kappatune_plugin.recipe import Recipe
     from kappatune_plugin.selection import Selection
 
@@ -60,7 +61,12 @@ def run_sft(recipe: "Recipe") -> RunResult:
     out = console(quiet=not trainer.is_world_process_zero())
     selection = _write_decisions(recipe, trainer, output_dir, out)
     forgetting = _measure_forgetting(recipe, measured, trainer, output_dir) if measured else None
+    if recipe.auto is not None:
+        counts = forgetting.budget["start"], forgetting.budget["most"]
+        out.print("k: auto starts with {} of these {} matrices.".format(*counts))
     trainer.train(resume_from_checkpoint=resume)
+    if recipe.auto is not None:
+        selection = _settle_budget(trainer, forgetting, output_dir)
     trainer.save_model(args.output_dir)
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=recipe.script_args.dataset_name)
@@ -68,6 +74,7 @@ def run_sft(recipe: "Recipe") -> RunResult:
         # trackers stay open without it (transformers 5.18 and later)
         trainer.end()
     _say_the_end(out, output_dir, forgetting)
+    _say_findings(out, recipe, trainer, selection, forgetting)
     return RunResult(output_dir, trainer, selection, forgetting)
 
 
@@ -188,10 +195,44 @@ def _measure_forgetting(
     # a processor, of a model that also sees, holds its tokenizer
     tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
     probe = ForgettingProbe.build(recipe.forgetting, data, trainer.model, tokenizer)
-    callback = ForgettingCallback(probe, output_dir, recipe.forgetting.every)
+    if recipe.auto is None:
+        callback = ForgettingCallback(probe, output_dir, recipe.forgetting.every)
+    else:
+        callback = _auto_callback(recipe, probe, trainer, output_dir)
     callback.trainer = trainer
     trainer.add_callback(callback)
     return callback.report
+
+
+def _auto_callback(
+    recipe: "Recipe", probe: "ForgettingProbe", trainer: "SFTTrainer", output_dir: Path
+) -> "AutoBudgetCallback":
+    from kappatune_plugin.auto_budget import levels, prefix_count
+    from kappatune_plugin.auto_callback import AutoBudgetCallback
+    from kappatune_plugin.budget import parse_budget
+
+    if trainer.args.world_size > 1:
+        raise KappaTuneError(
+            f"kappatune.k: auto runs in one process, not in {trainer.args.world_size}: the ranks would have to agree "
+            "on what is trained. Give a number, such as the one that `k: auto` finds on a smaller run."
+        )
+    tuner = trainer.model.base_model
+    units, report = tuner.selections["default"].units, tuner.reports["default"]
+    eligible = len(units) if report is None else sum(unit.status == "ok" for unit in report.units)
+    start = prefix_count(units, parse_budget(recipe.auto.start), eligible)
+    counts = levels(start, len(units), recipe.auto.growth)
+    limits = recipe.forgetting.every, recipe.auto, counts, recipe.forgetting.max_delta
+    return AutoBudgetCallback(probe, output_dir, *limits)
+
+
+def _settle_budget(trainer: "SFTTrainer", forgetting: "ForgettingReport", output_dir: Path) -> "Selection":
+    """Reduce the adapter and selection.json to what `k: auto` trained in the end."""
+    tuner = trainer.model.base_model
+    tuner.keep_first(forgetting.budget["matrices"])
+    selection = tuner.selections["default"]
+    if trainer.is_world_process_zero():
+        selection.save(output_dir / "selection.json")
+    return selection
 
 
 def _write_decisions(recipe: "Recipe", trainer: "SFTTrainer", output_dir: Path, out: "Console") -> "Selection":
@@ -224,6 +265,28 @@ def _say_the_end(out: "Console", output_dir: Path, forgetting: "ForgettingReport
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _say_findings(
+    out: "Console",
+    recipe: "Recipe",
+    trainer: "SFTTrainer",
+    selection: "Selection",
+    forgetting: "ForgettingReport | None",
+) -> None:
+    """What `k: auto` did, and the failure signatures that the run shows."""
+    from kappatune_plugin.diagnosis import findings
+
+    if forgetting is not None and forgetting.budget is not None:
+        for step in forgetting.budget["steps"]:
+            out.print(f"Step {step['step']}, {step['action']}: {step['reason']}.", highlight=False, soft_wrap=True)
+        out.print(f"The adapter holds {len(selection.units)} matrices.", highlight=False)
+    losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    target = recipe.auto.target_loss if recipe.auto else None
+    max_delta = recipe.forgetting.max_delta if recipe.forgetting else None
+    report = trainer.model.base_model.reports["default"]
+    for finding in findings(losses, selection, report, forgetting, max_delta, target):
+        out.print(f"- {finding}", highlight=False, soft_wrap=True)
 
 
 def public_yaml(resolved: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ Everything that relies on the inside of PEFT is here, in layer.py and in peft_me
 """
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
@@ -81,6 +82,26 @@ class KappaTuneModel(BaseTuner):
         for layer in self._layers_cached():
             if everything or layer.moved:
                 layer.write()
+
+    def rest_after(self, count: int, adapter_name: str = "default") -> None:
+        """Train the first `count` units of the selection; the others rest where they are (see `KappaTuneLayer`)."""
+        trained = {unit.name for unit in self.selections[adapter_name].units[:count]}
+        for layer in self.layers():
+            if adapter_name in layer.kappatune_master:
+                layer.resting = layer.unit.name not in trained
+
+    def keep_first(self, count: int, adapter_name: str = "default") -> None:
+        """Reduce the adapter to the first `count` units of its selection; the others have the base's values again."""
+        selection = self.selections[adapter_name]
+        kept = {unit.name for unit in selection.units[:count]}
+        for layer in self.layers():
+            if adapter_name in layer.kappatune_master and layer.unit.name not in kept:
+                layer.delete_adapter(adapter_name)
+                if not layer.kappatune_master:
+                    self._detach(layer)
+        selection = self.selections[adapter_name] = replace(selection, units=selection.units[:count], k=count)
+        config = self.peft_config[adapter_name]
+        config.k, config.selection = selection.k, selection.to_dict()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; units that no other adapter trains are as they were before."""
