@@ -1,9 +1,9 @@
 """Intervals that hold the extreme singular values of A, (m, n) with m >= n, from a factor near A^T A.
 
 Upper ends of sigma_min and lower ends of sigma_max are norms of products with A itself in float64, so they hold up to
-the rounding of float64. The other ends rest on the residuals of those products, on Lehmann's bound (Parlett, The
-Symmetric Eigenvalue Problem, ch. 10) and on the factor's measured defect. They hold unless the Krylov space of a random
-block missed an extreme singular value, or the random probes missed most of the defect; `proven` leaves no such unless.
+the rounding of float64. The other ends rest on the residuals of those products, on Lehmann's bound and on the factor's
+measured defect (see `interval`). They hold unless the Krylov space of a random block missed an extreme singular value,
+or the random probes missed most of the defect; `proven` leaves no such unless.
 """
 
 import math
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from kappatune_plugin.factor import CholeskyFactor, Factor, gram, products
+from kappatune_plugin.interval import EPS, eigenvalues_below, largest_singular_value, lowest_eigenvalue
 from kappatune_plugin.lanczos import RitzPairs, block_lanczos
 
-EPS = torch.finfo(torch.float64).eps / 2
 # a block of 4 finds up to 4 equal singular values; 40 steps reach them or another factor is due
 BLOCK, STEPS = 4, 40
 # Davidson corrections with products of A itself before another factor is due
@@ -24,10 +24,8 @@ PROBES = 16
 # the norm of the largest of 16 products with Gaussian vectors is below ||E|| / 1.8 with probability 1e-6 for E of rank
 # one, the worst case: P(|N(0, 1)| < 1 / 1.8)^16
 PROBE_SAFETY = 1.8
+# a factor with a larger defect says too little of A's eigenvalues
 LARGEST_DEFECT = 0.25
-# room for the distance between a Ritz value and its eigenvalue, in residual norms; one vector sees a cluster less well
-# than a block
-RESIDUALS_LOW, RESIDUALS_HIGH = 2.0, 4.0
 
 
 @dataclass(frozen=True)
@@ -46,6 +44,10 @@ class Bracket:
         # two roundings
         return lo * (1 - 4 * EPS), hi * (1 + 4 * EPS)
 
+    def narrower_than(self, rtol: float) -> bool:
+        lo, hi = self.kappa
+        return hi - lo <= rtol * lo
+
 
 def bracket(a: Tensor, factor: Factor, top: RitzPairs, rtol: float, generator: torch.Generator) -> Bracket | None:
     """Intervals of relative width `rtol` where this factor reaches it, wider ones where not.
@@ -62,19 +64,16 @@ def bracket(a: Tensor, factor: Factor, top: RitzPairs, rtol: float, generator: t
         return None
     low = torch.linalg.qr(inverse.largest(BLOCK))[0]
     high = top.largest(1)
-    z = gaussian(a, PROBES, factor.dtype, generator)
-    x = torch.cat([low, high / torch.linalg.vector_norm(high), factor.probe(z).double()], dim=1)
-    if not torch.isfinite(x).all():
+    x = torch.cat([low, high / torch.linalg.vector_norm(high)], dim=1)
+    below = _below(a, factor, inverse, low, generator)
+    if below is None or not torch.isfinite(x).all():
         return None
     ax, gx = products(a, x)
-    defect = factor.defect(z, ax[:, -PROBES:], gx[:, -PROBES:])
-    eta = PROBE_SAFETY * torch.linalg.vector_norm(defect, dim=0).max().item()
-    frobenius = torch.linalg.vector_norm(a, dtype=torch.float64).item()
+    theta = torch.linalg.vector_norm(ax[:, BLOCK]).square()
+    largest = largest_singular_value(theta, torch.linalg.vector_norm(gx[:, BLOCK] - theta * x[:, BLOCK]))
     space = _Space(low, ax[:, :BLOCK], gx[:, :BLOCK])
-    # a defect that isn't a number is no small defect
-    shrink = factor.shrink(eta) if eta < LARGEST_DEFECT else 0.0
-    smallest = _smallest(a, factor, space, inverse, shrink, frobenius, rtol)
-    return Bracket(_largest(x[:, BLOCK], ax[:, BLOCK], gx[:, BLOCK]), smallest)
+    smallest = _smallest(a, factor, space, below, inverse.relative_residual, rtol)
+    return Bracket((largest[0].item(), largest[1].item()), smallest)
 
 
 def at_least(a: Tensor, factor: Factor, top: RitzPairs, generator: torch.Generator) -> float:
@@ -82,27 +81,33 @@ def at_least(a: Tensor, factor: Factor, top: RitzPairs, generator: torch.Generat
     inverse = block_lanczos(factor.solve, gaussian(a, BLOCK, factor.dtype, generator), 2, 0.0)
     if inverse is None:
         return 1.0
-    x = torch.cat([top.largest(1), inverse.largest(1)], dim=1)
+    # the Ritz vector still holds enough of the start to hide a small ||A x||: one more step takes it out
+    low = factor.solve(inverse.largest(1).to(factor.dtype)).double()
+    x = torch.cat([top.largest(1), low], dim=1)
     norms = torch.linalg.vector_norm(products(a, x)[0], dim=0) / torch.linalg.vector_norm(x, dim=0)
     longest, shortest = norms.tolist()
     return longest / shortest * (1 - rounding(a, shortest)) if shortest > 0 else math.inf
 
 
-def proven(a: Tensor, found: Bracket) -> bool:
-    """Whether no singular value of A lies outside of `found`, by Sylvester's law of inertia.
+def proven(a: Tensor, found: Bracket) -> Bracket | None:
+    """`found`, widened by float64's rounding, if no singular value of A lies outside of that: a proof, by Sylvester's
+    law of inertia.
 
-    A^T A - lo^2 and hi^2 - A^T A have Cholesky factors only if they are positive definite; the shifts include float64's
-    rounding of the products and of the factorization (Higham, Accuracy and Stability, th. 10.3).
+    A^T A - lo^2 and hi^2 - A^T A have Cholesky factors only if they are positive definite, but for the rounding of the
+    products and of the factorization (Higham, Accuracy and Stability, th. 10.3).
     """
     lower = gram(a, torch.float64)
     trace = lower.diagonal().sum().item()
     error = 4 * EPS * (lower.shape[0] + 2) * trace
     for sign, bound in ((1, found.sigma_min[0]), (-1, found.sigma_max[1])):
         shifted = sign * lower
-        shifted.diagonal().sub_(sign * bound**2 + error)
+        # half of what the bound is widened by, so that rounding alone doesn't fail it
+        shifted.diagonal().sub_(sign * bound**2 - error)
         if CholeskyFactor.of(shifted) is None:
-            return False
-    return True
+            return None
+    low = math.sqrt(max(0.0, found.sigma_min[0] ** 2 - 2 * error))
+    high = math.sqrt(found.sigma_max[1] ** 2 + 2 * error)
+    return Bracket((found.sigma_max[0], high), (low, found.sigma_min[1]))
 
 
 def gaussian(a: Tensor, width: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -124,22 +129,38 @@ class _Space:
     gram: Tensor
 
 
-def _largest(v: Tensor, av: Tensor, gv: Tensor) -> tuple[float, float]:
-    value = torch.linalg.vector_norm(av).item() ** 2
-    residual = torch.linalg.vector_norm(gv - value * v).item()
-    return math.sqrt(value) * (1 - 4 * EPS), math.sqrt(value + RESIDUALS_HIGH * residual) * (1 + 4 * EPS)
+def _below(a: Tensor, factor: Factor, inverse: RitzPairs, low: Tensor, generator: torch.Generator) -> Tensor | None:
+    """Lower bounds of A^T A's lowest BLOCK + 1 eigenvalues, (BLOCK + 1,), 0 where the factor is too far from it."""
+    z = gaussian(a, PROBES, factor.dtype, generator)
+    x = factor.probe(z)
+    if not torch.isfinite(x).all():
+        return None
+    defect = factor.defect(z, *products(a, x))
+    outside = torch.linalg.qr(factor.image(low.to(factor.dtype)))[0]
+    rest = defect - outside @ (outside.mT @ defect)
+    shrinks = []
+    for error in (defect, rest):
+        eta = PROBE_SAFETY * torch.linalg.vector_norm(error, dim=0).max().item()
+        # a defect that isn't a number is no small defect
+        shrinks.append(torch.tensor(factor.shrink(eta) if eta < LARGEST_DEFECT else 0.0, dtype=torch.float64))
+    values, residuals = (part[-BLOCK - 1 :].flip(0) for part in (inverse.values, inverse.residuals))
+    return eigenvalues_below(values, residuals, *shrinks, torch.finfo(factor.dtype).eps)
 
 
 def _smallest(
-    a: Tensor, factor: Factor, space: _Space, inverse: RitzPairs, shrink: float, frobenius: float, rtol: float
+    a: Tensor, factor: Factor, space: _Space, below: Tensor, hidden: float, rtol: float
 ) -> tuple[float, float]:
     """The interval of sigma_min, improved until it is as narrow as `rtol` or three corrections are through."""
+    frobenius = torch.linalg.vector_norm(a, dtype=torch.float64).item()
+    below, floor = below.to(a.device), torch.tensor(4 * EPS * frobenius**2, dtype=torch.float64)
     best = 0.0
     for correction in range(CORRECTIONS + 1):
         theta, z, residuals = _rayleigh_ritz(space)
-        best = max(best, _lower_bound(theta, residuals, inverse, shrink, 4 * EPS * frobenius**2))
+        residual_gram = residuals.gram.mT @ residuals.gram
+        best = max(best, lowest_eigenvalue(theta, residual_gram, below, torch.tensor(hidden), floor).item())
         upper = math.sqrt(theta[0].item())
-        if shrink == 0 or correction == CORRECTIONS or math.sqrt(best) * (1 + rtol) >= upper:
+        done = math.sqrt(best) * (1 + rtol) >= upper
+        if done or correction == CORRECTIONS or below[-1] == 0:
             break
         space = _corrected(a, factor, z, residuals)
     error = 8 * EPS * frobenius / upper if upper > 0 else 0.0
@@ -156,38 +177,6 @@ def _rayleigh_ritz(space: _Space) -> tuple[Tensor, Tensor, _Space]:
     theta = sigma.flip(0)[:BLOCK] ** 2
     z, az, gz = space.basis @ rotation, space.a @ rotation, space.gram @ rotation
     return theta, z, _Space(z, az, gz - z * theta)
-
-
-def _lower_bound(theta: Tensor, residuals: _Space, inverse: RitzPairs, shrink: float, floor: float) -> float:
-    """What the smallest eigenvalue of A^T A is not below, 0 if nothing can be said."""
-    if shrink == 0:
-        return 0.0
-    lowest, norms = theta[0].item(), torch.linalg.vector_norm(residuals.gram, dim=0)
-    # eigenvalues of A^T A from below, the smallest first: those of the factored matrix, shrunk
-    below = shrink / (inverse.values + inverse.residuals).flip(0)
-    bound = max(lowest - RESIDUALS_LOW * (norms[0].item() + floor), below[0].item())
-    for count in range(1, min(BLOCK, len(below) - 1) + 1):
-        beta = below[count].item()
-        if beta > theta[count - 1].item():
-            found = _lehmann(theta[:count], residuals.gram[:, :count], beta)
-            bound = max(bound, found - RESIDUALS_LOW * floor)
-    # what a cluster that the Krylov space hasn't parted yet may hide
-    return max(0.0, min(bound, lowest) * (1 - RESIDUALS_LOW * inverse.relative_residual))
-
-
-def _lehmann(theta: Tensor, residuals: Tensor, beta: float) -> float:
-    """The lowest eigenvalue is at least this, for Ritz values `theta` (j,) with `residuals` (n, j) orthogonal to their
-    vectors, if eigenvalue j + 1 is at least `beta` and beta > theta; -inf if rounding is in the way."""
-    shifted = torch.diag(theta - beta)
-    squared = shifted @ shifted + residuals.mT @ residuals
-    scale = squared.diagonal().rsqrt()
-    lower, info = torch.linalg.cholesky_ex(squared * scale * scale[:, None])
-    if info.item():
-        return -math.inf
-    half = torch.linalg.solve_triangular(lower, shifted * scale * scale[:, None], upper=False)
-    inner = torch.linalg.solve_triangular(lower, half.mT, upper=False)
-    largest = torch.linalg.eigvalsh((inner + inner.mT) / 2)[-1].item()
-    return beta + 1 / largest if largest < 0 else -math.inf
 
 
 def _corrected(a: Tensor, factor: Factor, z: Tensor, residuals: _Space) -> _Space:

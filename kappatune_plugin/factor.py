@@ -29,8 +29,15 @@ class Factor(Protocol):
     def defect(self, z: Tensor, ax: Tensor, gx: Tensor) -> Tensor:
         """E z, (n, b), where E is what a perfect factor would make 0; ax = A x and gx = A^T A x for x = probe(z)."""
 
+    def image(self, v: Tensor) -> Tensor:
+        """Where E's output has to be projected out to leave the eigenvectors `v` of M, (n, b), out of account."""
+
     def shrink(self, eta: float) -> float:
-        """eigenvalue i of A^T A >= shrink(eta) * eigenvalue i of M, if ||E|| <= eta."""
+        """eigenvalue i of A^T A >= shrink(eta) * eigenvalue i of M, if ||E|| <= eta.
+
+        With P E in place of E, P the projection away from the image of M's lowest eigenvectors, that holds for the
+        eigenvalues after those.
+        """
 
     def log_volume(self) -> float:
         """Sum of the logarithms of A's singular values."""
@@ -56,6 +63,9 @@ class CholeskyFactor:
 
     def defect(self, z: Tensor, ax: Tensor, gx: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(self.lower, gx.to(self.dtype), upper=False) - z
+
+    def image(self, v: Tensor) -> Tensor:
+        return self.lower.mT @ v
 
     def shrink(self, eta: float) -> float:
         # x^T A^T A x >= (1 - eta) x^T M x, and Courant-Fischer
@@ -90,6 +100,9 @@ class LUFactor:
 
     def defect(self, z: Tensor, ax: Tensor, gx: Tensor) -> Tensor:
         return self._solve_transposed(ax.to(self.dtype)) - z
+
+    def image(self, v: Tensor) -> Tensor:
+        return v
 
     def shrink(self, eta: float) -> float:
         # A = (P L U)^T (I + E), so every singular value is at least (1 - eta) times that of (P L U)^T

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from spectra import singular_values, with_spectrum
 
 from kappatune_plugin.condition import condition_number
 from kappatune_plugin.errors import KappaTuneError
@@ -20,18 +20,6 @@ SPECTRA = {
     "one small": lambda n: np.where(np.arange(n) == n - 1, 1e-4, 1.0),
     **{f"kappa 1e{power}": lambda n, power=power: np.logspace(0, -power, n) for power in range(1, 8)},
 }
-
-
-def singular_values(w: Tensor) -> np.ndarray:
-    return np.linalg.svd(w.double().numpy(), compute_uv=False)
-
-
-def with_spectrum(m: int, n: int, sigma: np.ndarray) -> Tensor:
-    """A float64 matrix (m, n) with the singular values sigma, min(m, n) of them."""
-    rng = np.random.default_rng(m * n)
-    left, _ = np.linalg.qr(rng.standard_normal((m, len(sigma))))
-    right, _ = np.linalg.qr(rng.standard_normal((n, len(sigma))))
-    return torch.from_numpy((left * sigma) @ right.T)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -1,0 +1,78 @@
+"""From Ritz values and residuals to intervals of singular values; for one matrix or, in leading dimensions, for many.
+
+Everything here is of the size of a block, float64, and free of branches on values.
+"""
+
+import torch
+from torch import Tensor
+
+# unit roundoff of float64
+EPS = torch.finfo(torch.float64).eps / 2
+# room for the distance between a Ritz value and its eigenvalue, in residual norms; one vector sees a cluster less well
+# than a block
+RESIDUALS_LOW, RESIDUALS_HIGH = 2.0, 4.0
+# Ritz values of a factor made with unit roundoff u are off by about this many u of the largest of them
+RITZ_ROUNDINGS = 16
+
+
+def largest_singular_value(value: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Interval of sigma_max from the largest Ritz value of A^T A, (...), and the norm of its residual, (...)."""
+    return value.sqrt() * (1 - 4 * EPS), (value + RESIDUALS_HIGH * residual).sqrt() * (1 + 4 * EPS)
+
+
+def eigenvalues_below(values: Tensor, residuals: Tensor, shrink: Tensor, shrink_rest: Tensor, eps: float) -> Tensor:
+    """Numbers that the lowest j eigenvalues of A^T A, smallest first, are not below, (..., j); 0 if nothing is known.
+
+    Args:
+        values, residuals: (..., j), the largest Ritz values of the inverse of a factored matrix M, largest first, and
+            the norms of their residuals.
+        shrink: (...), eigenvalue i of A^T A >= shrink * eigenvalue i of M; 0 if that isn't known.
+        shrink_rest: (...), the same for all but the lowest j - 1, whose vectors were projected out of M's error.
+        eps: machine epsilon of the precision that M was made and solved in.
+    """
+    # M^-1 in the basis of its first j - 1 Ritz vectors and the rest: what couples them moves the rest's largest value
+    # by no more than the squared coupling over the gap
+    gaps = (values[..., :-1] - values[..., -1:]).clamp_min(torch.finfo(torch.float64).tiny)
+    coupling = (residuals[..., :-1].square() / gaps).sum(-1)
+    rest = values[..., -1] + residuals[..., -1] + coupling + RITZ_ROUNDINGS * eps * values[..., 0]
+    below = shrink[..., None] / (values + residuals)
+    return torch.cat([below[..., :-1], torch.maximum(below[..., -1], shrink_rest / rest)[..., None]], -1)
+
+
+def lowest_eigenvalue(theta: Tensor, residual_gram: Tensor, below: Tensor, hidden: Tensor, floor: Tensor) -> Tensor:
+    """What the smallest eigenvalue of A^T A is not below, (...); 0 if nothing can be said.
+
+    Args:
+        theta: (..., j), Ritz values of A^T A, the smallest first.
+        residual_gram: (..., j, j), R^T R of their residuals R, which are orthogonal to their vectors.
+        below: (..., j + 1), as `eigenvalues_below` returns it.
+        hidden: (...), relative residual of the factored matrix's lowest Ritz value: what a cluster that the Krylov
+            space hasn't parted yet may hide.
+        floor: (...), rounding error of an eigenvalue.
+    """
+    lowest = theta[..., 0]
+    norm = residual_gram[..., 0, 0].clamp_min(0).sqrt()
+    near = torch.where(below[..., 0] > 0, lowest - RESIDUALS_LOW * (norm + floor), 0.0)
+    bound = torch.maximum(near, below[..., 0])
+    for count in range(1, theta.shape[-1] + 1):
+        beta = below[..., count]
+        found = _lehmann(theta[..., :count], residual_gram[..., :count, :count], beta) - RESIDUALS_LOW * floor
+        bound = torch.where(beta > theta[..., count - 1], torch.maximum(bound, found), bound)
+    return (torch.minimum(bound, lowest) * (1 - RESIDUALS_LOW * hidden)).clamp_min(0)
+
+
+def _lehmann(theta: Tensor, residual_gram: Tensor, beta: Tensor) -> Tensor:
+    """The lowest eigenvalue is at least this, (...), if eigenvalue j + 1 is at least `beta` and beta > theta.
+
+    Lehmann's bound (Parlett, The Symmetric Eigenvalue Problem, ch. 10); -inf where rounding is in the way.
+    """
+    shifted = torch.diag_embed(theta - beta[..., None])
+    squared = shifted @ shifted + residual_gram
+    scale = squared.diagonal(dim1=-2, dim2=-1).rsqrt()[..., None]
+    lower, info = torch.linalg.cholesky_ex(squared * scale * scale.mT)
+    half = torch.linalg.solve_triangular(lower, shifted * scale * scale.mT, upper=False)
+    inner = torch.linalg.solve_triangular(lower, half.mT, upper=False)
+    usable = (info == 0) & inner.isfinite().all(-1).all(-1)
+    inner = torch.where(usable[..., None, None], inner, torch.zeros_like(inner))
+    largest = torch.linalg.eigvalsh((inner + inner.mT) / 2)[..., -1]
+    return torch.where(usable & (largest < 0), beta + 1 / largest, -torch.inf)
