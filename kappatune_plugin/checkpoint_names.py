@@ -36,6 +36,11 @@ class CheckpointNames:
         prefix = f"{owner}." if owner else ""
         return [self._rename(f"{prefix}{expert}.{projection}.weight") for projection in projections]
 
+    def operations(self, parameter: str) -> set[str]:
+        """What `save_pretrained` would do to the values of `parameter`, by transformers' names of the operations."""
+        matching = [each for each in self._converters if each.rename_source_key(parameter)[1] is not None]
+        return {type(operation).__name__ for each in matching for operation in each.operations}
+
     def _rename(self, name: str) -> str:
         for renaming in self._renamings:
             name, _ = renaming.rename_source_key(name)

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from kappatune_plugin.errors import KappaTuneError
@@ -32,6 +33,16 @@ def load_model(path: str, trust_remote_code: bool = False) -> nn.Module:
             "random numbers. Load the model yourself and scan that, or mend the checkpoint."
         )
     return model
+
+
+def empty_model(path: str, trust_remote_code: bool = False) -> nn.Module:
+    """The same model without its values: its parameters are on the meta device."""
+    config = model_config(path, trust_remote_code)
+    loader = model_class(config)
+    with torch.device("meta"):
+        if hasattr(loader, "from_config"):
+            return loader.from_config(config, trust_remote_code=trust_remote_code)
+        return loader._from_config(config)
 
 
 def model_config(path: str, trust_remote_code: bool = False) -> "PretrainedConfig":

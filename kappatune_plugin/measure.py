@@ -13,6 +13,8 @@ from kappatune_plugin.sources import Load, Source
 from kappatune_plugin.units import WeightUnit
 
 BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
+# bytes for each value of a matrix: a float64 SVD, the last resort, was seen to take 3.5 copies in float64
+MEMORY_A_VALUE = 28
 
 
 class Bar:
@@ -48,16 +50,19 @@ def measure(
 ) -> list[UnitReport]:
     """The rows of those of `units` that `source.work` yields here, in the order of `units`.
 
-    The number of matrices at a time is torch's number of threads; each is measured by one thread, so its numbers
-    don't depend on how many there are.
+    As many matrices at a time as torch has threads, each measured by one thread: that is faster than all threads on
+    one matrix, and no number depends on how many threads there are. Only a matrix so large that the memory limit
+    of the source leaves threads idle gets several.
 
     Args:
         above: the bound of a unit: once its kappa is certainly above, nothing more is found out. See
             `condition_number`.
     """
     rows: dict[str, UnitReport] = {}
+    threads, limit = torch.get_num_threads(), source.memory_limit()
 
     def one(unit: WeightUnit, load: Load) -> UnitReport:
+        torch.set_num_threads(max(1, threads // max(1, limit // memory(unit))))
         bound = {} if above is None else {"above": above(unit)}
         return UnitReport.of(unit.name, unit.shape, condition_number(load(), rtol, **bound), unit.groups)
 
@@ -66,15 +71,22 @@ def measure(
         bar.advance(unit)
 
     longest_first = sorted(units, key=lambda unit: -cost(unit))
-    with _workers(min(torch.get_num_threads(), len(units))) as pool:
+    with _workers(threads) as pool:
         pending: dict[Future, WeightUnit] = {}
         for unit, load in source.work(longest_first):
+            while pending and memory(unit) + sum(map(memory, pending.values())) > limit:
+                _collect(pending, keep)
             pending[pool.submit(one, unit, load)] = unit
-            while len(pending) >= pool._max_workers:
+            while len(pending) >= threads:
                 _collect(pending, keep)
         while pending:
             _collect(pending, keep)
     return [rows[unit.name] for unit in units if unit.name in rows]
+
+
+def memory(unit: WeightUnit) -> int:
+    """Bytes that measuring a unit takes at most."""
+    return MEMORY_A_VALUE * unit.shape[0] * unit.shape[1]
 
 
 def _collect(pending: dict[Future, WeightUnit], keep: Callable[[WeightUnit, UnitReport], None]) -> None:
@@ -84,13 +96,11 @@ def _collect(pending: dict[Future, WeightUnit], keep: Callable[[WeightUnit, Unit
 
 
 @contextmanager
-def _workers(count: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool whose threads use one thread each inside torch."""
-    threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(max(1, count), initializer=torch.set_num_threads, initargs=(1,))
+def _workers(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool; a thread's setting of torch's number of threads reaches others through MKL, so it is set back."""
+    pool = ThreadPoolExecutor(threads)
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
-        # a thread's setting reaches the others through MKL
         torch.set_num_threads(threads)

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor, nn
 
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.loading import load_model
 from kappatune_plugin.units import WeightUnit, base_hash, find_units, unit_matrix
 
 Load = Callable[[], Tensor]
@@ -39,6 +39,10 @@ class Source:
     def base_hash(self) -> str:
         """The fingerprint of all units' weights, as `units.base_hash` makes it."""
         raise NotImplementedError
+
+    def memory_limit(self) -> int:
+        """Bytes that measuring may take beside the weights: half of what is free."""
+        return psutil.virtual_memory().available // 2
 
     def work(self, units: Iterable[WeightUnit]) -> Iterator[tuple[WeightUnit, Load]]:
         """The units to measure in this process, in the order of `units`, each with the function that loads it.
@@ -78,7 +82,9 @@ def open_source(model_or_path: nn.Module | str | os.PathLike, trust_remote_code:
     if isinstance(model_or_path, nn.Module):
         return ModelSource(model_or_path)
     if isinstance(model_or_path, str | os.PathLike):
-        return ModelSource(load_model(os.fspath(model_or_path), trust_remote_code))
+        from kappatune_plugin.safetensors_source import checkpoint_source
+
+        return checkpoint_source(os.fspath(model_or_path), trust_remote_code)
     kind = type(model_or_path).__name__
     raise KappaTuneError(f"scan needs a model, or the folder or hub name of one; found {kind}.")
 

@@ -6,8 +6,9 @@ projection inside a fused expert parameter.
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +87,11 @@ def unit_block(parameter: Tensor, unit: WeightUnit) -> Tensor:
 
 def unit_matrix(model: nn.Module, unit: WeightUnit) -> Tensor:
     """The unit's weight as a matrix of `unit.shape`: a view where the storage allows, in the parameter's dtype."""
-    block = unit_block(model.get_parameter(unit.parameter).detach(), unit)
+    return as_matrix(unit_block(model.get_parameter(unit.parameter).detach(), unit), unit)
+
+
+def as_matrix(block: Tensor, unit: WeightUnit) -> Tensor:
+    """The unit's part of its parameter, as the parameter stores it, as a matrix of `unit.shape`."""
     return block.movedim(unit.out_axis, 0).reshape(unit.shape)
 
 
@@ -102,11 +107,16 @@ def base_hash(model: nn.Module) -> str:
     It is the same for a checkpoint loaded in float32 and in bfloat16, and for fused and separate experts. A bfloat16
     checkpoint loaded in float16 has the same one too; a float32 checkpoint in float16 has not (it is rounded twice).
     """
+    return fingerprint(find_units(model), partial(unit_matrix, model))
+
+
+def fingerprint(units: Iterable[WeightUnit], load: Callable[[WeightUnit], Tensor]) -> str:
+    """The `base_hash` of a model that has these units, whose matrices `load` gives, one at a time."""
     digest = hashlib.blake2b(digest_size=8)
     samples = [torch.empty(0, dtype=torch.bfloat16)]
-    for unit in sorted(find_units(model), key=lambda unit: unit.name):
+    for unit in sorted(units, key=lambda unit: unit.name):
         digest.update(f"{unit.name} {unit.shape}\n".encode())
-        samples.append(_samples(unit_matrix(model, unit)))
+        samples.append(_samples(load(unit)))
     digest.update(_comparable(torch.cat(samples)))
     return digest.hexdigest()
 

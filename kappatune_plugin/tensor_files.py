@@ -1,0 +1,140 @@
+"""Tensors in safetensors files, read one at a time."""
+
+import json
+import os
+import struct
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from kappatune_plugin.errors import KappaTuneError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# a file stays open, and what was read of it in memory, for this many bytes
+BYTES_A_MAPPING = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor is: its file, its shape, its dtype as safetensors writes it ("BF16"), and its size in bytes."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+    size: int
+
+
+class TensorFiles:
+    """The tensors of a checkpoint's files, by name.
+
+    Attributes:
+        paths: the files, in order.
+        tensors: name -> where it is.
+
+    Raises:
+        KappaTuneError: files that are missing, damaged, or not to be read, all of them in one message.
+    """
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self.paths = sorted(set(paths))
+        self.tensors: dict[str, StoredTensor] = {}
+        self._open = threading.local()
+        problems = []
+        for path in self.paths:
+            try:
+                self.tensors.update(_header(path))
+            except (OSError, SafetensorError) as error:
+                problems.append(f"{path}: {_reason(error)}")
+        if problems:
+            raise KappaTuneError(
+                "Can't load a model: these files are missing or damaged. Download or save them again.\n"
+                + "\n".join(problems)
+            )
+
+    def read(self, name: str, first: int | None = None) -> Tensor:
+        """A tensor, or `tensor[first]` without reading the rest of it. It may lie in the file's own pages: read only.
+
+        Raises:
+            KappaTuneError: the file can't be read any more.
+        """
+        stored = self.tensors[name]
+        try:
+            file = self._opened(stored.path, stored.size if first is None else stored.size // stored.shape[0])
+            return file.get_tensor(name) if first is None else file.get_slice(name)[first]
+        except (OSError, SafetensorError) as error:
+            raise KappaTuneError(f"Can't read {name} in {stored.path}: {_reason(error)}") from error
+
+    def _opened(self, path: Path, size: int) -> Any:
+        """This thread's handle of a file. Pages once read stay in memory until it is dropped, so it soon is."""
+        held = self._open.__dict__
+        if held.get("path") != path or held["left"] < size:
+            held.clear()
+            held.update(path=path, left=BYTES_A_MAPPING, file=safe_open(path, framework="pt"))
+        held["left"] -= size
+        return held["file"]
+
+
+def checkpoint_files(folder_or_name: str) -> list[Path]:
+    """The safetensors files of a model, in its folder or the hub's cache; an empty list if it has none.
+
+    Raises:
+        KappaTuneError: the index is damaged, or names files that aren't there.
+    """
+    from transformers.utils import cached_file
+
+    def find(name: str) -> Path | None:
+        found = cached_file(
+            folder_or_name, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False
+        )
+        return None if found is None else Path(found)
+
+    single = find(SINGLE)
+    if single is not None:
+        return [single]
+    index = find(INDEX)
+    if index is None:
+        return []
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise KappaTuneError(
+            f"Can't load a model: {index} is not an index of safetensors files ({type(error).__name__}: {error}). "
+            "Download or save it again."
+        ) from error
+    found = {name: find(name) for name in names}
+    missing = [name for name, path in found.items() if path is None]
+    if missing:
+        raise KappaTuneError(
+            f"Can't load a model from '{folder_or_name}': {len(missing)} of its {len(names)} files are missing: "
+            f"{', '.join(missing)}. Download or save them again."
+        )
+    return list(found.values())
+
+
+def _header(path: Path) -> dict[str, StoredTensor]:
+    """Name, shape and dtype of each tensor. safe_open checks that the file is whole; its API tells them slowly."""
+    with safe_open(path, framework="pt"):
+        pass
+    content = json.loads(header_bytes(path))
+    return {
+        name: StoredTensor(
+            path, tuple(entry["shape"]), entry["dtype"], entry["data_offsets"][1] - entry["data_offsets"][0]
+        )
+        for name, entry in content.items()
+        if name != "__metadata__"
+    }
+
+
+def header_bytes(path: str | os.PathLike) -> bytes:
+    """The JSON header of a safetensors file (format: 8 bytes of its length, little-endian, then the header)."""
+    with open(path, "rb") as file:
+        return file.read(struct.unpack("<Q", file.read(8))[0])
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else f"damaged or cut off ({error})"

@@ -1,0 +1,183 @@
+"""Scans of checkpoints on disk: the report of the model in memory, without the model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+from kappatune_plugin import tensor_files
+from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.quantized import dequantize_float8
+from kappatune_plugin.report import KappaReport
+from kappatune_plugin.safetensors_source import SafetensorsSource
+from kappatune_plugin.scan import scan
+from kappatune_plugin.sources import ModelSource, open_source
+from tiny import CONFIGS, tiny_model
+
+FILE = "model.safetensors"
+
+
+def quiet(model: object, **settings) -> KappaReport:
+    return scan(model, exclude=(), progress=False, **settings)
+
+
+def rewrite(folder: Path, change) -> None:
+    """Replace the tensors in a folder's file by what `change` makes of them."""
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / FILE).items()}
+    save_file(change(tensors), folder / FILE)
+
+
+def assert_same(folder: Path, model: torch.nn.Module) -> None:
+    assert isinstance(open_source(folder), SafetensorsSource)
+    from_files, from_memory = quiet(folder), quiet(model)
+    assert from_files.units == from_memory.units and from_files.dtype == from_memory.dtype
+    assert from_files.base == {"name": folder.name, "hash": from_memory.base["hash"]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_files_give_the_report_of_the_model(tmp_path, kind, dtype):
+    """In one file or many; experts one by one (transformers splits them when it saves) or fused (GPT-OSS)."""
+    model = tiny_model(kind, dtype)
+    model.save_pretrained(tmp_path, max_shard_size="30KB" if dtype == torch.float32 else "1GB")
+    assert (tmp_path / FILE).exists() == (dtype != torch.float32)
+    assert_same(tmp_path, model)
+
+
+def test_experts_fused_on_disk(tmp_path):
+    model = tiny_model("olmoe")
+    model.save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda _: dict(model.state_dict()))
+    assert_same(tmp_path, model)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_names_with_and_without_the_prefix_of_the_base_model(tmp_path, kind):
+    model = tiny_model(kind)
+    prefix = f"{model.base_model_prefix}."
+    model.save_pretrained(tmp_path / "head")
+    rewrite(tmp_path / "head", lambda tensors: {name.removeprefix(prefix): each for name, each in tensors.items()})
+    assert_same(tmp_path / "head", model)
+    base = AutoModel.from_config(model.config)
+    base.save_pretrained(tmp_path / "base")
+    rewrite(tmp_path / "base", lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()})
+    assert_same(tmp_path / "base", base)
+
+
+def test_tied_weight_under_its_other_name(tmp_path):
+    model = tiny_model("gpt2")
+    model.save_pretrained(tmp_path)
+    rename = {"transformer.wte.weight": "lm_head.weight"}
+    rewrite(tmp_path, lambda tensors: {rename.get(name, name): tensor for name, tensor in tensors.items()})
+    assert_same(tmp_path, model)
+
+
+def test_float8_with_scales(tmp_path):
+    """Blocks as DeepSeek stores them, and one scale a row; the numbers are those of the dequantized model."""
+    model = tiny_model("llama")
+    model.config.quantization_config = {"quant_method": "fp8", "weight_block_size": [16, 20]}
+    model.save_pretrained(tmp_path)
+    expected = tiny_model("llama")
+
+    def quantize(tensors: dict) -> dict:
+        result = {}
+        for name, tensor in tensors.items():
+            if "proj" not in name:
+                result[name] = tensor
+                continue
+            blocks = [-(-tensor.shape[0] // 16), -(-tensor.shape[1] // 20)] if "q_proj" in name else [len(tensor), 1]
+            scales = torch.rand(blocks) + 0.5
+            result[name] = (8 * tensor).to(torch.float8_e4m3fn)
+            result[name + ("_scale_inv" if "q_proj" in name else "_scale")] = scales
+            value = slow_dequantize(result[name], scales, (16, 20) if "q_proj" in name else (1, tensor.shape[1]))
+            expected.get_parameter(name).data.copy_(value)
+        return result
+
+    rewrite(tmp_path, quantize)
+    report = quiet(tmp_path)
+    assert report.units == quiet(expected).units and report.base["hash"] == quiet(expected).base["hash"]
+    assert report.dtype == "float32, float8_e4m3fn, dequantized"
+
+
+def slow_dequantize(weight: torch.Tensor, scales: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    values = weight.float().clone()
+    for i in range(values.shape[0]):
+        for j in range(values.shape[1]):
+            values[i, j] *= scales[i // block[0], j // block[1]]
+    return values
+
+
+def test_float8_scales_of_a_wrong_shape():
+    weight = torch.ones(300, 256).to(torch.float8_e5m2)
+    assert torch.equal(dequantize_float8(weight, None), torch.ones(300, 256))
+    assert torch.equal(dequantize_float8(weight, torch.tensor(3.0)), torch.full((300, 256), 3.0))
+    expected = torch.cat([torch.full((128, 256), 1.0), torch.full((128, 256), 2.0), torch.full((44, 256), 3.0)])
+    assert torch.equal(dequantize_float8(weight, torch.tensor([[1.0, 1], [2, 2], [3, 3]])), expected)
+    with pytest.raises(KappaTuneError, match=r"\(300, 256\) has scales of shape \(4, 2\)"):
+        dequantize_float8(weight, torch.ones(4, 2))
+
+
+def loaded_whole(folder: Path, reason: str) -> KappaReport:
+    with pytest.warns(UserWarning, match=f"is loaded whole, since .*{reason}"):
+        source = open_source(folder)
+    assert isinstance(source, ModelSource)
+    with pytest.warns(UserWarning):
+        return quiet(folder)
+
+
+def test_files_that_do_not_tell_are_loaded(tmp_path):
+    model = tiny_model("gpt2")
+    model.save_pretrained(tmp_path)
+    # the head is stored beside the embedding it is tied to
+    rewrite(tmp_path, lambda tensors: {**tensors, "lm_head.weight": tensors["transformer.wte.weight"].clone()})
+    assert loaded_whole(tmp_path, "stored twice").units == quiet(model).units
+    # the format before safetensors
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / FILE).unlink()
+    assert loaded_whole(tmp_path, "no safetensors files").units == quiet(model).units
+
+
+def test_whatever_is_wrong_with_the_files_is_named(tmp_path, monkeypatch):
+    tiny_model("llama").save_pretrained(tmp_path, max_shard_size="30KB")
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 2
+    whole = shards[0].read_bytes()
+    shards[0].write_bytes(whole[:-100])
+    shards[1].write_bytes(b"")
+    with pytest.raises(KappaTuneError, match=rf"{shards[0].name}: damaged(?s:.*){shards[1].name}: damaged"):
+        quiet(tmp_path)
+    shards[0].write_bytes(whole)
+    shards[1].unlink()
+    shards[2].unlink()
+    with pytest.raises(KappaTuneError, match=f"2 of its {len(shards)} files are missing: .*{shards[2].name}"):
+        quiet(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": [')
+    with pytest.raises(KappaTuneError, match="not an index"):
+        quiet(tmp_path)
+
+
+def test_file_that_must_not_be_read(tmp_path, monkeypatch):
+    tiny_model("llama").save_pretrained(tmp_path)
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tensor_files, "safe_open", refuse)
+    with pytest.raises(KappaTuneError, match="model.safetensors: Permission denied"):
+        quiet(tmp_path)
+
+
+def test_bad_values_are_rows(tmp_path):
+    """NaN, zeros, and values below the smallest normal number of their dtype."""
+    model = tiny_model("llama", torch.bfloat16)
+    layer = model.model.layers[0]
+    with torch.no_grad():
+        layer.self_attn.q_proj.weight[3, 5] = torch.nan
+        layer.self_attn.k_proj.weight.zero_()
+        layer.self_attn.v_proj.weight.mul_(2.0**-125)
+    model.save_pretrained(tmp_path)
+    assert_same(tmp_path, model)
+    statuses = {row.name.split(".")[-2]: row.status for row in quiet(tmp_path).units if ".0.self_attn" in row.name}
+    assert statuses == {"q_proj": "nonfinite", "k_proj": "zero", "v_proj": "ok", "o_proj": "ok"}
