@@ -1,7 +1,7 @@
 """Data sets as a recipe names them: a hub id or a file in, rows out; rows and templates in, training examples out."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +21,13 @@ BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
     ".txt": ("text", {"sample_by": "paragraph"}),
 }
-KEYS = ("path", "name", "split", "data_files", "data_dir", "revision", "columns", "features", "token")
+KEYS = ("path", "name", "split", "take", "data_files", "data_dir", "revision", "columns", "features", "token")
 REFUSED = {
     "trust_remote_code": "data sets never run code here; use one in Parquet or JSON",
-    "streaming": "give a part of the data by split, such as 'train[:1000]'",
+    "streaming": "give a part of the data by split, such as 'train[:1000]', or its first rows by take: 1000",
 }
+# a data set's own, in the place of the block's, for data.test
+TEMPLATES = ("prompt", "completion")
 EXAMPLE = "{path: cardiffnlp/tweet_eval, name: irony, split: 'train[:200]'}, or {path: rows.jsonl}"
 
 
@@ -34,8 +36,9 @@ def load_rows(spec: Mapping[str, Any] | str, what: str, base: Path | None = None
 
     Args:
         spec: path (a hub id, a file that ends in .jsonl, .json, .csv, .tsv, .parquet or .txt, or a folder), name,
-            split (default "train"), and whatever else `datasets.load_dataset` takes; a string is a path. A .txt file
-            gives a row of "text" for each paragraph, paragraphs being parted by blank lines.
+            split (default "train"), take (only the first rows, so many; no more of a hub's data set is downloaded), and
+            whatever else `datasets.load_dataset` takes; a string is a path. A .txt file gives a row of "text" for each
+            paragraph, paragraphs being parted by blank lines.
         what: what the rows are for, in errors ("training data").
         base: the recipe's folder; a relative path that isn't there from the current folder is looked for in it.
 
@@ -46,17 +49,47 @@ def load_rows(spec: Mapping[str, Any] | str, what: str, base: Path | None = None
     if problems:
         raise KappaTuneError("\n".join(problems))
     spec = local_spec(spec, base)
-    path, split = spec.pop("path"), spec.pop("split", None) or "train"
+    path, split, take = spec.pop("path"), spec.pop("split", None) or "train", spec.pop("take", None)
     if Path(path).is_file():
         builder, options = _builder(path, what)
         rows = _load(builder, {**options, **spec, "data_files": path}, split, what, shown=path)
+        rows = rows if take is None else rows.select(range(min(take, len(rows))))
     elif _looks_local(path):
         raise KappaTuneError(f"{what}: there is no file or folder '{path}'{_looked_in(base)}. Check data's `path`.")
     else:
-        rows = _load(path, spec, split, what, shown=path)
+        rows = _load(path, spec, split, what, shown=path, take=take)
     if len(rows) == 0:
         raise KappaTuneError(f"{what}: '{path}', split '{split}', has no rows. Give data that has some.")
     return rows
+
+
+def load_all_rows(specs: Sequence[Any] | Mapping[str, Any] | str, what: str, base: Path | None = None) -> "Dataset":
+    """Load one data set, or a list of them one after the other, with the columns that all of them have.
+
+    Raises:
+        KappaTuneError: as `load_rows`; also data sets without a column in common, or with columns of one name and
+            different types.
+    """
+    if not isinstance(specs, list):
+        return load_rows(specs, what, base)
+    from datasets import ClassLabel, Value, concatenate_datasets
+
+    parts = [load_rows(spec, f"{what}[{position}]", base) for position, spec in enumerate(specs)]
+    common = [column for column in parts[0].column_names if all(column in part.column_names for part in parts)]
+    if not common:
+        columns = "; ".join(", ".join(part.column_names) for part in parts)
+        raise KappaTuneError(f"{what}: the {len(parts)} data sets have no column in common: {columns}.")
+    plain = []
+    for part in parts:
+        part = part.select_columns(common)
+        # the same labels under other names can't be put together
+        for column in [name for name, feature in part.features.items() if isinstance(feature, ClassLabel)]:
+            part = part.cast_column(column, Value("int64"))
+        plain.append(part)
+    try:
+        return concatenate_datasets(plain)
+    except ValueError as error:
+        raise KappaTuneError(f"{what}: the data sets don't go together: {error}") from error
 
 
 def spec_problems(spec: Any, what: str) -> list[str]:
@@ -70,7 +103,17 @@ def spec_problems(spec: Any, what: str) -> list[str]:
         problems.append(f"{what}: it has no path, only {', '.join(spec) or 'nothing'}. Write {EXAMPLE}.")
     if not isinstance(spec.get("split", ""), str | None):
         problems.append(f"{what}: split: {spec['split']!r} is not a split's name such as 'train' or 'train[:200]'.")
+    take = spec.get("take")
+    if take is not None and (isinstance(take, bool) or not isinstance(take, int) or take < 1):
+        problems.append(f"{what}: take: {take!r} is not a number of rows from 1 on.")
     return problems
+
+
+def all_spec_problems(specs: Any, what: str) -> list[str]:
+    """As `spec_problems`, for one data set or a list of them."""
+    if not isinstance(specs, list):
+        return spec_problems(specs, what)
+    return [line for position, spec in enumerate(specs) for line in spec_problems(spec, f"{what}[{position}]")]
 
 
 def local_spec(spec: Mapping[str, Any] | str, base: Path | None) -> dict[str, Any]:
@@ -192,12 +235,14 @@ def _label_key(value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def _load(path: str, options: dict[str, Any], split: str, what: str, shown: str) -> "Dataset":
+def _load(path: str, options: dict[str, Any], split: str, what: str, shown: str, take: int | None = None) -> "Dataset":
     from datasets import Dataset, load_dataset
 
     options = {key: value for key, value in options.items() if value is not None}
     try:
-        rows = load_dataset(path, split=split, **options)
+        rows = load_dataset(path, split=split, streaming=take is not None, **options)
+        if take is not None:
+            rows = Dataset.from_list(list(rows.take(take)), features=rows.features)
     except Exception as error:
         # datasets raises anything here: ConnectionError, ValueError, TypeError, StopIteration, its own errors
         raise KappaTuneError(_load_problem(error, options, split, what, shown)) from error

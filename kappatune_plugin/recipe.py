@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kappatune_plugin.auto_budget import AUTO, AutoBudget
 from kappatune_plugin.config import KAPPATUNE_KEYS, KappaTuneConfig, config_problems
-from kappatune_plugin.data import find_local, local_spec, spec_problems
+from kappatune_plugin.data import TEMPLATES, all_spec_problems, find_local, local_spec
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.recipe_yaml import BLOCKS, FLAT, apply_overrides, nest_flat_keys, read_yaml
 from kappatune_plugin.templates import did_you_mean, parse_template
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from kappatune_plugin.forgetting_config import ForgettingConfig
 
-DATA_KEYS = ("train", "test", "prompt", "completion", "labels", "label_column")
+DATA_KEYS = ("train", "test", "prompt", "completion", "labels", "label_column", "max_chars")
 # keys of TRL's ModelConfig that ask for another method
 OTHER_METHODS = ("use_peft", "use_rslora", "use_dora", "load_in_8bit", "load_in_4bit", "use_bnb_nested_quant")
 OTHER_PREFIXES = ("lora_", "bnb_")
@@ -156,6 +156,9 @@ def _find_local_paths(arguments: dict[str, Any], blocks: Mapping[str, Any], fold
     for key in ("train", "test"):
         if isinstance(data, dict) and isinstance(data.get(key), str | Mapping):
             data[key] = local_spec(data[key], folder)
+        elif isinstance(data, dict) and isinstance(data.get(key), list):
+            known = [isinstance(spec, str | Mapping) for spec in data[key]]
+            data[key] = [local_spec(spec, folder) for spec in data[key]] if all(known) else data[key]
 
 
 def _build(owner: type, arguments: dict[str, Any], problems: list[str]) -> Any:
@@ -288,15 +291,17 @@ def _data_problems(data: Any) -> list[str]:
         problems.append("data.train is missing: add `train: {path: rows.jsonl}`.")
     for key in ("train", "test"):
         if block.get(key):
-            problems += spec_problems(block[key], f"data.{key}")
-    given = [key for key in ("prompt", "completion") if block.get(key) is not None]
+            problems += all_spec_problems(block[key], f"data.{key}")
+    given = [key for key in TEMPLATES if block.get(key) is not None]
     if len(given) == 1:
         problems.append(f"data: {given[0]} is given alone; prompt and completion go together.")
-    for key in given:
-        try:
-            parse_template(block[key], f"data.{key}")
-        except KappaTuneError as error:
-            problems.append(str(error))
+    problems += _template_problems({f"data.{key}": block[key] for key in given})
+    if isinstance(block.get("test"), Mapping):
+        own = {f"data.test.{key}": block["test"][key] for key in TEMPLATES if key in block["test"]}
+        problems += _template_problems(own)
+        if own and not given:
+            problems.append(f"{', '.join(own)}: the test rows' own; data.prompt and data.completion are missing.")
+    problems += _max_chars_problems(block.get("max_chars"), given)
     if block.get("labels") is not None:
         problems += _labels_problems(block["labels"])
         if not given:
@@ -304,6 +309,24 @@ def _data_problems(data: Any) -> list[str]:
     if not isinstance(block.get("label_column", ""), str):
         problems.append(f"data.label_column: expected a column's name, found {block['label_column']!r}.")
     return problems
+
+
+def _template_problems(templates: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for key, template in templates.items():
+        try:
+            parse_template(template, key)
+        except KappaTuneError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _max_chars_problems(max_chars: Any, given: list[str]) -> list[str]:
+    if max_chars is None:
+        return []
+    if isinstance(max_chars, bool) or not isinstance(max_chars, int) or max_chars < 1:
+        return [f"data.max_chars: {max_chars!r} is not a number of characters from 1 on."]
+    return [] if given else ["data.max_chars counts the characters of prompt and completion, which are missing."]
 
 
 def _labels_problems(labels: Any) -> list[str]:

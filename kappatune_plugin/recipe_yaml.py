@@ -78,7 +78,7 @@ def nest_flat_keys(content: dict[str, Any]) -> list[str]:
 
 
 def apply_overrides(content: dict[str, Any], overrides: list[str]) -> list[str]:
-    """Lay `--key value`, `--key=value`, `--flag`, `--block.key value` and `--kappatune_key value` over `content`, in place.
+    """Lay `--key value` (`=value`), `--flag`, `--block.key value` and `--kappatune_key value` over `content`, in place.
 
     The values of TRL's keys stay as they were typed: their types are brought in with the recipe's. Those of blocks are
     YAML.

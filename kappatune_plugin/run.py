@@ -9,7 +9,7 @@ import yaml
 
 from kappatune_plugin.checkpoint import checkpoint_to_resume
 from kappatune_plugin.console import console
-from kappatune_plugin.data import choice_examples, load_rows, pairs, prompt_completion
+from kappatune_plugin.data import TEMPLATES, choice_examples, load_all_rows, pairs, prompt_completion
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.files import write_text
 
@@ -103,18 +103,33 @@ def load_data(recipe: "Recipe") -> tuple["Dataset", "Dataset | None"]:
     data = recipe.data
     if data is None:
         return _trl_data(recipe)
-    train = load_rows(data["train"], "data.train", recipe.folder)
-    test = load_rows(data["test"], "data.test", recipe.folder) if data.get("test") else None
-    return _formatted(data, train), test
+    train = _formatted(load_all_rows(data["train"], "data.train", recipe.folder), _templates(data))
+    if data.get("max_chars") is not None:
+        train = _short_enough(train, data["max_chars"])
+    if not data.get("test"):
+        return train, None
+    test = data["test"]
+    if isinstance(test, dict):
+        test = {key: value for key, value in test.items() if key not in TEMPLATES}
+    return train, load_all_rows(test, "data.test", recipe.folder)
 
 
-def _formatted(data: dict[str, Any], rows: "Dataset") -> "Dataset":
-    return prompt_completion(rows, **_templates(data)) if data.get("prompt") is not None else rows
+def _formatted(rows: "Dataset", templates: dict[str, Any]) -> "Dataset":
+    return prompt_completion(rows, **templates) if "prompt" in templates else rows
 
 
-def _templates(data: dict[str, Any]) -> dict[str, Any]:
-    keys = ("prompt", "completion", "labels", "label_column")
-    return {key: data[key] for key in keys if data.get(key) is not None}
+def _templates(data: dict[str, Any], test: bool = False) -> dict[str, Any]:
+    """The templates and labels of `data`; for the test rows, the templates that they have of their own go before."""
+    found = {key: data[key] for key in (*TEMPLATES, "labels", "label_column") if data.get(key) is not None}
+    own = data["test"] if test and isinstance(data.get("test"), dict) else {}
+    return {**found, **{key: own[key] for key in TEMPLATES if key in own}}
+
+
+def _short_enough(rows: "Dataset", max_chars: int) -> "Dataset":
+    kept = rows.filter(lambda row: len(row["prompt"]) + len(row["completion"]) <= max_chars)
+    if len(kept) == 0:
+        raise KappaTuneError(f"data.max_chars: none of the {len(rows)} rows has {max_chars} characters or fewer.")
+    return kept
 
 
 def _trl_data(recipe: "Recipe") -> tuple["Dataset", "Dataset | None"]:
@@ -158,7 +173,7 @@ def _trainer(recipe: "Recipe", train: "Dataset", test: "Dataset | None") -> "SFT
     if args.eval_strategy == "no" or test is None:
         test = None
     elif recipe.data is not None:
-        test = _formatted(recipe.data, test)
+        test = _formatted(test, _templates(recipe.data, test=True))
     try:
         return SFTTrainer(
             model=model.model_name_or_path,
@@ -183,7 +198,8 @@ def _task(data: dict[str, Any] | None, test: "Dataset | None") -> "Task":
     """The test rows as examples to measure the task on; none for rows in a format of TRL's."""
     if data is None or test is None or data.get("prompt") is None:
         return []
-    return (choice_examples if data.get("labels") else pairs)(test, **_templates(data))
+    templates = _templates(data, test=True)
+    return (choice_examples if templates.get("labels") else pairs)(test, **templates)
 
 
 def _measure_forgetting(

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from kappatune_plugin import KappaTuneError
-from kappatune_plugin.data import choice_examples, load_rows, pairs, prompt_completion
+from kappatune_plugin.data import choice_examples, load_all_rows, load_rows, pairs, prompt_completion
 from recipes import ROWS, write_rows
 
 PROMPT, COMPLETION, LABELS = "Say: {text}\nTone:", " {label}", {0: "bad", 1: "good"}
@@ -39,6 +39,36 @@ def test_text_files_give_a_row_a_paragraph(tmp_path):
 def test_part_of_a_split(rows, tmp_path):
     part = load_rows({"path": str(tmp_path / "rows.jsonl"), "split": "train[2:5]"}, "data.train")
     assert part.to_list() == ROWS[2:5]
+
+
+def test_take_gives_the_first_rows(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    assert load_rows({"path": str(path), "take": 3}, "data.train").to_list() == ROWS[:3]
+    assert len(load_rows({"path": str(path), "take": 99}, "data.train")) == len(ROWS)
+    # a folder is streamed, as a hub's data set is
+    assert load_rows({"path": str(tmp_path), "take": 3}, "data.train").to_list() == ROWS[:3]
+
+
+def test_several_data_sets_are_put_together(tmp_path):
+    one = write_rows(tmp_path / "one.jsonl", [{"text": "a", "label": 1, "stars": 5}])
+    other = write_rows(tmp_path / "other.jsonl", [{"label": 0, "text": "b"}, {"label": 1, "text": "c"}])
+    rows = load_all_rows([str(one), {"path": str(other)}], "data.train")
+    assert rows.to_list() == [{"text": "a", "label": 1}, {"text": "b", "label": 0}, {"text": "c", "label": 1}]
+    stars = write_rows(tmp_path / "stars.jsonl", [{"stars": 3}])
+    with pytest.raises(KappaTuneError, match="the 2 data sets have no column in common: stars; label, text"):
+        load_all_rows([str(stars), str(other)], "data.train")
+    with pytest.raises(KappaTuneError, match=r"data.train\[1\]: there is no file"):
+        load_all_rows([str(one), "nowhere.jsonl"], "data.train")
+
+
+def test_the_same_labels_under_other_names_are_put_together(tmp_path):
+    from datasets import ClassLabel, Dataset
+
+    for name, names in (("one", ["neg", "pos"]), ("other", ["1", "2"])):
+        rows = Dataset.from_dict({"text": [name], "label": [1]})
+        rows.cast_column("label", ClassLabel(names=names)).to_parquet(tmp_path / f"{name}.parquet")
+    rows = load_all_rows([str(tmp_path / "one.parquet"), str(tmp_path / "other.parquet")], "data.train")
+    assert rows.to_list() == [{"text": "one", "label": 1}, {"text": "other", "label": 1}]
 
 
 def test_paths_start_in_the_recipes_folder(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from kappatune_plugin import KappaTuneError
 from kappatune_plugin.recipe import load_recipe
 from recipes import tiny_recipe, write_recipe
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
 
 
 @pytest.fixture
@@ -148,6 +148,14 @@ def test_each_mistake_is_named(load, changes, words):
             ["quote the word of 0"],
         ),
         ({"train": 3}, ["data.train: 3"]),
+        ({"train": ["a.jsonl", 3]}, ["data.train[1]: 3"]),
+        ({"train": {"path": "a.jsonl", "take": 0}}, ["data.train: take: 0"]),
+        ({"train": "a.jsonl", "max_chars": 5}, ["data.max_chars counts", "missing"]),
+        (
+            {"train": "a.jsonl", "prompt": "{a}", "completion": "{b}", "max_chars": "x", "test": {"prompt": "{c"}},
+            ["data.max_chars: 'x'", "data.test: it has no path", "data.test.prompt: '{c'"],
+        ),
+        ({"train": "a.jsonl", "test": {"path": "b.jsonl", "prompt": "{c}"}}, ["data.test.prompt", "are missing"]),
     ],
 )
 def test_each_mistake_of_the_data_is_named(load, data, words):
