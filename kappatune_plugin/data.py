@@ -259,7 +259,8 @@ def _load_problem(error: Exception, options: dict[str, Any], split: str, what: s
             f"{what}: the hub's data set '{shown}' is out of reach ({error}). Check its name and the network "
             "(HF_HUB_OFFLINE must not be set), or give the path of a file."
         )
-    if "corresponds to no data" in str(error) or isinstance(error, StopIteration):
+    empty = "corresponds to no data" in str(error) or "at least one example" in str(error.__cause__)
+    if empty or isinstance(error, StopIteration):
         return f"{what}: '{shown}', split '{split}', has no rows. Give data that has some."
     if "Unknown split" in str(error) or "Unrecognized instruction" in str(error):
         return f"{what}: '{shown}': {error} Write split: train, test or a part such as 'train[:200]'."

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.versions import newer_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,7 +93,8 @@ def _tokenizer(adapter: Path, base: str, trust_remote_code: bool) -> object:
     try:
         return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise KappaTuneError(f"Can't load the tokenizer from '{where}': {error}") from error
+        hint = newer_tokenizer(error) or ""
+        raise KappaTuneError(f"Can't load the tokenizer from '{where}': {error} {hint}".rstrip()) from error
 
 
 def _sibling(output_dir: Path) -> Path:

@@ -12,6 +12,7 @@ from kappatune_plugin.console import console
 from kappatune_plugin.data import TEMPLATES, choice_examples, load_all_rows, pairs, prompt_completion
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.files import write_text
+from kappatune_plugin.versions import newer_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -165,7 +166,7 @@ def _trainer(recipe: "Recipe", train: "Dataset", test: "Dataset | None") -> "SFT
     args, model = recipe.training_args, recipe.model_args
     args.model_init_kwargs = {
         "revision": model.model_revision,
-        "trust_remote_code": args.trust_remote_code,
+        "trust_remote_code": _trusts_remote_code(recipe),
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
         **(args.model_init_kwargs or {}),
@@ -184,6 +185,17 @@ def _trainer(recipe: "Recipe", train: "Dataset", test: "Dataset | None") -> "SFT
         )
     except OSError as error:
         raise KappaTuneError(f"Can't load the model '{model.model_name_or_path}': {error}") from error
+    except ValueError as error:
+        hint = newer_tokenizer(error)
+        if hint is None:
+            raise
+        raise KappaTuneError(f"Can't load the tokenizer of '{model.model_name_or_path}': {error} {hint}") from error
+
+
+def _trusts_remote_code(recipe: "Recipe") -> bool:
+    """TRL moved this key from ModelConfig to SFTConfig."""
+    owners = (recipe.training_args, recipe.model_args)
+    return any(getattr(owner, "trust_remote_code", False) for owner in owners)
 
 
 def _forgetting_data(recipe: "Recipe", test: "Dataset | None") -> "ForgettingData | None":

@@ -1,6 +1,7 @@
 """Recipes for tests, on a tiny model and a handful of rows."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import yaml
@@ -8,6 +9,11 @@ import yaml
 ROWS = [{"text": f"the cat {i} sat on the {word}", "label": i % 2} for i in range(8) for word in ("mat", "rug")]
 FACTS = [{"question": "the cat sat on the", "answer": " mat"}, {"question": "yes no", "answer": " good"}]
 CONTROL = [{"text": "the cat sat on the mat, yes. " * 3}, {"text": "no good mat"}, {"text": " "}]
+
+
+def known(config: type, **settings: object) -> dict[str, object]:
+    """Those of `settings` that this version's dataclass `config` has."""
+    return {key: value for key, value in settings.items() if key in {field.name for field in fields(config)}}
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:

@@ -18,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from kappatune_plugin import KappaTuneConfig, KappaTuneError
 from kappatune_plugin.units import find_units, unit_matrix
+from recipes import known
 from tiny import tiny_tokenizer
 
 TEXTS = [f"the cat {i} sat on the mat {j} times" for i in range(8) for j in range(4)]
@@ -95,9 +96,9 @@ def test_trains_exactly_the_selected(saved_olmoe, tmp_path, settings):
 def test_losses_do_not_depend_on_checkpointing_or_accumulation(saved_olmoe, tmp_path, settings):
     # TRL adds the router's load balancing loss by default: it isn't linear in the batch, and re-entrant checkpointing
     # takes its router logits from the pass without gradients
-    settings = {"router_aux_loss_coef": 0.0, **settings}
-    plain = trainer(saved_olmoe, tmp_path / "a", router_aux_loss_coef=0.0)
-    other = trainer(saved_olmoe, tmp_path / "b", **settings)
+    no_balancing = known(SFTConfig, router_aux_loss_coef=0.0)
+    plain = trainer(saved_olmoe, tmp_path / "a", **no_balancing)
+    other = trainer(saved_olmoe, tmp_path / "b", **no_balancing, **settings)
     plain.train()
     other.train()
     assert losses(other) == pytest.approx(losses(plain), abs=1e-5)

@@ -74,7 +74,9 @@ def test_only_the_selected_units_change(kind, dtype):
 def test_equals_full_gradients_on_the_slices(experts, checkpointing, accumulation):
     batches = random_batches(3, accumulation)
     model, reference = tiny_model("olmoe"), tiny_model("olmoe")
-    for one in (model, reference):
+    if not hasattr(model, "set_experts_implementation") and experts != "eager":
+        pytest.skip("transformers 4 knows eager experts only")
+    for one in (model, reference) if hasattr(model, "set_experts_implementation") else ():
         one.set_experts_implementation(experts)
     selection = mixed_selection(model, k=15)
     names = [row.name for row in selection.units]

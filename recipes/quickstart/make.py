@@ -183,6 +183,15 @@ def measure(folder: Path, known: list[Fact]) -> dict:
     }
 
 
+def save_tokenizer(tokens: PreTrainedTokenizerFast, folder: Path) -> None:
+    """As transformers 4 reads it too: the class name that transformers 5 writes is unknown there."""
+    tokens.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
@@ -202,7 +211,7 @@ def main() -> None:
     pretrain(model, batches(tokens, known, args.batch_size), args.steps, args.learning_rate)
     folder = args.output_dir / "model"
     model.to(torch.bfloat16).save_pretrained(folder)
-    tokens.save_pretrained(folder)
+    save_tokenizer(tokens, folder)
     measured = {"steps": args.steps, "batch_size": args.batch_size, **measure(folder, known)}
     (folder / "pretraining.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(measured, indent=1))
