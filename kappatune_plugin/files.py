@@ -11,29 +11,33 @@ from kappatune_plugin.errors import KappaTuneError
 FORMAT = 1
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
+def write_text(path: str | os.PathLike, text: str, durable: bool = True) -> None:
     """Write `text` to `path` atomically: a reader sees the old file or the new one, never a part of one.
 
+    Args:
+        durable: wait until it is on the disk, so that it outlives a power failure.
+
     Raises:
-        KappaTuneError: the folder can't be made or written.
+        KappaTuneError: the folder can't be made or written, or the disk is full.
     """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                if durable:
+                    os.fsync(file.fileno())
+            # mkstemp makes files private; a report is as public as its folder
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
     except OSError as error:
         raise KappaTuneError(f"Can't write {path}: {error.strerror}. Choose a folder that you may write to.") from error
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files private; a report is as public as its folder
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def write_json(path: str | os.PathLike, content: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Condition numbers of many matrices: several at once, one thread each, behind one bar."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -7,7 +8,8 @@ from contextlib import contextmanager
 import torch
 from tqdm import tqdm
 
-from kappatune_plugin.condition import condition_number
+from kappatune_plugin.cache import Cache, content_hash
+from kappatune_plugin.condition import Kappa, condition_number
 from kappatune_plugin.report import UnitReport
 from kappatune_plugin.sources import Load, Source
 from kappatune_plugin.units import WeightUnit
@@ -46,7 +48,8 @@ def measure(
     units: Sequence[WeightUnit],
     rtol: float,
     bar: Bar,
-    above: Callable[[WeightUnit], float] | None = None,
+    cache: Cache,
+    above: Callable[[WeightUnit], float] = lambda unit: math.inf,
 ) -> list[UnitReport]:
     """The rows of those of `units` that `source.work` yields here, in the order of `units`.
 
@@ -55,6 +58,7 @@ def measure(
     of the source leaves threads idle gets several.
 
     Args:
+        cache: rows that it knows are taken from it; it gets the others.
         above: the bound of a unit: once its kappa is certainly above, nothing more is found out. See
             `condition_number`.
     """
@@ -63,14 +67,25 @@ def measure(
 
     def one(unit: WeightUnit, load: Load) -> UnitReport:
         torch.set_num_threads(max(1, threads // max(1, limit // memory(unit))))
-        bound = {} if above is None else {"above": above(unit)}
-        return UnitReport.of(unit.name, unit.shape, condition_number(load(), rtol, **bound), unit.groups)
+        matrix = load()
+        if cache.folder is None:
+            return _row(unit, condition_number(matrix, rtol, above(unit)))
+        content = source.contents[unit.name] = content_hash(matrix)
+        row = cache.row(content, unit, rtol, above(unit))
+        if row is None:
+            row = _row(unit, condition_number(matrix, rtol, above(unit)))
+            cache.keep_row(content, row, rtol)
+        return row
 
     def keep(unit: WeightUnit, row: UnitReport) -> None:
         rows[unit.name] = row
         bar.advance(unit)
 
-    longest_first = sorted(units, key=lambda unit: -cost(unit))
+    unknown = []
+    for unit in units:
+        row = cache.row(source.contents[unit.name], unit, rtol, above(unit)) if unit.name in source.contents else None
+        keep(unit, row) if row else unknown.append(unit)
+    longest_first = sorted(unknown, key=lambda unit: -cost(unit))
     with _workers(threads) as pool:
         pending: dict[Future, WeightUnit] = {}
         for unit, load in source.work(longest_first):
@@ -82,6 +97,10 @@ def measure(
         while pending:
             _collect(pending, keep)
     return [rows[unit.name] for unit in units if unit.name in rows]
+
+
+def _row(unit: WeightUnit, kappa: Kappa) -> UnitReport:
+    return UnitReport.of(unit.name, unit.shape, kappa, unit.groups)
 
 
 def memory(unit: WeightUnit) -> int:

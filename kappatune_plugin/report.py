@@ -30,6 +30,11 @@ if TYPE_CHECKING:
     from kappatune_plugin.selection import Selection
 
 
+# kappa was only looked at until it was certain that it isn't among the lowest that were asked for
+ABOVE = "above"
+ROW_STATUSES = (*STATUSES, ABOVE)
+
+
 @dataclass(frozen=True)
 class UnitReport:
     """One weight matrix of a model. Numbers that aren't finite are None, here as in the file.
@@ -38,7 +43,8 @@ class UnitReport:
         name: the unit's name in the checkpoint.
         shape: (rows, columns).
         kappa, lo, hi: condition number, and the interval that holds the exact one.
-        status: "ok", "zero", "rank_deficient" or "nonfinite"; only "ok" units can be selected.
+        status: "ok", "zero", "rank_deficient", "nonfinite", or "above" if all that was found out is that kappa is at
+            least `lo`; only "ok" units can be selected.
         null: median kappa of a Gaussian matrix of this shape.
         log_volume, stable_rank, sigma_max, sigma_min, frobenius, method: as in `condition.Kappa`.
         groups: those of "embedding", "head", "router" that the unit belongs to, sorted.
@@ -70,6 +76,8 @@ class UnitReport:
         """The row of the unit `name` whose matrix has condition number `kappa`."""
         numbers = asdict(kappa)
         value, null = numbers.pop("value"), null_condition(*shape)
+        if kappa.status == "ok" and math.isinf(kappa.hi):
+            value, numbers["status"] = math.inf, ABOVE
         return cls(name=name, shape=shape, kappa=value, null=null, groups=tuple(sorted(groups)), **numbers)
 
 
@@ -157,10 +165,12 @@ def _row_problems(position: int, row: Any) -> list[str]:
     for key in NUMBERS:
         if row[key] is not None and not is_number(row[key]):
             problems.append(f"{where}: {key}: expected a number or null, found {row[key]!r:.60}.")
-    if row["status"] not in STATUSES:
-        problems.append(f"{where}: status: {row['status']!r:.60} is none of {', '.join(STATUSES)}.")
+    if row["status"] not in ROW_STATUSES:
+        problems.append(f"{where}: status: {row['status']!r:.60} is none of {', '.join(ROW_STATUSES)}.")
     elif row["status"] == "ok" and not (is_number(row["kappa"]) and row["kappa"] >= 1):
         problems.append(f"{where}: status is ok, but kappa is {row['kappa']!r:.60}; it is at least 1.")
+    elif row["status"] == ABOVE and not is_number(row["lo"]):
+        problems.append(f"{where}: status is above, but lo, above which kappa is, is {row['lo']!r:.60}.")
     if not is_number(row["null"]):
         problems.append(f"{where}: null: expected a number, found {row['null']!r:.60}.")
     if not isinstance(row["method"], str):

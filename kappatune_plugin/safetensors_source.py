@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import transformers
 from torch import Tensor, nn
 
 from kappatune_plugin.checkpoint_names import CheckpointNames
@@ -41,7 +42,9 @@ class SafetensorsSource(Source):
         self.name = path_name(path)
         self.units = find_units(model)
         self.parameters = [name for name, _ in model.named_parameters()]
+        self.contents = {}
         self.files = files
+        self._architecture = f"{model.config.to_json_string()} {transformers.__version__}"
         self._float8_block = _float8_block(model)
         finder = _Finder(model, files)
         self._places = {unit.name: finder.place(unit) for unit in self.units}
@@ -60,6 +63,9 @@ class SafetensorsSource(Source):
             scales = self.files.read(place.scales) if place.scales else None
             block = dequantize_float8(block, scales, self._float8_block)
         return as_matrix(block, unit)
+
+    def identity(self) -> str:
+        return self.files.identity(self._architecture)
 
     def memory_limit(self) -> int:
         """That of four copies of the largest tensor in float64, and no more than is free."""

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from kappatune_plugin.cache import Cache, cache_folder
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.measure import Bar, measure
 from kappatune_plugin.patterns import DEFAULT_EXCLUDE, filter_units
 from kappatune_plugin.report import KappaReport
-from kappatune_plugin.sources import open_source
+from kappatune_plugin.sources import Source, open_source
 from kappatune_plugin.units import WeightUnit
 
 
@@ -20,6 +21,7 @@ def scan(
     rtol: float = 1e-3,
     progress: bool = True,
     trust_remote_code: bool = False,
+    cache: bool = True,
 ) -> KappaReport:
     """Measure every weight matrix of a model that `include` and `exclude` leave.
 
@@ -33,6 +35,7 @@ def scan(
         rtol: relative width of the interval of kappa, see `condition_number`.
         progress: show a bar on stderr.
         trust_remote_code: let transformers run code that comes with the model.
+        cache: use what earlier scans found, and keep what this one finds; see `cache`.
 
     Raises:
         KappaTuneError: the model can't be loaded, a pattern matches nothing, or no weight matrix is left.
@@ -41,10 +44,24 @@ def scan(
     kept, left_out = filter_units(source.units, include, exclude, source.parameters)
     if not kept:
         raise KappaTuneError(_nothing_left(source.units, source.parameters, include, exclude))
+    store = Cache(cache_folder() if cache else None)
+    identity = source.identity() if cache else None
+    base = {"name": source.name, "hash": _recall(source, store, identity)}
     with Bar(kept, progress) as bar:
-        rows = measure(source, kept, rtol, bar)
-    base = {"name": source.name, "hash": source.base_hash()}
+        rows = measure(source, kept, rtol, bar, store)
+    # a file that changed meanwhile is not what was read
+    if identity is not None and source.identity() == identity:
+        store.keep_files(identity, base["hash"], source.contents)
     return KappaReport(rows, base, ", ".join(sorted({source.dtype(unit) for unit in kept})), left_out)
+
+
+def _recall(source: Source, cache: Cache, identity: str | None) -> str:
+    """The fingerprint of the weights. What is known of their files is put in `source.contents`."""
+    known = cache.files(identity) if identity is not None else None
+    if known is None:
+        return source.base_hash()
+    source.contents.update(known["contents"])
+    return known["base_hash"]
 
 
 def _nothing_left(

@@ -22,11 +22,13 @@ class Source:
         name: what the report calls the model.
         units: every weight matrix, in the model's order.
         parameters: the names of all parameters, of norms and biases too.
+        contents: unit name -> the hash of its matrix (`cache.content_hash`), as far as they are known.
     """
 
     name: str
     units: list[WeightUnit]
     parameters: list[str]
+    contents: dict[str, str]
 
     def dtype(self, unit: WeightUnit) -> str:
         """How the unit is stored: "bfloat16"; for a quantized weight also what its values are ranked as."""
@@ -39,6 +41,10 @@ class Source:
     def base_hash(self) -> str:
         """The fingerprint of all units' weights, as `units.base_hash` makes it."""
         raise NotImplementedError
+
+    def identity(self) -> str | None:
+        """Changes whenever the weights may have; None where only reading them would tell."""
+        return None
 
     def memory_limit(self) -> int:
         """Bytes that measuring may take beside the weights: half of what is free."""
@@ -61,6 +67,7 @@ class ModelSource(Source):
         self.name = _model_name(model)
         self.units = find_units(model)
         self.parameters = [name for name, _ in model.named_parameters()]
+        self.contents = {}
         self._model = model
 
     def dtype(self, unit: WeightUnit) -> str:

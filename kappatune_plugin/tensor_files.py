@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -68,6 +69,19 @@ class TensorFiles:
             return file.get_tensor(name) if first is None else file.get_slice(name)[first]
         except (OSError, SafetensorError) as error:
             raise KappaTuneError(f"Can't read {name} in {stored.path}: {_reason(error)}") from error
+
+    def identity(self, salt: str = "") -> str:
+        """Changes with `salt` and with any file: their sizes, times (the second can't be set back), and headers."""
+        digest = xxhash.xxh3_128(salt.encode())
+        for path in self.paths:
+            try:
+                state = path.stat()
+                digest.update(header_bytes(path))
+            except OSError as error:
+                raise KappaTuneError(f"Can't read {path}: {_reason(error)}") from error
+            times = f"{state.st_mtime_ns} {state.st_ctime_ns}"
+            digest.update(f"{path.resolve()} {state.st_size} {times} {state.st_ino}".encode())
+        return digest.hexdigest()
 
     def _opened(self, path: Path, size: int) -> Any:
         """This thread's handle of a file. Pages once read stay in memory until it is dropped, so it soon is."""
