@@ -9,7 +9,7 @@ from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.units import WeightUnit
 
 # norms and biases are never units; their groups can still be named, since recipes declare what they leave out
-GROUPS = ("norm", "bias", "embedding", "head", "router")
+GROUPS = ("norm", "bias", "embedding", "head", "router", "attention", "mlp")
 DEFAULT_EXCLUDE = ("norm", "bias", "embedding", "head")
 
 
@@ -61,8 +61,17 @@ def _reason_left_out(unit: WeightUnit, include: Sequence[str], exclude: Sequence
     return None
 
 
+def module_type(name: str, groups: Iterable[str]) -> str | None:
+    """ "attention" or "mlp" (experts count as it) for a weight in a layer; None for the rest, routers among it."""
+    if {"embedding", "head", "router"} & set(groups) or not re.search(r"\.\d+\.", f".{name}"):
+        return None
+    return "attention" if re.search("attn|attention", name.lower()) else "mlp"
+
+
 def _matches(pattern: str, unit: WeightUnit) -> bool:
-    return pattern in unit.groups if pattern in GROUPS else fnmatchcase(unit.name, pattern)
+    if pattern not in GROUPS:
+        return fnmatchcase(unit.name, pattern)
+    return pattern in unit.groups or pattern == module_type(unit.name, unit.groups)
 
 
 def _known(pattern: str, names: Sequence[str]) -> bool:

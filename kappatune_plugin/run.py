@@ -164,13 +164,7 @@ def _trainer(recipe: "Recipe", train: "Dataset", test: "Dataset | None") -> "SFT
     from trl import SFTTrainer
 
     args, model = recipe.training_args, recipe.model_args
-    args.model_init_kwargs = {
-        "revision": model.model_revision,
-        "trust_remote_code": _trusts_remote_code(recipe),
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-        **(args.model_init_kwargs or {}),
-    }
+    args.model_init_kwargs = model_init_kwargs(recipe)
     if args.eval_strategy == "no" or test is None:
         test = None
     elif recipe.data is not None:
@@ -203,10 +197,22 @@ def _forgetting_data(recipe: "Recipe", test: "Dataset | None") -> "ForgettingDat
         return None
     from kappatune_plugin.forgetting import ForgettingData
 
-    return ForgettingData.load(recipe.forgetting, _task(recipe.data, test), recipe.folder)
+    return ForgettingData.load(recipe.forgetting, task_examples(recipe.data, test), recipe.folder)
 
 
-def _task(data: dict[str, Any] | None, test: "Dataset | None") -> "Task":
+def model_init_kwargs(recipe: "Recipe") -> dict[str, Any]:
+    """How to load the recipe's model, as trl/scripts/sft.py gives it to `from_pretrained`."""
+    args, model = recipe.training_args, recipe.model_args
+    return {
+        "revision": model.model_revision,
+        "trust_remote_code": _trusts_remote_code(recipe),
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+
+
+def task_examples(data: dict[str, Any] | None, test: "Dataset | None") -> "Task":
     """The test rows as examples to measure the task on; none for rows in a format of TRL's."""
     if data is None or test is None or data.get("prompt") is None:
         return []

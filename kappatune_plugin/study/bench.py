@@ -1,0 +1,215 @@
+"""What all runs of a comparison share: the base model, the data as TRL prepared it, and what is measured."""
+
+import copy
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kappatune_plugin.config import DEFAULT_K
+from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.forgetting import ForgettingData, ForgettingProbe
+from kappatune_plugin.patterns import DEFAULT_EXCLUDE
+from kappatune_plugin.probes import ChoiceExample, blocks, kl_to_base
+from kappatune_plugin.recipe import Recipe, load_recipe
+from kappatune_plugin.report import KappaReport
+from kappatune_plugin.run import load_data, model_init_kwargs, task_examples
+from kappatune_plugin.scan import scan
+from kappatune_plugin.study.arms import Pool
+from kappatune_plugin.units import base_hash
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import nn
+    from trl import SFTConfig
+
+# one run a process, no files of its own, a loss after every step
+SETTINGS = {
+    "logging_steps": 1,
+    "logging_nan_inf_filter": "false",
+    "save_strategy": "no",
+    "eval_strategy": "no",
+    "load_best_model_at_end": "false",
+    "report_to": "none",
+    "push_to_hub": "false",
+    "disable_tqdm": "true",
+    "dataloader_num_workers": 0,
+}
+TASK_TEXTS = 64
+
+
+@dataclass
+class Bench:
+    """The shared part of a comparison.
+
+    Attributes:
+        path, overrides: of the recipe.
+        recipe: as they give it.
+        base: the model before training; runs train copies of it.
+        tokenizer: the model's.
+        train, validation: as TRL prepares them; no method trains on `validation`.
+        probe: what is measured; task_text: the token ids of test prompts with their right completions.
+        pool: what may be trained.
+        hashes: fingerprints of the base's weights and of the data.
+    """
+
+    path: Path
+    overrides: list[str]
+    recipe: Recipe
+    base: "nn.Module"
+    tokenizer: Any
+    train: "Dataset"
+    validation: "Dataset"
+    probe: ForgettingProbe
+    task_text: list[list[int]]
+    pool: Pool
+    hashes: dict[str, str]
+
+    @classmethod
+    def load(cls, path: Path, overrides: Iterable[str] = (), validation: float = 0.1) -> "Bench":
+        """Load all that the recipe at `path` names.
+
+        Args:
+            overrides: of the recipe, as on the command line.
+            validation: the share of the training rows that is held out to choose learning rates on.
+
+        Raises:
+            KappaTuneError: everything that `kappatune sft` would raise, a recipe that measures no forgetting or brings
+                its own selection, or too few rows to hold some out.
+        """
+        overrides = list(overrides)
+        recipe = load_recipe(path, [*overrides, *_flags(SETTINGS)])
+        _check(recipe)
+        rows, test = load_data(recipe)
+        train, held_out = _split(rows, validation)
+        task = task_examples(recipe.data, test)
+        data = ForgettingData.load(recipe.forgetting, task, recipe.folder)
+        base = _load_base(recipe)
+        tokenizer, train, held_out = _prepared(recipe, base, train, held_out)
+        report = _report(recipe, base)
+        texts = [_right_text(example) for example in task[:TASK_TEXTS]]
+        hashes = {"base": base_hash(base), "data": _digest([*_rows(train), "held out", *_rows(held_out)])}
+        return cls(
+            Path(path),
+            overrides,
+            recipe,
+            base,
+            tokenizer,
+            train,
+            held_out,
+            ForgettingProbe.build(recipe.forgetting, data, base, tokenizer),
+            blocks(tokenizer, texts, recipe.forgetting.max_length) if texts else [],
+            Pool.of(report, recipe.kappatune.k or DEFAULT_K, recipe.kappatune.rank_by),
+            hashes,
+        )
+
+    def arguments(self, learning_rate: float, seed: int, output_dir: Path) -> "SFTConfig":
+        """The recipe's training arguments with what a run changes in them."""
+        changes = {"learning_rate": learning_rate, "seed": seed, "data_seed": seed, "output_dir": output_dir}
+        args = load_recipe(self.path, [*self.overrides, *_flags({**SETTINGS, **changes})]).training_args
+        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        return args
+
+    def measure(self, model: "nn.Module") -> dict[str, float]:
+        """`ForgettingProbe.measure`, with the divergences from the base on each control and on the task's text."""
+        found = {**self.probe.measure(model), **self.probe.divergences(model)}
+        if self.task_text:
+            found["task_text_kl"] = kl_to_base(model, self.task_text, self.probe.batch_size)
+        return found
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of a whole run."""
+        args = self.recipe.training_args
+        if args.max_steps > 0:
+            return args.max_steps
+        batch = args.train_batch_size * args.gradient_accumulation_steps
+        return math.ceil(math.ceil(len(self.train) / batch) * args.num_train_epochs)
+
+    @property
+    def identity(self) -> str:
+        """A digest of everything that decides a run's result but the run's own settings."""
+        # where it lies has no say, and what a run sets itself
+        ignored = ("output_dir", "seed", "learning_rate", "env")
+        resolved = {key: value for key, value in self.recipe.resolved.items() if key not in ignored}
+        return _digest([resolved, self.hashes])
+
+
+def _flags(settings: dict[str, Any]) -> list[str]:
+    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+
+def _check(recipe: Recipe) -> None:
+    problems = []
+    if recipe.forgetting is None:
+        problems.append("the block forgetting is missing: add `forgetting: {control: self}`.")
+    if recipe.kappatune.selection is not None:
+        problems.append("kappatune.selection is given, and a comparison selects by itself: write k instead.")
+    if recipe.training_args.world_size > 1:
+        problems.append(f"it runs on one process, and {recipe.training_args.world_size} are running.")
+    if problems:
+        raise KappaTuneError("\n  - ".join(["compare:", *problems]))
+
+
+def _split(rows: "Dataset", share: float) -> tuple["Dataset", "Dataset"]:
+    from datasets import Dataset
+
+    if not isinstance(rows, Dataset):
+        raise KappaTuneError("compare: data that is streamed can't be held out: delete dataset_streaming.")
+    if not 0 < share < 1:
+        raise KappaTuneError(f"validation: {share} is not a share between 0 and 1, such as 0.1.")
+    held_out = max(1, round(share * len(rows)))
+    if held_out >= len(rows):
+        raise KappaTuneError(f"validation: {len(rows)} training rows are too few to hold {held_out} out.")
+    parts = rows.train_test_split(test_size=held_out, seed=0)
+    return parts["train"], parts["test"]
+
+
+def _load_base(recipe: Recipe) -> "nn.Module":
+    from trl.trainer.utils import create_model_from_path
+
+    name = recipe.model_args.model_name_or_path
+    try:
+        return create_model_from_path(name, **model_init_kwargs(recipe))
+    except OSError as error:
+        raise KappaTuneError(f"Can't load the model '{name}': {error}") from error
+
+
+def _prepared(
+    recipe: Recipe, base: "nn.Module", train: "Dataset", held_out: "Dataset"
+) -> tuple[Any, "Dataset", "Dataset"]:
+    """The tokenizer, and the rows tokenized as SFTTrainer does it."""
+    from trl import SFTTrainer
+
+    # a copy: TRL wraps the forward of the model that it gets, and the wrapping would follow the copies of the base
+    trainer = SFTTrainer(copy.deepcopy(base), recipe.training_args, train_dataset=train, eval_dataset=held_out)
+    return trainer.processing_class, trainer.train_dataset, trainer.eval_dataset
+
+
+def _report(recipe: Recipe, base: "nn.Module") -> KappaReport:
+    config = recipe.kappatune
+    if config.report is None:
+        exclude = DEFAULT_EXCLUDE if config.exclude is None else config.exclude
+        return scan(base, include=config.include or (), exclude=exclude, rtol=config.rtol)
+    report = KappaReport.load(config.report)
+    if report.base["hash"] != base_hash(base):
+        raise KappaTuneError(f"kappatune.report is of '{report.base['name']}', not of this base: delete the line.")
+    return report
+
+
+def _right_text(example: ChoiceExample | tuple[str, str]) -> str:
+    if isinstance(example, ChoiceExample):
+        return example.prompt + example.choices[example.answer]
+    return "".join(example)
+
+
+def _rows(rows: "Dataset") -> list[Any]:
+    return [rows[name][:] for name in sorted(rows.column_names) if name in ("input_ids", "labels")]
+
+
+def _digest(content: Any) -> str:
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -1,0 +1,180 @@
+"""A comparison: every method at its best learning rate, on the same data order, at the same training loss."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm import tqdm
+
+from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.run import public_yaml
+from kappatune_plugin.study.bench import Bench
+from kappatune_plugin.study.methods import Method
+from kappatune_plugin.study.statistics import first_crossing, smoothed
+from kappatune_plugin.study.store import RunStore
+from kappatune_plugin.study.summary import summarize
+from kappatune_plugin.study.training import train_run
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "kappatune-plugin")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How methods are compared.
+
+    Attributes:
+        seeds: of data order, initialization and random selections; the first chooses the learning rate.
+        learning_rates: the grid, the same for every method.
+        every: steps between measurements.
+        smooth: steps that the smoothed training loss is the mean of.
+        target_loss: smoothed training loss to compare at; None for the highest of the runs' lowest, which all reach.
+
+    Raises:
+        KappaTuneError: numbers that can't be right.
+    """
+
+    seeds: tuple[int, ...]
+    learning_rates: tuple[float, ...]
+    every: int
+    smooth: int
+    target_loss: float | None = None
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not self.seeds:
+            problems.append("seeds: at least 1; 2 or more give an interval.")
+        if not self.learning_rates or any(not rate > 0 for rate in self.learning_rates):
+            problems.append(f"learning_rates: {list(self.learning_rates)} are not numbers above 0, such as 3e-4,1e-3.")
+        for key in ("every", "smooth"):
+            if getattr(self, key) < 1:
+                problems.append(f"{key}: {getattr(self, key)} is not a number of steps from 1 on.")
+        if problems:
+            raise KappaTuneError("\n  - ".join(["compare:", *problems]))
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A method at its best learning rate.
+
+    Attributes:
+        runs: one a seed, as `train_run` gives them.
+        validation: learning rate -> validation loss of the first seed's run; None where it wasn't finite.
+        matched: the measurements at the target, one a seed; None where a run doesn't reach it.
+    """
+
+    method: Method
+    learning_rate: float
+    runs: list[dict[str, Any]]
+    validation: dict[str, float | None]
+    matched: list[dict[str, Any] | None]
+
+
+def compare(bench: Bench, methods: Sequence[Method], settings: Settings, output_dir: Path) -> dict[str, Any]:
+    """Run what isn't finished yet, and put everything together.
+
+    Returns:
+        The content of compare.json.
+
+    Raises:
+        KappaTuneError: a method that doesn't fit the model, runs that didn't see the same data in the same order.
+    """
+    store = RunStore(output_dir / "runs")
+    planned = len(methods) * (len(settings.learning_rates) + len(settings.seeds) - 1)
+    with tqdm(total=planned, desc="runs", unit="run") as bar:
+        runner = _Runner(bench, settings, store, bar)
+        tried = [runner.best(method) for method in methods]
+        _check_order(tried)
+        target = settings.target_loss if settings.target_loss is not None else _common_target(tried, settings.smooth)
+        bar.total += len(methods) * len(settings.seeds)
+        tried = [runner.at_target(each, target) for each in tried]
+    return {
+        "recipe": yaml.safe_load(public_yaml(bench.recipe.resolved)),
+        "settings": asdict(settings),
+        "target_loss": target,
+        "steps": max(len(run["losses"]) for each in tried for run in each.runs),
+        "versions": {name: version(name) for name in PACKAGES},
+        "hashes": bench.hashes,
+        "parameters": sum(parameter.numel() for parameter in bench.base.parameters()),
+        "matched_parameters": bench.pool.values,
+        "before": runner.before(),
+        "methods": [summarize(each, runner.before(), settings) for each in tried],
+    }
+
+
+class _Runner:
+    """Makes the runs, or finds them in the store."""
+
+    def __init__(self, bench: Bench, settings: Settings, store: RunStore, bar: Any) -> None:
+        self.bench, self.settings, self.store, self.bar = bench, settings, store, bar
+        self._identity = {"bench": bench.identity, "versions": {name: version(name) for name in PACKAGES}}
+
+    def before(self) -> dict[str, float]:
+        """What is measured on the base."""
+        return self.store.get(
+            "before", {**self._identity, "what": "before"}, lambda: self.bench.measure(self.bench.base)
+        )
+
+    def best(self, method: Method) -> Tried:
+        """`method` at the learning rate of lowest validation loss with the first seed, and there with all seeds."""
+        seeds, rates = self.settings.seeds, sorted(self.settings.learning_rates)
+        tries = {rate: self._run(method, rate, seeds[0]) for rate in rates}
+        losses = {rate: run["validation_loss"] for rate, run in tries.items()}
+        finite = [rate for rate in rates if losses[rate] is not None]
+        chosen = min(finite, key=lambda rate: losses[rate]) if finite else rates[0]
+        runs = [tries[chosen], *(self._run(method, chosen, seed) for seed in seeds[1:])]
+        return Tried(method, chosen, runs, {f"{rate:g}": losses[rate] for rate in rates}, [None] * len(seeds))
+
+    def at_target(self, tried: Tried, target: float | None) -> Tried:
+        """`tried` with what is measured right after the step at which each run first reaches `target`."""
+        matched = []
+        for seed, run in zip(self.settings.seeds, tried.runs, strict=True):
+            curve = smoothed(run["losses"], self.settings.smooth)
+            step = None if target is None else first_crossing(curve, target)
+            matched.append(None if step is None else self._state_at(tried, run, seed, step))
+        return Tried(tried.method, tried.learning_rate, tried.runs, tried.validation, matched)
+
+    def _state_at(self, tried: Tried, run: dict[str, Any], seed: int, step: int) -> dict[str, Any]:
+        """The measurements of `run` after `step`: its own, or those of the same run done again up to there."""
+        for point in run["points"]:
+            if point["step"] == step:
+                self.bar.update()
+                return {**point, "replay_error": 0.0}
+        again = self._run(tried.method, tried.learning_rate, seed, stop_at=step)
+        # None is a loss that wasn't finite, and a run that reached the target had none since
+        pairs = [(a, b) for a, b in zip(run["losses"], again["losses"], strict=False) if None not in (a, b)]
+        return {**again["points"][0], "replay_error": max(abs(a - b) for a, b in pairs)}
+
+    def _run(self, method: Method, rate: float, seed: int, stop_at: int | None = None) -> dict[str, Any]:
+        every = self.settings.every
+        identity = {
+            **self._identity,
+            "method": asdict(method),
+            "learning_rate": rate,
+            "seed": seed,
+            "every": None if stop_at else every,
+            "stop_at": stop_at,
+        }
+        title = f"{method.name}-lr{rate:g}-seed{seed}" + (f"-to{stop_at}" if stop_at else "")
+        self.bar.set_postfix_str(title)
+        run = self.store.get(title, identity, lambda: train_run(self.bench, method, rate, seed, every, stop_at))
+        self.bar.update()
+        return run
+
+
+def _common_target(tried: Iterable[Tried], window: int) -> float | None:
+    """The highest of the runs' lowest smoothed losses; None if no run has one."""
+    lowest = [min(smoothed(run["losses"], window)) for each in tried for run in each.runs]
+    finite = [loss for loss in lowest if loss < float("inf")]
+    return max(finite, default=None)
+
+
+def _check_order(tried: Sequence[Tried]) -> None:
+    for runs in zip(*(each.runs for each in tried), strict=True):
+        if len({run["order"] for run in runs}) > 1:
+            raise KappaTuneError(
+                "The methods didn't see the same batches in the same order: their comparison would mean nothing. "
+                "Please report this with the recipe."
+            )

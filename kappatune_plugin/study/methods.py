@@ -1,0 +1,139 @@
+"""The methods of a comparison, by name."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from kappatune_plugin.config import config_problems
+from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.selection import ORDERS
+from kappatune_plugin.templates import did_you_mean
+
+DEFAULT_METHODS = (
+    "lowest,highest,random,shape_matched_random,lowest_mlp,random_mlp,attention_only,lora,lora_mlp,osf,full"
+)
+ALIASES = {"attention_only": "lowest_attention"}
+PARTS = ("mlp", "attention")
+PER_TYPE = "per_type"
+# what `NAME:key=value` may set for a KappaTune method; the rest is the recipe's, or matched
+KAPPATUNE_SETTINGS = ("k", "rank_by", "include", "exclude")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method of a comparison.
+
+    Attributes:
+        name: as it was written; names it everywhere.
+        kind: "kappatune", "peft" or "full".
+        base: the order of a KappaTune method, or PEFT's name of the method.
+        part: "mlp" or "attention" to train (or adapt) in these weights only; "per_type" for a budget that is divided
+            over the types of matrix; None for no restriction.
+        settings: of KappaTuneConfig, or of the PEFT method's config.
+    """
+
+    name: str
+    kind: str
+    base: str
+    part: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def parse_methods(text: str) -> list[Method]:
+    """The methods in "lowest,lora:r=8,lowest:rank_by=log_volume".
+
+    A name is an order (lowest, highest, random, shape_matched_random), a method that PEFT has registered, or full. An
+    order may end in _per_type; all but full may end in _mlp or _attention. `:key=value` sets something, as YAML.
+
+    Raises:
+        KappaTuneError: unknown names or settings, or a method that is there twice; all in one message.
+    """
+    methods, problems = [], []
+    for word in split_list(text):
+        try:
+            methods.append(_parse(word))
+        except KappaTuneError as error:
+            problems.append(str(error))
+    names = [method.name for method in methods]
+    problems += [f"'{name}' is there twice." for name in dict.fromkeys(names) if names.count(name) > 1]
+    if not methods and not problems:
+        problems.append(f"there are none. Write {DEFAULT_METHODS}.")
+    if problems:
+        raise KappaTuneError("\n  - ".join(["methods:", *problems]))
+    return methods
+
+
+def split_list(text: str) -> list[str]:
+    """The parts of "a,b:k={params: 1M},c:exclude=[x, y]"; commas inside brackets part nothing."""
+    parts = re.split(r",(?![^\[{]*[\]}])", text)
+    return [part.strip() for part in parts if part.strip()]
+
+
+def peft_methods() -> dict[str, type]:
+    """PEFT's registered methods that compare can run: name -> class of its config."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    return {kind.value.lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items() if kind != "KAPPATUNE"}
+
+
+def _parse(word: str) -> Method:
+    name, *assignments = word.split(":")
+    settings = dict(_setting(word, each) for each in _joined(assignments))
+    base, part = _without_part(ALIASES.get(name, name))
+    known = peft_methods()
+    if name == "full":
+        return Method(word, "full", "full", settings=_checked(word, settings, ()))
+    if base in ORDERS:
+        problems = config_problems(settings)
+        if problems:
+            raise KappaTuneError(f"{word}: {' '.join(problems)}")
+        return Method(word, "kappatune", base, part, _checked(word, settings, KAPPATUNE_SETTINGS))
+    if base in known and part != PER_TYPE:
+        fields = known[base].__dataclass_fields__
+        return Method(word, "peft", base, part, _checked(word, settings, fields))
+    names = [*ORDERS, *ALIASES, *(f"{order}_{part}" for order in ORDERS for part in (*PARTS, PER_TYPE)), "full"]
+    names += [f"{each}{ending}" for each in known for ending in ("", *(f"_{part}" for part in PARTS))]
+    raise KappaTuneError(
+        f"'{name}' is no method.{did_you_mean(name, names)} There are {', '.join([*ORDERS, *ALIASES, 'full'])}, these "
+        f"orders with _mlp, _attention or _per_type, and PEFT's own: {', '.join(sorted(known))}."
+    )
+
+
+def _joined(assignments: Iterable[str]) -> list[str]:
+    """Colons inside a value, as in {params: 1M}, don't start another setting."""
+    joined: list[str] = []
+    for each in assignments:
+        if "=" in each or not joined:
+            joined.append(each)
+        else:
+            joined[-1] += f":{each}"
+    return joined
+
+
+def _setting(word: str, assignment: str) -> tuple[str, Any]:
+    key, equals, value = assignment.partition("=")
+    if not equals or not key:
+        raise KappaTuneError(f"'{word}': '{assignment}' sets nothing. Write lora:r=8 or lowest:rank_by=log_volume.")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise KappaTuneError(f"'{word}': {value!r} isn't YAML.") from error
+
+
+def _checked(word: str, settings: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:
+    known = list(known)
+    for key in settings:
+        if key not in known:
+            takes = f"It takes {', '.join(known)}." if known else "It takes none."
+            raise KappaTuneError(f"'{word}' has no setting '{key}'.{did_you_mean(key, known)} {takes}")
+    return settings
+
+
+def _without_part(name: str) -> tuple[str, str | None]:
+    for part in (*PARTS, PER_TYPE):
+        if name.endswith(f"_{part}"):
+            return name.removesuffix(f"_{part}"), part
+    return name, None

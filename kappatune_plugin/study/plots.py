@@ -1,0 +1,143 @@
+"""compare.json and sweep.json as pictures, for the width of a README (about 800 pixels)."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# Okabe and Ito's, which people of every colour vision tell apart; beyond eight the line differs too
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+MARKERS = "osD^vPX*<>hp"
+LINES = ("-", "--", ":")
+WIDTH, LEGEND_BESIDE, DPI = 8.0, 6.2, 100
+TASKS = {"task_accuracy": ("Task accuracy (%)", 100), "task_loss": ("Task loss (nats a token)", 1)}
+
+
+def frontier_plot(content: Mapping[str, Any], path: Path) -> None:
+    """What is learned against what is forgotten, a curve a method over training, means over seeds."""
+    task = task_measure(content)
+    figure, axes = _figure(4.6, LEGEND_BESIDE)
+    label, scale = TASKS[task]
+    base = content["before"][task] * scale
+    for i, method in enumerate(content["methods"]):
+        points = [point for point in method["course"] if point[task] and point["control_loss_change"]]
+        x = [0.0, *(point["control_loss_change"]["mean"] for point in points)]
+        y = [base, *(point[task]["mean"] * scale for point in points)]
+        axes.plot(x, y, label=method["name"], **_style(i))
+    axes.set_xlabel("Forgotten: rise of the control loss (nats a token)")
+    axes.set_ylabel(f"Learned: {label[0].lower()}{label[1:]}")
+    axes.set_title(
+        _title(content, f"One curve a method, a mark every {content['settings']['every']} steps"), loc="left"
+    )
+    _save(figure, axes, path)
+
+
+def matched_plot(content: Mapping[str, Any], path: Path) -> None:
+    """What each method has forgotten when its training loss reaches the target: mean and 95% interval over seeds."""
+    found = [(method, (method["matched"] or {}).get("control_loss_change")) for method in content["methods"]]
+    found.sort(key=lambda row: (row[1] is None, row[1]["mean"] if row[1] else 0))
+    figure, axes = _figure(1.2 + 0.3 * len(found))
+    seeds = len(content["settings"]["seeds"])
+    labels = []
+    for row, (method, measure) in enumerate(found):
+        reached = 0 if measure is None else sum(value is not None for value in measure["values"])
+        labels.append(method["name"] + ("" if reached == seeds else f"\n(reached by {reached} of {seeds})"))
+        if measure is None:
+            continue
+        colour = COLOURS[0] if reached == seeds else COLOURS[7]
+        there = [value for value in measure["values"] if value is not None]
+        axes.plot(there, [row] * len(there), "o", color=colour, alpha=0.45, markersize=4, linestyle="none")
+        axes.errorbar(measure["mean"], row, xerr=measure["half"], fmt="D", color=colour, capsize=3, markersize=6)
+    axes.set_yticks(range(len(found)), labels)
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.axvline(0, color="0.6", linewidth=0.8)
+    axes.set_xlabel("Rise of the control loss (nats a token): mean, 95% interval, each seed")
+    axes.set_title(
+        _title(content, f"Forgotten when the training loss first reaches {content['target_loss']:.3g}"), loc="left"
+    )
+    _limit_to_means(axes, [measure for _, measure in found if measure])
+    _save(figure, axes, path, legend=False)
+
+
+def budget_plot(content: Mapping[str, Any], path: Path, recommended: str | None) -> None:
+    """What is learned and what is forgotten with each budget, with 95% intervals over seeds."""
+    task = task_measure(content)
+    label, scale = TASKS[task]
+    figure, (above, below) = _figure(5.2, rows=2)
+    methods = content["methods"]
+    for axes, key, factor, title, colour in (
+        (above, task, scale, label, COLOURS[0]),
+        (below, "control_loss_change", 1, "Rise of the control\nloss (nats a token)", COLOURS[1]),
+    ):
+        means = [method["final"][key]["mean"] * factor for method in methods]
+        halves = [(method["final"][key]["half"] or 0) * factor for method in methods]
+        axes.errorbar(range(len(methods)), means, yerr=halves, fmt="o-", color=colour, capsize=3)
+        axes.set_ylabel(title)
+        _tidy(axes)
+    ticks = [_budget_label(content, method, method["name"] == recommended) for method in methods]
+    below.set_xticks(range(len(methods)), ticks)
+    below.set_xlim(-0.5, len(methods) - 0.5)
+    below.set_xlabel("k (share of the model's parameters trained)")
+    above.set_title(_title(content, f"After {content['steps']} steps"), loc="left")
+    _save(figure, above, path, legend=False)
+
+
+def _budget_label(content: Mapping[str, Any], method: Mapping[str, Any], recommended: bool) -> str:
+    share = method["trainable"]["mean"] / content["parameters"]
+    return f"{method['name'].partition('k=')[2]}\n({share:.1%})" + ("\nrecommended" if recommended else "")
+
+
+def task_measure(content: Mapping[str, Any]) -> str | None:
+    """The key of the task's measure; None for a recipe without test rows."""
+    return next((key for key in TASKS if key in content["before"]), None)
+
+
+def _figure(height: float, width: float = WIDTH, rows: int = 1) -> tuple[Any, Any]:
+    import matplotlib
+
+    # no window is opened, also where there could be one
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(rows, 1, figsize=(width, height), dpi=DPI, sharex=True)
+
+
+def _style(i: int) -> dict[str, Any]:
+    return {
+        "color": COLOURS[i % len(COLOURS)],
+        "marker": MARKERS[i % len(MARKERS)],
+        "linestyle": LINES[i // len(COLOURS) % len(LINES)],
+        "markersize": 5,
+        "linewidth": 1.5,
+    }
+
+
+def _title(content: Mapping[str, Any], text: str) -> str:
+    name = Path(str(content["recipe"]["model_name_or_path"])).name
+    seeds = len(content["settings"]["seeds"])
+    return f"{text}\n{name}, {seeds} seed{'s' if seeds > 1 else ''}"
+
+
+def _limit_to_means(axes: Any, measures: Sequence[Mapping[str, Any]]) -> None:
+    """An interval of two or three seeds may be many times wider than all that was measured: cut it at the frame."""
+    values = [value for measure in measures for value in measure["values"] if value is not None]
+    if values:
+        low, high = min(0.0, *values), max(0.0, *values)
+        margin = 0.15 * (high - low) or 0.01
+        axes.set_xlim(low - margin, high + margin)
+
+
+def _tidy(axes: Any) -> None:
+    axes.grid(True, color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Any, axes: Any, path: Path, legend: bool = True) -> None:
+    import matplotlib.pyplot as plt
+
+    _tidy(axes)
+    if legend:
+        axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, bbox_inches="tight")
+    plt.close(figure)

@@ -1,0 +1,132 @@
+"""What `kappatune compare` and `kappatune sweep` do: load, run, write, show."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kappatune_plugin.budget import parse_budget
+from kappatune_plugin.console import console
+from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.files import write_json
+from kappatune_plugin.run import check_writable
+from kappatune_plugin.study.bench import Bench
+from kappatune_plugin.study.compare import Settings, compare
+from kappatune_plugin.study.methods import parse_methods, split_list
+from kappatune_plugin.study.plots import budget_plot, frontier_plot, matched_plot, task_measure
+from kappatune_plugin.study.recommend import recommend
+from kappatune_plugin.study.tables import comparison_tables
+
+GRID = (0.3, 1.0, 3.0)
+MEASUREMENTS = 10
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line of `compare` or `sweep` says.
+
+    Attributes:
+        config, overrides: the recipe.
+        seeds: how many, from the recipe's on.
+        learning_rates: the grid as written; None for the command's default.
+        every, smooth, target_loss: as in `Settings`; `every` None for a tenth of the run.
+        validation: share of the training rows to hold out.
+        output_dir: None for the recipe's with the command's name behind.
+    """
+
+    config: Path
+    overrides: Sequence[str]
+    seeds: int = 3
+    learning_rates: str | None = None
+    every: int | None = None
+    smooth: int = 10
+    target_loss: float | None = None
+    validation: float = 0.1
+    output_dir: Path | None = None
+
+
+def compare_session(asked: Asked, methods: str) -> dict[str, Any]:
+    """Compare `methods`, show the tables, and leave compare.json, frontier.png and matched.png.
+
+    Returns:
+        The content of compare.json.
+    """
+    chosen = parse_methods(methods)
+    bench, settings, folder = _prepare(asked, GRID, "compare")
+    content = compare(bench, chosen, settings, folder)
+    write_json(folder / "compare.json", content)
+    _show(comparison_tables(content))
+    pictures = []
+    if task_measure(content) and _has_controls(content):
+        frontier_plot(content, folder / "frontier.png")
+        pictures.append("frontier.png")
+    if content["target_loss"] is not None and _has_controls(content):
+        matched_plot(content, folder / "matched.png")
+        pictures.append("matched.png")
+    _say_where(folder, "compare.json", pictures)
+    return content
+
+
+def sweep_session(asked: Asked, budgets: str) -> dict[str, Any]:
+    """Train with each of `budgets` ("10%,25%"), show the tables and a recommendation, leave sweep.json and budgets.png.
+
+    Returns:
+        The content of sweep.json.
+
+    Raises:
+        KappaTuneError: a budget that can't be read, or one that is there twice.
+    """
+    each = split_list(budgets)
+    for budget in each:
+        parse_budget(yaml.safe_load(budget))
+    bench, settings, folder = _prepare(asked, (1.0,), "sweep")
+    order = bench.recipe.kappatune.order
+    content = compare(bench, parse_methods(",".join(f"{order}:k={budget}" for budget in each)), settings, folder)
+    content["methods"].sort(key=lambda method: method["trainable"]["mean"])
+    name, why = recommend(content)
+    content["recommendation"] = {"method": name, "why": why}
+    write_json(folder / "sweep.json", content)
+    _show([*comparison_tables(content), why])
+    pictures = []
+    if task_measure(content) and _has_controls(content):
+        budget_plot(content, folder / "budgets.png", name)
+        pictures.append("budgets.png")
+    _say_where(folder, "sweep.json", pictures)
+    return content
+
+
+def _prepare(asked: Asked, grid: Sequence[float], what: str) -> tuple[Bench, Settings, Path]:
+    bench = Bench.load(asked.config, asked.overrides, asked.validation)
+    args = bench.recipe.training_args
+    folder = asked.output_dir or Path(f"{args.output_dir}-{what}")
+    check_writable(folder)
+    rates = _rates(asked.learning_rates, args.learning_rate, grid)
+    every = max(1, bench.steps // MEASUREMENTS) if asked.every is None else asked.every
+    seeds = tuple(range(args.seed, args.seed + asked.seeds))
+    return bench, Settings(seeds, rates, every, asked.smooth, asked.target_loss), folder
+
+
+def _rates(text: str | None, recipes: float, grid: Sequence[float]) -> tuple[float, ...]:
+    if text is None:
+        return tuple(float(f"{factor * recipes:.2g}") for factor in grid)
+    try:
+        return tuple(sorted({float(each) for each in text.split(",")}))
+    except ValueError as error:
+        raise KappaTuneError(f"learning_rates: '{text}' are not numbers. Write 3e-4,1e-3,3e-3.") from error
+
+
+def _has_controls(content: Mapping[str, Any]) -> bool:
+    return any(key.endswith("_ppl") for key in content["before"])
+
+
+def _show(parts: Sequence[Any]) -> None:
+    out = console()
+    for part in parts:
+        out.print(part, highlight=False)
+
+
+def _say_where(folder: Path, file: str, pictures: Sequence[str]) -> None:
+    also = f" and {' and '.join(pictures)}" if pictures else ""
+    console().print(f"{file}{also} are in {folder}." if pictures else f"{file} is in {folder}.", soft_wrap=True)

@@ -1,0 +1,51 @@
+"""Finished runs on disk, so that a comparison that was killed goes on where it was."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.files import read_json, write_json
+
+
+class RunStore:
+    """A folder of one file a finished run, named after it and after a digest of everything that decides its result.
+
+    Attributes:
+        folder: of the files.
+        made, found: how many runs were made, and how many were there already.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.made = self.found = 0
+
+    def get(self, title: str, identity: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The run with this `identity`: from its file if it is there, else made and written.
+
+        Args:
+            title: a name for people; files are told apart by the digest of `identity`.
+
+        Raises:
+            KappaTuneError: the file is damaged, or holds another run.
+        """
+        path = self.path(title, identity)
+        if path.exists():
+            content = read_json(path, "a run of a comparison")
+            if content.get("identity") != json.loads(json.dumps(identity)):
+                raise KappaTuneError(f"{path} holds another run than its name says: delete it.")
+            self.found += 1
+            return content["run"]
+        run = make()
+        write_json(path, {"identity": identity, "run": run})
+        self.made += 1
+        # as a reader of the file gets it: tuples are lists there
+        return json.loads(json.dumps(run))
+
+    def path(self, title: str, identity: dict[str, Any]) -> Path:
+        """Where the run with this `identity` is, or will be."""
+        digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=6).hexdigest()
+        return self.folder / f"{re.sub(r'[^A-Za-z0-9.=_-]+', '-', title)}-{digest}.json"

@@ -1,0 +1,78 @@
+"""What a comparison says of one method, over its seeds."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from kappatune_plugin.study.statistics import interval, smoothed
+
+if TYPE_CHECKING:
+    from kappatune_plugin.study.compare import Settings, Tried
+
+MIB = 2**20
+
+
+def summarize(tried: "Tried", before: Mapping[str, float], settings: "Settings") -> dict[str, Any]:
+    """An entry of compare.json's `methods`: what was trained, at which rate, and every measure over the seeds.
+
+    A measure over seeds is {"mean", "half" (of the 95% interval; null for one value), "values" (one a seed; null where
+    the run has none)}.
+    """
+    rates = sorted(settings.learning_rates)
+    first = tried.runs[0]
+    return {
+        "name": tried.method.name,
+        "learning_rate": tried.learning_rate,
+        "at_edge_of_grid": len(rates) > 1 and tried.learning_rate in (rates[0], rates[-1]),
+        "validation_loss": tried.validation,
+        "trainable": over_seeds([run["trainable"] for run in tried.runs]),
+        "seconds": over_seeds([run["seconds"] for run in tried.runs]),
+        "training_mib": over_seeds([run["training_bytes"] / MIB for run in tried.runs]),
+        "peak_mib": over_seeds([run["peak_bytes"] and run["peak_bytes"] / MIB for run in tried.runs]),
+        "lowest_loss": over_seeds([_lowest(run, settings.smooth) for run in tried.runs]),
+        "matched": _at([point for point in tried.matched], before),
+        "final": _at([run["points"][-1] for run in tried.runs], before),
+        "course": [_at([run["points"][i] for run in tried.runs], before) for i in range(len(first["points"]))],
+    }
+
+
+def changes(point: Mapping[str, Any], before: Mapping[str, float]) -> dict[str, float | None]:
+    """A measurement in the terms of a comparison: what was forgotten as a change, controls averaged too."""
+    found: dict[str, float | None] = {"step": point["step"]}
+    controls = [key.removesuffix("_ppl") for key in before if key.endswith("_ppl")]
+    for key in ("task_accuracy", "task_loss", "recall", "task_text_kl", "replay_error"):
+        if key in point:
+            found[key] = point[key]
+    for name in controls:
+        for measure in ("loss", "ppl"):
+            now = point[f"{name}_{measure}"]
+            found[f"{name}_{measure}_change"] = None if now is None else now - before[f"{name}_{measure}"]
+        found[f"{name}_kl"] = point[f"{name}_kl"]
+    for measure in ("loss_change", "ppl_change", "kl"):
+        each = [found[f"{name}_{measure}"] for name in controls]
+        if each:
+            found[f"control_{measure}"] = None if None in each else math.fsum(each) / len(each)
+    return found
+
+
+def over_seeds(values: Sequence[float | None]) -> dict[str, Any] | None:
+    """The mean with its interval over those that are there; None if none is."""
+    there = [value for value in values if value is not None]
+    if not there:
+        return None
+    found = interval(there)
+    return {"mean": found.mean, "half": found.half, "values": list(values)}
+
+
+def _at(points: Sequence[Mapping[str, Any] | None], before: Mapping[str, float]) -> dict[str, Any] | None:
+    """Every measure over the seeds, at one point of each run; None if no run has it."""
+    rows = [None if point is None else changes(point, before) for point in points]
+    keys = next((list(row) for row in rows if row), None)
+    if keys is None:
+        return None
+    return {key: over_seeds([None if row is None else row[key] for row in rows]) for key in keys}
+
+
+def _lowest(run: Mapping[str, Any], window: int) -> float | None:
+    lowest = min(smoothed(run["losses"], window))
+    return lowest if math.isfinite(lowest) else None

@@ -1,0 +1,182 @@
+"""One run of a comparison: a method, a learning rate and a seed in, a record of the whole course out."""
+
+import copy
+import gc
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PrinterCallback, TrainerCallback
+from transformers.utils import logging as transformers_logging
+
+from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.study.arms import arm_config
+from kappatune_plugin.study.methods import Method
+
+if TYPE_CHECKING:
+    from trl import SFTTrainer
+
+    from kappatune_plugin.study.bench import Bench
+
+
+def train_run(
+    bench: "Bench", method: Method, learning_rate: float, seed: int, every: int, stop_at: int | None = None
+) -> dict[str, Any]:
+    """Train a copy of the base by `method`.
+
+    Args:
+        every: measure every so many steps, and at the end.
+        stop_at: end after this step, with the schedule and the data order of the whole run. Measured there only.
+
+    Returns:
+        "losses" after each step (None where not finite), "points" ({"step", and `Bench.measure`}), "validation_loss"
+        (of whole runs), "order" (fingerprint of the training batches), "trainable" (parameters), "training_bytes"
+        (their gradients and the optimizer's state), "peak_bytes" (of a GPU; None without), "seconds" (training alone).
+
+    Raises:
+        KappaTuneError: the method can't be applied to this model.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with TemporaryDirectory() as folder, _quiet():
+        trainer = _trainer(bench, method, learning_rate, seed, Path(folder))
+        order = _BatchOrder(trainer.data_collator)
+        trainer.data_collator = order
+        course = _Course(bench, every, stop_at)
+        trainer.add_callback(course)
+        trainer.train()
+        steps = trainer.state.global_step
+        record = {
+            "losses": course.losses,
+            "points": course.points,
+            "order": order.digest(steps * trainer.args.gradient_accumulation_steps),
+            "trainable": sum(parameter.numel() for parameter in _trained(trainer.model)),
+            "training_bytes": _training_bytes(trainer),
+            "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+            "seconds": course.seconds,
+        }
+        if stop_at is None:
+            record["validation_loss"] = _finite(trainer.evaluate()["eval_loss"])
+    # modules and callbacks refer to each other: without this the next run begins beside this one's GPU memory
+    del trainer, order, course
+    if torch.cuda.is_available():
+        gc.collect()
+    return record
+
+
+def _trainer(bench: "Bench", method: Method, learning_rate: float, seed: int, folder: Path) -> "SFTTrainer":
+    from trl import SFTTrainer
+
+    args = bench.arguments(learning_rate, seed, folder)
+    model = copy.deepcopy(bench.base)
+    config = arm_config(method, bench.pool, bench.base, seed)
+    if config is None:
+        model.requires_grad_(True)
+        # what is measured against the base asks the model for it, as PEFT's models offer it
+        model.disable_adapter = partial(_base_in_place, model, bench.base)
+    try:
+        trainer = SFTTrainer(
+            model=model,
+            args=args,
+            train_dataset=bench.train,
+            eval_dataset=bench.validation,
+            processing_class=bench.tokenizer,
+            peft_config=config,
+        )
+    except (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError, ImportError) as error:
+        # PEFT's methods raise any of these for a model that they don't fit
+        raise KappaTuneError(f"{method.name}: PEFT can't apply it to this model: {error}") from error
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' warnings: every run of a comparison would repeat them."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def _base_in_place(model: nn.Module, base: nn.Module) -> Iterator[None]:
+    """`model` with the base's values while the context lasts; nothing is copied."""
+
+    def swap() -> None:
+        for trained, original in zip(model.parameters(), base.parameters(), strict=True):
+            trained.data, original.data = original.data, trained.data
+
+    base.to(next(model.parameters()).device)
+    swap()
+    try:
+        yield
+    finally:
+        swap()
+
+
+class _Course(TrainerCallback):
+    """Writes down a run's course, and stops it where that is wished."""
+
+    def __init__(self, bench: "Bench", every: int, stop_at: int | None) -> None:
+        self.bench, self.every, self.stop_at = bench, every, stop_at
+        self.losses: list[float | None] = []
+        self.points: list[dict[str, float | None]] = []
+        self.seconds, self._started = 0.0, 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
+        self.seconds += time.perf_counter() - self._started
+        step, last = state.global_step, self.stop_at or state.max_steps
+        if step == last or (self.stop_at is None and step % self.every == 0):
+            measured = {key: _finite(value) for key, value in self.bench.measure(model).items()}
+            self.points.append({"step": step, **measured})
+        if step == last:
+            control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if "loss" in (logs or {}):
+            self.losses.append(_finite(float(logs["loss"])))
+
+
+class _BatchOrder:
+    """A data collator that takes note of what passes through it."""
+
+    def __init__(self, collator: Any) -> None:
+        self.collator, self.batches = collator, []
+
+    def __call__(self, rows: Any) -> Any:
+        batch = self.collator(rows)
+        self.batches.append(hashlib.blake2b(batch["input_ids"].numpy().tobytes(), digest_size=8).digest())
+        return batch
+
+    def digest(self, count: int) -> str:
+        """Of the first `count` batches: a loader reads ahead."""
+        return hashlib.blake2b(b"".join(self.batches[:count]), digest_size=8).hexdigest()
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _training_bytes(trainer: "SFTTrainer") -> int:
+    gradients = sum(parameter.numel() * parameter.element_size() for parameter in _trained(trainer.model))
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    return gradients + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,230 @@
+"""Comparisons and sweeps on a tiny model, whole."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from test_cli import kappatune
+
+from kappatune_plugin import KappaTuneError
+from kappatune_plugin.probes import kl_to_base
+from kappatune_plugin.study import compare as compare_module
+from kappatune_plugin.study import training
+from kappatune_plugin.study.bench import Bench
+from kappatune_plugin.study.compare import Settings, compare
+from kappatune_plugin.study.methods import parse_methods
+from kappatune_plugin.study.training import train_run
+from recipes import tiny_recipe, write_recipe
+
+SETTINGS = Settings(seeds=(0, 1), learning_rates=(1e-3, 1e-2), every=3, smooth=2)
+METHODS = parse_methods("lowest,lora,full")
+
+
+@pytest.fixture(scope="module")
+def recipe(saved_olmoe, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("recipe")
+    return write_recipe(folder / "recipe.yaml", tiny_recipe(folder, saved_olmoe, max_steps=6))
+
+
+@pytest.fixture(scope="module")
+def bench(recipe) -> Bench:
+    return Bench.load(recipe, validation=0.25)
+
+
+@pytest.fixture(scope="module")
+def whole(bench, tmp_path_factory) -> tuple[Path, dict]:
+    """A finished comparison: its folder, and what it says. Read only."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, compare(bench, METHODS, SETTINGS, folder)
+
+
+def without_times(content: dict) -> dict:
+    content = copy.deepcopy(content)
+    for method in content["methods"]:
+        del method["seconds"]
+    return content
+
+
+def test_rows_are_held_out_and_none_is_lost(bench):
+    assert len(bench.validation) == 4 and len(bench.train) == 12
+    assert {"input_ids", "labels"} <= set(bench.train.column_names)
+    assert bench.steps == 6
+
+
+def test_every_method_saw_the_same_batches(bench):
+    orders = {method.name: train_run(bench, method, 1e-3, 0, every=6)["order"] for method in METHODS}
+    assert len(set(orders.values())) == 1
+    assert train_run(bench, METHODS[0], 1e-3, 1, every=6)["order"] != orders["lowest"]
+
+
+def test_other_batches_are_refused(bench, tmp_path, monkeypatch):
+    runs = iter(range(100))
+
+    def elsewhere(*args, **kwargs):
+        return {**train_run(*args, **kwargs), "order": f"{next(runs)}"}
+
+    monkeypatch.setattr(compare_module, "train_run", elsewhere)
+    with pytest.raises(KappaTuneError, match="same batches"):
+        compare(bench, METHODS[:2], Settings((0,), (1e-3,), 6, 2), tmp_path)
+
+
+def test_the_state_at_the_target_is_that_of_its_step(bench, whole):
+    """The measurements at the crossing against those of a run that measures after every step."""
+    _, content = whole
+    for method, entry in zip(METHODS, content["methods"], strict=True):
+        for place, seed in enumerate(SETTINGS.seeds):
+            step = entry["matched"]["step"]["values"][place]
+            every_step = train_run(bench, method, entry["learning_rate"], seed, every=1)
+            last = [sum(every_step["losses"][end - 2 : end]) / 2 for end in range(2, 7)]
+            assert step == next(end for end, mean in enumerate(last, start=2) if mean <= content["target_loss"])
+            point = every_step["points"][int(step) - 1]
+            rise = point["control_loss"] - content["before"]["control_loss"]
+            assert entry["matched"]["control_loss_change"]["values"][place] == rise
+            assert entry["matched"]["task_text_kl"]["values"][place] == point["task_text_kl"]
+            assert entry["matched"]["replay_error"]["values"][place] == 0
+
+
+def test_the_target_is_the_worst_runs_best(whole):
+    _, content = whole
+    lowest = [value for entry in content["methods"] for value in entry["lowest_loss"]["values"]]
+    assert content["target_loss"] == max(lowest) and len(lowest) == 6
+    assert all(None not in entry["matched"]["step"]["values"] for entry in content["methods"])
+
+
+def test_each_method_has_its_best_learning_rate(whole):
+    _, content = whole
+    for entry in content["methods"]:
+        losses = {float(rate): loss for rate, loss in entry["validation_loss"].items()}
+        assert losses[entry["learning_rate"]] == min(losses.values()) and len(losses) == 2
+        assert entry["at_edge_of_grid"]
+
+
+def test_what_was_forgotten_is_measured_against_the_base(bench):
+    """`full` borrows the base's values for it, and gives them back."""
+    before = {name: value.clone() for name, value in bench.base.state_dict().items()}
+    model = copy.deepcopy(bench.base)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.mul_(1.1)
+    pieces = bench.probe.controls["control"]
+    borrowed = copy.deepcopy(model)
+    borrowed.disable_adapter = lambda: training._base_in_place(borrowed, bench.base)
+    total, tokens = 0.0, 0
+    for piece in pieces:
+        ids = torch.tensor([piece])
+        base, tuned = (each(input_ids=ids).logits[0, :-1].log_softmax(-1) for each in (bench.base, model))
+        total += (base.exp() * (base - tuned)).sum().item()
+        tokens += len(piece) - 1
+    assert kl_to_base(borrowed, pieces) == pytest.approx(total / tokens, rel=1e-4) and total > 0
+    assert all(torch.equal(before[name], value) for name, value in bench.base.state_dict().items())
+    changed = dict(borrowed.named_parameters())
+    assert all(torch.equal(changed[name], value) for name, value in model.named_parameters())
+
+
+def test_full_trains_everything_and_leaves_the_base(bench, whole):
+    _, content = whole
+    full = content["methods"][2]
+    assert full["trainable"]["mean"] == content["parameters"]
+    assert full["final"]["control_kl"]["mean"] > 0 and full["final"]["task_text_kl"]["mean"] > 0
+    assert bench.measure(bench.base) == content["before"]
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(bench, whole, tmp_path, monkeypatch):
+    """The fourth run is killed in its middle; the finished ones are not made again."""
+    steps = []
+    real = training._Course.on_step_end
+
+    def killed(self, *args, **kwargs):
+        steps.append(1)
+        if len(steps) == 3 * 6 + 4:
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training._Course, "on_step_end", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compare(bench, METHODS, SETTINGS, tmp_path)
+    left = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
+    assert len(left) == 3
+    resumed = compare(bench, METHODS, SETTINGS, tmp_path)
+    assert without_times(resumed) == without_times(whole[1])
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
+    assert left.items() <= after.items() and after.keys() == {path.name for path in (whole[0] / "runs").iterdir()}
+
+
+def test_finished_runs_are_taken_for_another_target(bench, whole, monkeypatch):
+    folder, content = whole
+    monkeypatch.setattr(compare_module, "train_run", None)
+    never = Settings(**{**vars(SETTINGS), "target_loss": 1e-6})
+    again = compare(bench, METHODS, never, folder)
+    assert all(entry["matched"] is None for entry in again["methods"])
+    assert again["methods"][0]["final"] == content["methods"][0]["final"]
+
+
+def test_compare_as_typed(recipe, tmp_path):
+    words = ["compare", "--config", recipe, "--methods", "lowest,lora", "--seeds", 2, "--learning_rates", "1e-2"]
+    words += ["--smooth", 2, "--every", 3, "--validation", 0.25, "--output_dir", tmp_path / "out"]
+    code, out, _ = kappatune(*words)
+    assert code == 0
+    for shown in ("first reaches", "After 6 steps", "± 95% interval over 2 seeds", "facts", str(tmp_path / "out")):
+        assert shown in " ".join(out.split()) or shown in out
+    content = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert content["format"] == 1 and content["settings"]["learning_rates"] == [1e-2]
+    assert {"torch", "trl", "peft", "kappatune-plugin"} <= content["versions"].keys()
+    for name in ("frontier.png", "matched.png"):
+        with Image.open(tmp_path / "out" / name) as picture:
+            assert 600 < picture.width < 900, "of a README's width"
+    code, out, _ = kappatune(*words, "--target_loss", "1e-6")
+    assert (
+        code == 0 and "not reached" in out and "Not all runs of lowest, lora reach the target" in " ".join(out.split())
+    )
+
+
+def test_sweep_as_typed(recipe, tmp_path):
+    code, out, _ = kappatune(
+        "sweep", "--config", recipe, "--k", "10%,100%", "--seeds", 1, "--validation", 0.25, "--smooth", 2,
+        "--max_steps", 3, "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 0 and "Recommended: k: " in out and "one seed: no interval" in out
+    content = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    trained = [entry["trainable"]["mean"] for entry in content["methods"]]
+    assert trained == sorted(trained) and content["recommendation"]["method"] in ("lowest:k=10%", "lowest:k=100%")
+    with Image.open(tmp_path / "out" / "budgets.png") as picture:
+        assert 600 < picture.width < 900
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--methods", "lowset"], ["'lowset'", "Did you mean 'lowest'?"]),
+        (["--seeds", "0"], ["seeds", "at least 1"]),
+        (["--learning_rates", "1e-3,fast"], ["learning_rates", "fast"]),
+        (["--learning_rates", "0"], ["learning_rates", "above 0"]),
+        (["--every", "0", "--smooth", "0"], ["every", "smooth"]),
+        (["--validation", "1.5"], ["validation", "1.5"]),
+        (["--validation", "0.99"], ["too few"]),
+        (["--kappatune.k", "1000"], ["1000", "58"]),
+        (["--learning_rat", "1"], ["'learning_rate'"]),
+        (["--output_dir", "/proc/nowhere"], ["Can't write in '/proc/nowhere'"]),
+    ],
+)
+def test_mistakes(recipe, tmp_path, words, expected):
+    output = [] if "--output_dir" in words else ["--output_dir", str(tmp_path)]
+    code, _, errors = kappatune("compare", "--config", recipe, *output, *words)
+    assert code == 2
+    for word in expected:
+        assert word in errors, errors
+
+
+def test_a_recipe_that_measures_nothing(saved_olmoe, tmp_path):
+    path = write_recipe(tmp_path / "recipe.yaml", tiny_recipe(tmp_path, saved_olmoe, forgetting=None))
+    with pytest.raises(KappaTuneError, match="forgetting is missing"):
+        Bench.load(path)
+
+
+def test_a_method_that_pefts_refuses_is_named(bench):
+    with pytest.raises(KappaTuneError, match="prefix_tuning: PEFT"):
+        train_run(bench, parse_methods("prefix_tuning")[0], 1e-3, 0, every=6)
