@@ -113,12 +113,14 @@ class Bench:
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         return args
 
-    def measure(self, model: "nn.Module") -> dict[str, float]:
-        """`ForgettingProbe.measure`, with the divergences from the base on each control and on the task's text."""
-        found = {**self.probe.measure(model), **self.probe.divergences(model)}
-        if self.task_text:
-            found["task_text_kl"] = kl_to_base(model, self.task_text, self.probe.batch_size)
-        return found
+    def measure(self, model: "nn.Module", quick: bool = False) -> dict[str, float]:
+        """`ForgettingProbe.measure`, with KL(base || model) a token on each control and on the task's text.
+
+        `task_text_kl` is over the whole text of at most 64 test examples, the prompt as well as the answer.
+        """
+        texts = {**self.probe.controls, **({"task_text": self.task_text} if self.task_text else {})}
+        divergences = {f"{name}_kl": kl_to_base(model, pieces, self.probe.batch_size) for name, pieces in texts.items()}
+        return {**self.probe.measure(model, quick), **divergences}
 
     @property
     def steps(self) -> int:
@@ -146,6 +148,8 @@ def _check(recipe: Recipe) -> None:
     problems = []
     if recipe.forgetting is None:
         problems.append("the block forgetting is missing: add `forgetting: {control: self}`.")
+    if recipe.auto is not None:
+        problems.append("kappatune.k: auto decides while it trains: give a budget, such as the one that it found.")
     if recipe.kappatune.selection is not None:
         problems.append("kappatune.selection is given, and a comparison selects by itself: write k instead.")
     if recipe.training_args.world_size > 1:

@@ -9,7 +9,11 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "osD^vPX*<>hp"
 LINES = ("-", "--", ":")
 WIDTH, LEGEND_BESIDE, DPI = 8.0, 6.2, 100
-TASKS = {"task_accuracy": ("Task accuracy (%)", 100), "task_loss": ("Task loss (nats a token)", 1)}
+TASKS = {
+    "task_accuracy": ("Task accuracy (%)", 100),
+    "task_answer_accuracy": ("Task accuracy, written answers (%)", 100),
+    "task_loss": ("Task loss (nats a token)", 1),
+}
 
 
 def frontier_plot(content: Mapping[str, Any], path: Path) -> None:
@@ -19,7 +23,7 @@ def frontier_plot(content: Mapping[str, Any], path: Path) -> None:
     label, scale = TASKS[task]
     base = content["before"][task] * scale
     for i, method in enumerate(content["methods"]):
-        points = [point for point in method["course"] if point[task] and point["control_loss_change"]]
+        points = [point for point in method["course"] if point.get(task) and point["control_loss_change"]]
         x = [0.0, *(point["control_loss_change"]["mean"] for point in points)]
         y = [base, *(point[task]["mean"] * scale for point in points)]
         axes.plot(x, y, label=method["name"], **_style(i))

@@ -27,7 +27,7 @@ def recommend(content: Mapping[str, Any]) -> tuple[str | None, str]:
     methods = [method for method in content["methods"] if method["final"][task] is not None]
     if not methods:
         return None, "No recommendation: no run ended with a finite measure of the task."
-    sign = 1 if task == "task_accuracy" else -1
+    sign = -1 if task == "task_loss" else 1
     best = max(methods, key=lambda method: sign * method["final"][task]["mean"])
     allowed = best["final"][task]["half"] or TOLERANCE
     bar = sign * best["final"][task]["mean"] - allowed
@@ -43,9 +43,9 @@ def _words(
 
     def figure(method: Mapping[str, Any]) -> str:
         mean = method["final"][task]["mean"]
-        return f"{mean:.1%}" if task == "task_accuracy" else f"{mean:.3f}"
+        return f"{mean:.3f}" if task == "task_loss" else f"{mean:.1%}"
 
-    margin = f"{100 * allowed:.1f} points" if task == "task_accuracy" else f"{allowed:.3f}"
+    margin = f"{allowed:.3f}" if task == "task_loss" else f"{100 * allowed:.1f} points"
     text = f"Recommended: k: {budget(chosen)}, {task.replace('_', ' ')} {figure(chosen)}"
     if chosen is not best:
         text += f", within {margin} of the best ({figure(best)} at k = {budget(best)})"

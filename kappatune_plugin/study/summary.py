@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kappatune_plugin.forgetting import HARNESS
 from kappatune_plugin.study.statistics import interval, smoothed
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ def changes(point: Mapping[str, Any], before: Mapping[str, float]) -> dict[str, 
     """A measurement in the terms of a comparison: what was forgotten as a change, controls averaged too."""
     found: dict[str, float | None] = {"step": point["step"]}
     controls = [key.removesuffix("_ppl") for key in before if key.endswith("_ppl")]
-    for key in ("task_accuracy", "task_loss", "recall", "task_text_kl", "replay_error"):
-        if key in point:
+    for key in point:
+        if key.startswith(("task_", HARNESS)) or key in ("recall", "replay_error"):
             found[key] = point[key]
     for name in controls:
         for measure in ("loss", "ppl"):

@@ -12,6 +12,7 @@ from kappatune_plugin.report_table import short_number
 # key of a measure -> heading, how to show it
 MEASURES = {
     "task_accuracy": ("task\naccuracy", "{:.1%}"),
+    "task_answer_accuracy": ("written\nanswers", "{:.1%}"),
     "task_loss": ("task\nloss", "{:.3f}"),
     "control_loss_change": ("control\nloss", "{:+.3f}"),
     "control_ppl_change": ("control\nperplexity", "{:+.2f}"),

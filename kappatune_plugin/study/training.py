@@ -33,7 +33,8 @@ def train_run(
     """Train a copy of the base by `method`.
 
     Args:
-        every: measure every so many steps, and at the end.
+        every: measure every so many steps, without what takes long (written answers, lm_eval), and everything at the
+            end.
         stop_at: end after this step, with the schedule and the data order of the whole run. Measured there only.
 
     Returns:
@@ -141,7 +142,8 @@ class _Course(TrainerCallback):
         self.seconds += time.perf_counter() - self._started
         step, last = state.global_step, self.stop_at or state.max_steps
         if step == last or (self.stop_at is None and step % self.every == 0):
-            measured = {key: _finite(value) for key, value in self.bench.measure(model).items()}
+            measured = self.bench.measure(model, quick=step != last)
+            measured = {key: _finite(value) for key, value in measured.items()}
             self.points.append({"step": step, **measured})
         if step == last:
             control.should_training_stop = True
