@@ -84,25 +84,35 @@ class Decision:
     """What to do now, and why, as a sentence for the user.
 
     Attributes:
-        action: "keep" training as it is, "grow" the budget, or "stop" and go back to the last values that were within
-            max_delta.
+        action: "keep" training as it is; "grow" the budget; "shrink" it to what it was at the last measurement within
+            max_delta, go back to the values of then and grow no more; "stop" there.
     """
 
     action: str
     reason: str
 
 
-def decide(settings: AutoBudget, losses: Losses, since: int, rise: float, max_delta: float, can_grow: bool) -> Decision:
+def decide(
+    settings: AutoBudget,
+    losses: Losses,
+    since: int,
+    rise: float,
+    max_delta: float,
+    can_grow: bool,
+    can_shrink: bool = False,
+) -> Decision:
     """The rule of `k: auto`, applied after each measurement.
 
     Args:
         losses: (step, training loss in nats) as they were logged, in order of steps.
-        since: the step of the last growth; losses up to it don't count.
+        since: the step of the last change of the budget; losses up to it don't count.
         rise: by how much the control loss is above the base's now, in nats a token.
-        can_grow: the largest budget isn't reached.
+        can_grow: the largest budget isn't reached, and the budget was never shrunk.
+        can_shrink: the last measurement within `max_delta` was at a smaller budget.
     """
     if rise > max_delta:
-        return Decision("stop", f"the control loss rose by {rise:.3f} nats, more than max_delta {max_delta:g}")
+        action = "shrink" if can_shrink else "stop"
+        return Decision(action, f"the control loss rose by {rise:.3f} nats, more than max_delta {max_delta:g}")
     losses = [(step, loss) for step, loss in losses if step > since]
     last = losses[-1][0] if losses else since
     recent = mean_loss(losses, last - settings.window, last)
@@ -116,7 +126,7 @@ def decide(settings: AutoBudget, losses: Losses, since: int, rise: float, max_de
         return Decision("keep", f"the training loss still falls: {earlier:.3f} to {recent:.3f}")
     plateau = f"the training loss stays at {recent:.3f} ({earlier:.3f} in the {settings.window} steps before)"
     if not can_grow:
-        return Decision("keep", f"{plateau}, and the largest budget is reached")
+        return Decision("keep", f"{plateau}, and the budget grows no more")
     return Decision("grow", f"{plateau}, and the control loss rose by {rise:.3f} nats, less than {max_delta:g}")
 
 

@@ -17,7 +17,8 @@ class AutoBudgetCallback(ForgettingCallback):
     """Measures forgetting as its base class does, and trains as many matrices as `decide` says.
 
     What the run leaves was measured within `max_delta`: passing it brings back the values of the last measurement that
-    was within, or the base's own, and ends training. A resumed run measures where it resumes.
+    was within, or the base's own. If that was before the budget grew, training goes on at the budget of then; otherwise
+    it ends. A resumed run measures where it resumes.
 
     Attributes:
         counts: the numbers of matrices that may be trained, rising.
@@ -41,6 +42,7 @@ class AutoBudgetCallback(ForgettingCallback):
         self.report.budget = {"start": counts[0], "most": counts[-1], "steps": self.log}
         self._within: dict[str, Tensor] = {}
         self._within_matrices = counts[0]
+        self._shrunk = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
         super().on_train_begin(args, state, control, model=model)
@@ -48,16 +50,18 @@ class AutoBudgetCallback(ForgettingCallback):
         logged = [entry for entry in state.log_history if LOGGED in entry]
         self._train(int(logged[-1][LOGGED]) if logged else self.matrices)
         self._since = logged[-1]["step"] if logged else state.global_step
+        counts = [entry[LOGGED] for entry in logged]
+        self._shrunk = counts != sorted(counts)
         if not logged:
             self._log_matrices(model)
         elif self.report.delta(self.probe.measure(model, quick=True)) <= self.max_delta:
             self._remember()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         measured = len(self.report.steps)
         super().on_step_end(args, state, control, model=model)
         if len(self.report.steps) > measured:
-            self._decide(state, control, model)
+            self._decide(state, control, model, kwargs["optimizer"])
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
         rise = self.report.delta(self.probe.measure(model, quick=True))
@@ -67,19 +71,23 @@ class AutoBudgetCallback(ForgettingCallback):
         self.report.budget["matrices"] = self.matrices
         super().on_train_end(args, state, control, model=model)
 
-    def _decide(self, state: Any, control: Any, model: nn.Module) -> None:
+    def _decide(self, state: Any, control: Any, model: nn.Module, optimizer: Any) -> None:
         losses = [(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry]
-        rise, can_grow = self.report.delta(self.report.steps[-1]), self.matrices < self.counts[-1]
-        decision = decide(self.settings, losses, self._since, rise, self.max_delta, can_grow)
-        if decision.action == "stop":
-            self._go_back(state, decision)
-            control.should_training_stop = True
-            return
-        self._remember()
+        rise = self.report.delta(self.report.steps[-1])
+        can = self.matrices < self.counts[-1] and not self._shrunk, self._within_matrices < self.matrices
+        decision = decide(self.settings, losses, self._since, rise, self.max_delta, *can)
+        if decision.action in ("keep", "grow"):
+            self._remember()
         if decision.action == "grow":
             self._train(next(count for count in self.counts if count > self.matrices))
-            self._since = state.global_step
             self._note_decision(state, decision)
+        elif decision.action != "keep":
+            self._go_back(state, decision)
+            self._forget_states(optimizer)
+            self._shrunk = True
+            control.should_training_stop = decision.action == "stop"
+        if decision.action in ("grow", "shrink"):
+            self._since = state.global_step
             self._log_matrices(model)
 
     def _train(self, count: int) -> None:
@@ -102,6 +110,12 @@ class AutoBudgetCallback(ForgettingCallback):
         self._tuner.write_through(everything=True)
         self._train(self._within_matrices)
         self._note_decision(state, decision)
+
+    def _forget_states(self, optimizer: Any) -> None:
+        """What rests has no optimizer state."""
+        for layer in self._layers():
+            if layer.resting:
+                optimizer.state.pop(layer.master, None)
 
     def _layers(self) -> list[KappaTuneLayer]:
         return [layer for layer in self._tuner.layers() if layer.master is not None]

@@ -277,7 +277,7 @@ def _batches(pieces: Sequence[Sequence[int]], batch_size: int) -> Iterator[Seque
 
 def _log_probabilities(model: nn.Module, batch: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Next-token log-probabilities (batch, length - 1, vocabulary) in float32, and where a real token follows."""
-    ids, mask = _padded(batch, model.device)
+    ids, mask = padded(batch, model.device)
     logits = model(input_ids=ids, attention_mask=mask.long()).logits[:, :-1]
     return logits.float().log_softmax(-1), mask[:, 1:]
 
@@ -285,7 +285,7 @@ def _log_probabilities(model: nn.Module, batch: Sequence[Sequence[int]]) -> tupl
 def _token_losses(model: nn.Module, batch: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Loss of each following token (batch, length - 1), and where there is one."""
     log_probabilities, mask = _log_probabilities(model, batch)
-    following = _padded(batch, model.device)[0][:, 1:]
+    following = padded(batch, model.device)[0][:, 1:]
     return -log_probabilities.gather(-1, following.unsqueeze(-1)).squeeze(-1), mask
 
 
@@ -304,7 +304,7 @@ def _completion_losses(model: nn.Module, pairs: Sequence[Pair], batch_size: int)
     return found
 
 
-def _padded(batch: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+def padded(batch: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids (batch, length) padded on the right by 0, and the mask of the real ones."""
     length = max(len(piece) for piece in batch)
     ids = torch.tensor([[*piece, *[0] * (length - len(piece))] for piece in batch], device=device)

@@ -40,7 +40,7 @@ LEARNED = [(step, 0.4) for step in range(1, 41)]
         (FLAT, 0, 0.05, True, "grow", "rose by 0.050"),
         (FLAT, 0, 0.051, True, "stop", "rose by 0.051 nats, more than max_delta 0.05"),
         (FALLING, 0, 0.051, True, "stop", "more than max_delta"),
-        (FLAT, 0, 0.0, False, "keep", "the largest budget is reached"),
+        (FLAT, 0, 0.0, False, "keep", "the budget grows no more"),
         (LEARNED, 0, 0.0, True, "keep", "0.400 has reached target_loss 0.5"),
         # a plateau shows after two windows at the same budget
         (FLAT[:19], 0, 0.0, True, "keep", "fewer than 20 steps"),
@@ -56,6 +56,11 @@ LEARNED = [(step, 0.4) for step in range(1, 41)]
 def test_the_rule(losses, since, rise, can_grow, action, words):
     decision = decide(SETTINGS, losses, since, rise, 0.05, can_grow)
     assert decision.action == action and words in decision.reason
+
+
+def test_shrinks_if_there_is_a_smaller_budget_to_go_back_to():
+    assert decide(SETTINGS, FLAT, 0, 0.1, 0.05, True, can_shrink=True).action == "shrink"
+    assert decide(SETTINGS, FLAT, 0, 0.01, 0.05, True, can_shrink=True).action == "grow"
 
 
 def test_a_plateau_is_a_fall_by_less_than_min_improvement():
@@ -163,25 +168,35 @@ def test_a_fixed_k_of_the_starts_size_trains_the_same(saved_olmoe, tmp_path):
 
 def test_goes_back_to_the_last_values_within_the_limit(saved_olmoe, tmp_path, capsys):
     free = train(tmp_path, saved_olmoe)
-    steps = free.forgetting.steps
-    rises = [free.forgetting.delta(step) for step in steps]
+    rises = [free.forgetting.delta(step) for step in free.forgetting.steps]
     assert 0 < rises[0] < rises[1]
     # between the measurements at steps 5 and 10
     limit = sum(rises) / 2
-    result = train(tmp_path, saved_olmoe, "--output_dir", str(tmp_path / "limited"), max_delta=limit)
-    measured = json.loads((tmp_path / "limited" / "forgetting.json").read_text())
-    assert [(step["step"], step["action"], step["matrices"]) for step in measured["budget"]["steps"]] == [
+    out = tmp_path / "limited"
+    result = train(tmp_path, saved_olmoe, "--output_dir", str(out), "--max_steps", "12", max_delta=limit)
+    measured = json.loads((out / "forgetting.json").read_text())
+    assert [(step["step"], step["action"], step["matrices"]) for step in measured["budget"]["steps"]][:2] == [
         (5, "grow", 8),
-        (10, "stop", 4),
+        (10, "shrink", 4),
     ]
-    assert result.trainer.state.global_step == 10 and len(result.selection.units) == 4
+    optimizer = result.trainer.optimizer
+    assert len(result.selection.units) == 4 and sum(bool(state) for state in optimizer.state.values()) == 4
     (control,) = measured["control"].values()
-    assert control["loss_after"] == pytest.approx(steps[0]["control_loss"], abs=1e-6)
-    assert control["loss_after"] - control["loss_before"] <= limit
-    reloaded = values(PeftModel.from_pretrained(base(saved_olmoe), str(tmp_path / "limited")))
+    assert 0 < control["loss_after"] - control["loss_before"] <= limit
+    reloaded = values(PeftModel.from_pretrained(base(saved_olmoe), str(out)))
     trained = values(result.trainer.model)
     assert all(torch.equal(value, trained[name]) for name, value in reloaded.items())
-    assert "more than max_delta" in capsys.readouterr().out
+    assert "Step 10, shrink: the control loss rose" in capsys.readouterr().out
+
+
+def test_stops_with_the_values_of_the_last_measurement_within(saved_olmoe, tmp_path):
+    fixed = {"target_loss": 99.0}
+    free = train(tmp_path, saved_olmoe, auto=fixed)
+    rises = [free.forgetting.delta(step) for step in free.forgetting.steps]
+    result = train(tmp_path, saved_olmoe, "--output_dir", str(tmp_path / "o"), auto=fixed, max_delta=sum(rises) / 2)
+    assert [(step["step"], step["action"]) for step in result.forgetting.budget["steps"]] == [(10, "stop")]
+    assert result.trainer.state.global_step == 10
+    assert result.forgetting.after["control_loss"] == pytest.approx(free.forgetting.steps[0]["control_loss"], abs=1e-6)
 
 
 def test_a_limit_passed_at_the_end_or_at_once_is_kept_too(saved_olmoe, tmp_path):
@@ -195,10 +210,12 @@ def test_a_limit_passed_at_the_end_or_at_once_is_kept_too(saved_olmoe, tmp_path)
     assert again.forgetting.delta(again.forgetting.after) == 0
 
 
-def test_resumed_equals_uninterrupted(saved_olmoe, tmp_path):
+@pytest.mark.parametrize(("save_steps", "max_delta", "matrices"), [(9, 9.0, 16), (11, 0.04, 4)])
+def test_resumed_equals_uninterrupted(saved_olmoe, tmp_path, save_steps, max_delta, matrices):
+    """After it grew, and after it shrank."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir(), parts.mkdir()
-    settings = {"save_strategy": "steps", "save_steps": 9}
+    settings = {"save_strategy": "steps", "save_steps": save_steps, "max_delta": max_delta}
     train(whole, saved_olmoe, **settings)
     train(parts, saved_olmoe, **settings)
     shutil.rmtree(parts / "out" / "checkpoint-14")
@@ -206,7 +223,7 @@ def test_resumed_equals_uninterrupted(saved_olmoe, tmp_path):
     one, other = (load_file(folder / "out" / "adapter_model.safetensors") for folder in (whole, parts))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     budgets = [json.loads((each / "out" / "forgetting.json").read_text())["budget"] for each in (whole, parts)]
-    assert budgets[0] == budgets[1] and budgets[0]["matrices"] == 16
+    assert budgets[0] == budgets[1] and budgets[0]["matrices"] == matrices
 
 
 @pytest.mark.parametrize(
