@@ -1,0 +1,43 @@
+"""The commands of `kappatune` that have to do with other toolkits."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kappatune_plugin.cli_app import K_HELP, TrustRemoteCode, app, budget, clean_errors
+from kappatune_plugin.console import console
+
+COLORS = {"+": "green", "-": "red", "@": "cyan"}
+
+
+@app.command()
+@clean_errors
+def convert(
+    recipe: Annotated[Path, typer.Argument(help="A LoRA recipe of TRL, Axolotl or LLaMA-Factory, a YAML file.")],
+    match: Annotated[
+        str, typer.Option(help="params: train as many parameters as the LoRA; share: a tenth of the matrices.")
+    ] = "params",
+    k: Annotated[str | None, typer.Option("--k", help=f"Instead of --match. {K_HELP}")] = None,
+    toolkit: Annotated[
+        str | None, typer.Option(help="trl, axolotl or llamafactory; default: seen from the keys.")
+    ] = None,
+    write: Annotated[bool, typer.Option("--write", help="Write it; the old one is kept as NAME.lora.yaml.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", help="With --write: write here instead.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Turn a LoRA recipe into a KappaTune one; shows the change, writes nothing without --write."""
+    from kappatune_plugin.convert import convert_recipe
+
+    converted = convert_recipe(recipe, match, budget(k) if k is not None else None, toolkit, trust_remote_code)
+    out = console()
+    for line in converted.diff():
+        out.print(line, style=COLORS.get(line[:1]), markup=False, highlight=False, soft_wrap=True)
+    out.print(f"\nFrom a LoRA recipe of {converted.toolkit.title}:", highlight=False)
+    for note in converted.notes:
+        out.print(f"- {note}", markup=False, highlight=False)
+    if not write:
+        typer.echo("\nNothing was written: add --write.")
+        return
+    target = converted.write(output)
+    typer.echo(f"\nWritten to {target}. Train with\n  {converted.command(target)}")
