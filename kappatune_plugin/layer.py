@@ -7,8 +7,15 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from kappatune_plugin import distributed
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.units import WeightUnit, unit_block, unit_hash
+
+NOT_WRITTEN = (
+    "was changed by an optimizer step that the base model never got: its optimizer is not a torch.optim.Optimizer that "
+    "holds the trained values (DeepSpeed's doesn't), and no transformers Trainer runs it. Call "
+    "model.base_model.write_through() after each step, on all ranks."
+)
 
 
 class KappaTuneLayer(nn.Module, BaseTunerLayer):
@@ -34,8 +41,9 @@ class KappaTuneLayer(nn.Module, BaseTunerLayer):
         self.attribute = attribute
         self.unit = unit
         self.kappatune_master = nn.ParameterDict()
-        self.kappatune_base = BufferDict(persistent=True)
-        self.register_buffer("original", self.block.detach().clone(), persistent=False)
+        self.fingerprint = unit_hash(self.parameter, unit)
+        self.kappatune_base = Fingerprints(self)
+        self.original = Original(self.parameter, unit)
         self.merged_adapters = []
         self._active_adapter = []
         self._written_version: int | None = None
@@ -44,9 +52,14 @@ class KappaTuneLayer(nn.Module, BaseTunerLayer):
         self.register_load_state_dict_post_hook(_take_over_loaded)
 
     @property
+    def parameter(self) -> Tensor:
+        """The base parameter as its owner holds it now: whole, or this process's part of it."""
+        return self.owner._parameters[self.attribute]
+
+    @property
     def block(self) -> Tensor:
-        """View of the base parameter's slice, of the base's dtype."""
-        return unit_block(self.owner._parameters[self.attribute], self.unit)
+        """View of a whole base parameter's slice, of the base's dtype."""
+        return unit_block(self.parameter, self.unit)
 
     @property
     def master(self) -> Tensor | None:
@@ -56,9 +69,9 @@ class KappaTuneLayer(nn.Module, BaseTunerLayer):
 
     @property
     def moved(self) -> bool:
-        """Whether the active values changed in place since they were last written into the base."""
+        """Whether the active values may have changed in place since they were last written into the base."""
         master = self.master
-        return master is not None and master._version != self._written_version
+        return master is not None and (self.original.divided or master._version != self._written_version)
 
     @property
     def trained(self) -> Tensor | None:
@@ -70,26 +83,32 @@ class KappaTuneLayer(nn.Module, BaseTunerLayer):
         master = self.master
         if master is None or self.disable_adapters or self.merged or self.resting:
             return None
-        if self.moved:
-            raise KappaTuneError(
-                f"{self.unit.name} was changed by an optimizer step that the base model never got: its optimizer is "
-                "not a torch.optim.Optimizer and no transformers Trainer runs it. Call "
-                "model.base_model.write_through() after each step."
-            )
+        # the versions of divided values say nothing
+        if self.moved and not self.original.divided:
+            raise KappaTuneError(f"{self.unit.name} {NOT_WRITTEN}")
         return master if master.requires_grad else None
 
     def add(self, adapter: str) -> None:
         """Start `adapter` at the base model's values."""
-        self.kappatune_master[adapter] = nn.Parameter(self.original.detach().clone())
-        self.kappatune_base[adapter] = torch.tensor([unit_hash(self.original)])
+        self.kappatune_master[adapter] = nn.Parameter(self.original.whole(self.parameter))
+        self.kappatune_base[adapter] = torch.tensor([self.fingerprint])
 
     @torch.no_grad()
     def write(self, adapter: str | None = None) -> None:
-        """Write the values that should hold now, or those of `adapter`, into the base parameter."""
+        """Write the values that should hold now, or those of `adapter`, into the base parameter.
+
+        Collective where the base or the values are divided over ranks.
+        """
         master = self.kappatune_master[adapter] if adapter else self.master
-        if master is not None and master.is_meta:
+        if self.parameter.is_meta or (master is not None and master.is_meta):
             return
-        self.block.copy_(self.original if master is None or self.disable_adapters else master)
+        self.original.divide(self.parameter)
+        if master is None or self.disable_adapters:
+            self.write_original()
+        else:
+            wanted = distributed.block_ranges(self.parameter, self.unit.index)
+            values = distributed.redistribute(_held(master), distributed.block_ranges(master, ()), wanted)
+            distributed.write_block(self.parameter, self.unit.index, values)
         self._written_version = None if master is None else master._version
 
     def _switch(self) -> None:
@@ -101,9 +120,9 @@ class KappaTuneLayer(nn.Module, BaseTunerLayer):
             self.write()
 
     def write_original(self) -> None:
-        """Write the base model's own values back."""
-        with torch.no_grad():
-            self.block.copy_(self.original)
+        """Write the base model's own values back. Collective where the base is divided over ranks."""
+        self.original.divide(self.parameter)
+        distributed.write_block(self.parameter, self.unit.index, self.original.values)
 
     def get_base_layer(self) -> nn.Module:
         """The module that owns the base parameter."""
@@ -155,14 +174,84 @@ class KappaTuneLayer(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if adapter_name in self.kappatune_master:
             master = self.kappatune_master[adapter_name]
-            master.data = master.data.to(device or self.block.device)
+            if not self.parameter.is_meta and not distributed.is_partitioned(master):
+                master.data = master.data.to(device or self.parameter.device)
             self.write()
+
+
+class Original:
+    """The base model's own values of one unit, as this process holds them.
+
+    Attributes:
+        values: all of them in the parameter's shape, or flat this process's range.
+        divided: whether it is a range.
+    """
+
+    def __init__(self, parameter: Tensor, unit: WeightUnit) -> None:
+        self._index = unit.index
+        self.divided = distributed.is_partitioned(parameter)
+        self.values = None if parameter.is_meta else distributed.read_block(parameter, unit.index)
+
+    def whole(self, parameter: Tensor) -> Tensor:
+        """All of them, on every rank; zeros for a `parameter` that isn't here yet. Collective if divided."""
+        shape = distributed.block_shape(parameter, self._index)
+        if self.values is None:
+            return torch.zeros(shape, dtype=parameter.dtype)
+        if not self.divided:
+            return self.values.clone()
+        everything = [(0, shape.numel())] * distributed.world()
+        held = distributed.block_ranges(parameter, self._index)
+        return distributed.redistribute(self.values, held, everything).clone().view(shape)
+
+    def divide(self, parameter: Tensor) -> None:
+        """Once FSDP2 has divided `parameter` keep only this process's range. Collective that once."""
+        if self.divided or not distributed.is_partitioned(parameter):
+            return
+        count = distributed.block_shape(parameter, self._index).numel()
+        first_only = distributed.first_rank_loads()
+        held = [(0, 0) if first_only and each else (0, count) for each in range(distributed.world())]
+        values = torch.empty(0, dtype=parameter.dtype) if held[distributed.rank()] == (0, 0) else self.values
+        wanted = distributed.block_ranges(parameter, self._index)
+        self.values = distributed.redistribute(values.to(parameter.device), held, wanted).clone()
+        self.divided = True
+
+
+class Fingerprints(BufferDict):
+    """What `kappatune_base` holds. It stays where it is and as it is when the model is moved.
+
+    FSDP2 by accelerate moves a model to the meta device and takes everything in its state dict for a divided
+    parameter: there the fingerprints, which every rank has, are left out.
+    """
+
+    def __init__(self, layer: KappaTuneLayer) -> None:
+        super().__init__(persistent=True)
+        self.__dict__["layer"] = layer
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "Fingerprints":
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if not self.layer.parameter.is_meta:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if any(prefix + adapter in state_dict for adapter in self):
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _held(values: Tensor) -> Tensor:
+    return distributed.read_block(values, ()) if distributed.is_partitioned(values) else values.detach()
+
+
+def _is_here(layer: KappaTuneLayer, master: Tensor) -> bool:
+    held = (layer.parameter, master)
+    return not any(value.is_meta or distributed.is_partitioned(value) for value in held)
 
 
 def _check_written(layer: KappaTuneLayer, prefix: str, keep_vars: bool) -> None:
     """Before values are saved: the base must hold them, or what was evaluated is not what is saved."""
     master = layer.master
-    if master is None or layer.disable_adapters or master.is_meta:
+    if master is None or layer.disable_adapters or master.is_meta or not _is_here(layer, master):
         return
     if not torch.equal(layer.block, master.detach().to(layer.block.dtype)):
         raise KappaTuneError(
@@ -173,9 +262,8 @@ def _check_written(layer: KappaTuneLayer, prefix: str, keep_vars: bool) -> None:
 
 def _take_over_loaded(layer: KappaTuneLayer, incompatible_keys: Any) -> None:
     """After values are loaded: refuse those of another base, write the rest."""
-    expected = unit_hash(layer.original)
     for adapter, found in layer.kappatune_base.items():
-        if found.item() != expected:
+        if found.item() != layer.fingerprint:
             raise KappaTuneError(
                 f"Adapter '{adapter}' was trained on another base model: {layer.unit.name} differs from the weights "
                 "it started from. Load the base that adapter_config.json names, in the dtype it was trained in."

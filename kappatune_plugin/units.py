@@ -6,15 +6,15 @@ projection inside a fused expert parameter.
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import ParametrizationList
 
+from kappatune_plugin import distributed
 from kappatune_plugin.checkpoint_names import CheckpointNames
 from kappatune_plugin.errors import KappaTuneError
 
@@ -24,6 +24,7 @@ OWN = "kappatune_"
 HEAD_NAMES = ("lm_head", "embed_out", "score", "classifier", "qa_outputs")
 ROUTER_NAMES = ("gate", "router")
 SAMPLES_PER_SIDE = 8
+NO_SAMPLES = torch.empty(0, dtype=torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -63,19 +64,20 @@ def find_units(model: nn.Module) -> list[WeightUnit]:
         if isinstance(module, ParametrizationList) or "Norm" in type(module).__name__ or f".{OWN}" in f".{module_name}":
             continue
         for short_name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim < 2 or short_name.endswith("bias"):
+            whole = distributed.layout(parameter)
+            if whole.ndim < 2 or short_name.endswith("bias"):
                 continue
             full_name = f"{module_name}.{short_name}" if module_name else short_name
-            if not parameter.is_floating_point() or parameter.element_size() < 2:
+            if not whole.is_floating_point() or whole.element_size() < 2:
                 raise KappaTuneError(
-                    f"{full_name} is stored as {parameter.dtype}: a quantized base can't be trained in place. "
+                    f"{full_name} is stored as {whole.dtype}: a quantized base can't be trained in place. "
                     "Load the model in bfloat16, float16 or float32."
                 )
             groups = _groups(model, module_name, module, inputs, outputs)
             if id(parameter) in units:
                 units[id(parameter)] = [replace(unit, groups=unit.groups | groups) for unit in units[id(parameter)]]
             else:
-                found = _units_of(module, full_name, parameter, names)
+                found = _units_of(module, full_name, whole, names)
                 units[id(parameter)] = [replace(unit, groups=unit.groups | groups) for unit in found]
     return [unit for found in units.values() for unit in found if min(unit.shape) > 1]
 
@@ -95,29 +97,34 @@ def as_matrix(block: Tensor, unit: WeightUnit) -> Tensor:
     return block.movedim(unit.out_axis, 0).reshape(unit.shape)
 
 
-def unit_hash(matrix: Tensor) -> int:
+def unit_hash(parameter: Tensor, unit: WeightUnit) -> int:
     """A fingerprint of one weight: a signed 64-bit integer over at most 64 of its values. See `base_hash`."""
-    digest = hashlib.blake2b(_comparable(_samples(matrix.reshape(matrix.shape[0], -1))), digest_size=8)
+    digest = hashlib.blake2b(_comparable(_samples_over_ranks([(parameter, unit)])), digest_size=8)
     return int.from_bytes(digest.digest(), "big", signed=True)
 
 
 def base_hash(model: nn.Module) -> str:
     """A short fingerprint of the base weights: 16 hexadecimal digits over the units' names, shapes and some values.
 
-    It is the same for a checkpoint loaded in float32 and in bfloat16, and for fused and separate experts. A bfloat16
-    checkpoint loaded in float16 has the same one too; a float32 checkpoint in float16 has not (it is rounded twice).
+    It is the same for a checkpoint loaded in float32 and in bfloat16, for fused and separate experts, and however the
+    weights are divided over ranks (collective then). A bfloat16 checkpoint loaded in float16 has the same one too; a
+    float32 checkpoint in float16 has not (it is rounded twice).
     """
-    return fingerprint(find_units(model), partial(unit_matrix, model))
+    units = sorted(find_units(model), key=lambda unit: unit.name)
+    return _digest(units, _samples_over_ranks([(model.get_parameter(unit.parameter), unit) for unit in units]))
 
 
 def fingerprint(units: Iterable[WeightUnit], load: Callable[[WeightUnit], Tensor]) -> str:
     """The `base_hash` of a model that has these units, whose matrices `load` gives, one at a time."""
+    units = sorted(units, key=lambda unit: unit.name)
+    return _digest(units, torch.cat([NO_SAMPLES, *(_samples(load(unit)) for unit in units)]))
+
+
+def _digest(units: Iterable[WeightUnit], samples: Tensor) -> str:
     digest = hashlib.blake2b(digest_size=8)
-    samples = [torch.empty(0, dtype=torch.bfloat16)]
-    for unit in sorted(units, key=lambda unit: unit.name):
+    for unit in units:
         digest.update(f"{unit.name} {unit.shape}\n".encode())
-        samples.append(_samples(load(unit)))
-    digest.update(_comparable(torch.cat(samples)))
+    digest.update(_comparable(samples))
     return digest.hexdigest()
 
 
@@ -125,6 +132,40 @@ def _samples(matrix: Tensor) -> Tensor:
     """At most 8 x 8 values on a grid over a (rows, columns) matrix, as bfloat16 on the CPU."""
     rows, columns = (math.ceil(size / SAMPLES_PER_SIDE) for size in matrix.shape)
     return matrix.detach()[::rows, ::columns].flatten().to("cpu", torch.bfloat16)
+
+
+def _samples_over_ranks(units: Sequence[tuple[Tensor, WeightUnit]]) -> Tensor:
+    """The samples of each (parameter, unit)'s matrix, wherever the parameters are."""
+
+    def here() -> Tensor:
+        return torch.cat([NO_SAMPLES, *(_samples(as_matrix(unit_block(each, unit), unit)) for each, unit in units)])
+
+    if distributed.first_rank_loads():
+        return distributed.exchange(here() if distributed.rank() == 0 else None)[0]
+    if not any(distributed.is_partitioned(parameter) for parameter, _ in units):
+        return here()
+    parts = distributed.exchange([_own_samples(*each) for each in units])
+    return torch.cat([_in_order(of_unit) for of_unit in zip(*parts, strict=True)])
+
+
+def _own_samples(parameter: Tensor, unit: WeightUnit) -> tuple[Tensor, Tensor]:
+    """Those of `_samples` that are in this process's part of a parameter: their numbers, and they."""
+    rows, columns = (torch.arange(0, size, math.ceil(size / SAMPLES_PER_SIDE)) for size in unit.shape)
+    positions = (rows[:, None] * unit.shape[1] + columns).flatten()
+    if unit.out_axis:
+        inner = distributed.block_shape(parameter, unit.index)[2:].numel()
+        outer, kernel = columns // inner, columns % inner
+        positions = ((outer * unit.shape[0] + rows[:, None]) * inner + kernel).flatten()
+    low, high = distributed.block_ranges(parameter, unit.index)[distributed.rank()]
+    values = distributed.read_block(parameter, unit.index).flatten()
+    numbers = ((positions >= low) & (positions < high)).nonzero().flatten()
+    return numbers, values[(positions[numbers] - low).to(values.device)].to("cpu", torch.bfloat16)
+
+
+def _in_order(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The values of `_own_samples` of all ranks; what several ranks hold counts once."""
+    found = {number: value for part in parts for number, value in zip(part[0].tolist(), part[1], strict=True)}
+    return torch.stack([found[number] for number in sorted(found)])
 
 
 def _comparable(values: Tensor) -> bytes:
@@ -172,7 +213,8 @@ def _output_axis(module: nn.Module, gate_up: Tensor) -> int | None:
     if hasattr(module, "is_transposed"):
         return 2 if module.is_transposed else 1
     down = getattr(module, "down_proj", None)
-    if not isinstance(down, Tensor) or down.ndim != 3:
+    down = distributed.layout(down) if isinstance(down, Tensor) else None
+    if down is None or down.ndim != 3:
         return None
     if gate_up.shape[1:] == (2 * down.shape[2], down.shape[1]):
         return 1
