@@ -116,7 +116,7 @@ class KappaTuneLayer(nn.Module, BaseTunerLayer):
 
         By then the values are back; `SliceAlias` refuses a backward where they aren't.
         """
-        with torch.autograd._unsafe_preserve_version_counter(self.owner._parameters[self.attribute]):
+        with torch.autograd._unsafe_preserve_version_counter(self.parameter):
             self.write()
 
     def write_original(self) -> None:

@@ -7,14 +7,16 @@ import copy
 from dataclasses import replace
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from kappatune_plugin.binding import bind, bound, unbind
+from kappatune_plugin import distributed
+from kappatune_plugin.binding import BINDINGS, bind, bound, unbind
 from kappatune_plugin.budget import parse_budget
 from kappatune_plugin.config import DEFAULT_K, KappaTuneConfig
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.layer import KappaTuneLayer
+from kappatune_plugin.layer import NOT_WRITTEN, KappaTuneLayer
 from kappatune_plugin.patterns import DEFAULT_EXCLUDE
 from kappatune_plugin.peft_method import PREFIX, register
 from kappatune_plugin.report import KappaReport
@@ -37,6 +39,8 @@ class KappaTuneModel(BaseTuner):
     prefix = PREFIX
     tuner_layer_cls = KappaTuneLayer
     target_module_mapping: dict[str, list[str]] = {}
+    # whether DeepSpeed made a step whose values didn't reach the base yet
+    _late = False
 
     selections: dict[str, Selection]
     reports: dict[str, KappaReport | None]
@@ -66,10 +70,13 @@ class KappaTuneModel(BaseTuner):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward. The output head is bound around it, since TRL reads its weight from outside."""
+        if self._late and torch.is_grad_enabled():
+            raise KappaTuneError(f"What is trained {NOT_WRITTEN}")
         getter = getattr(self.model, "get_output_embeddings", None)
         head = getter() if getter else None
         if head is None:
             return self.model(*args, **kwargs)
+        _check_head(head)
         with bound(head):
             return self.model(*args, **kwargs)
 
@@ -78,7 +85,11 @@ class KappaTuneModel(BaseTuner):
         return [module for module in self.model.modules() if isinstance(module, KappaTuneLayer)]
 
     def write_through(self, everything: bool = False) -> None:
-        """Write the trained values into the base model: those that moved since the last time, or all of them."""
+        """Write the trained values into the base model: those that moved since the last time, or all of them.
+
+        Collective where weights are divided over ranks.
+        """
+        self._late = False
         for layer in self._layers_cached():
             if everything or layer.moved:
                 layer.write()
@@ -102,6 +113,14 @@ class KappaTuneModel(BaseTuner):
         selection = self.selections[adapter_name] = replace(selection, units=selection.units[:count], k=count)
         config = self.peft_config[adapter_name]
         config.k, config.selection = selection.k, selection.to_dict()
+
+    def stepped(self) -> None:
+        """Called after a step of any optimizer: write what it moved, unless that is not there yet."""
+        masters = [layer.master for layer in self._layers_cached() if layer.master is not None]
+        if any(distributed.is_stepped_elsewhere(master) for master in masters):
+            self._late = True
+        else:
+            self.write_through()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; units that no other adapter trains are as they were before."""
@@ -228,6 +247,15 @@ class KappaTuneModel(BaseTuner):
         if "_layers" not in self.__dict__:
             self.__dict__["_layers"] = self.layers()
         return self.__dict__["_layers"]
+
+
+def _check_head(head: nn.Module) -> None:
+    """TRL reads the output head's weight from outside the head, where ZeRO-3 and FSDP2 don't gather it."""
+    if BINDINGS in head.__dict__ and any(distributed.is_partitioned(value) for value in head._parameters.values()):
+        raise KappaTuneError(
+            "The output head is selected and divided over ranks (ZeRO-3 or FSDP2), where it can't be trained. Exclude "
+            "it (`exclude: [norm, bias, embedding, head]`, the default), or use ZeRO-2."
+        )
 
 
 def _given_selection(config: KappaTuneConfig) -> Selection:

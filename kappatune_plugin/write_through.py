@@ -1,8 +1,8 @@
 """After every optimizer step the trained values reach the base model, without the user adding anything.
 
 Two ways, since neither is right alone. A plain PyTorch loop has only its optimizer: a hook after each step sees that
-values moved. Under DeepSpeed that hook fires before the new values are there, but a Trainer is running, and its
-`on_optimizer_step` comes after.
+values moved. DeepSpeed's optimizer holds copies of them and brings those back after that hook, but a Trainer is running,
+and its `on_optimizer_step` comes after.
 """
 
 import weakref
@@ -16,7 +16,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 class WritesThrough(Protocol):
     """What is told that a step happened."""
 
-    def write_through(self) -> None: ...
+    def write_through(self, everything: bool = False) -> None: ...
+
+    def stepped(self) -> None: ...
 
 
 _followed: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -34,7 +36,7 @@ def follow(tuner: WritesThrough) -> None:
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     for tuner in list(_followed):
-        tuner.write_through()
+        tuner.stepped()
 
 
 def _add_trainer_callback() -> None:
@@ -46,11 +48,14 @@ def _add_trainer_callback() -> None:
         return
 
     class KappaTuneWriteThrough(TrainerCallback):
-        """Writes trained values into the base model after each step, under DeepSpeed too."""
+        """Writes trained values into the base model after each step, and those of a checkpoint before the first."""
 
         def on_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any):
             tuner = getattr(model, "base_model", None)
             if tuner in _followed:
                 tuner.write_through(everything=True)
+
+        # DeepSpeed loads a checkpoint into its own copies, past load_state_dict
+        on_train_begin = on_optimizer_step
 
     trainer.DEFAULT_CALLBACKS.append(KappaTuneWriteThrough)

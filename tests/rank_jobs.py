@@ -1,0 +1,118 @@
+"""What the ranks of the distributed tests do. Imported once by the process that they are forked from."""
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+import kappatune_plugin
+from kappatune_plugin import KappaTuneConfig
+from kappatune_plugin.units import find_units, unit_block
+from tiny import tiny_tokenizer
+
+if importlib.util.find_spec("deepspeed"):
+    import deepspeed
+
+TEXTS = [f"the cat {i} sat on the mat {j} times" for i in range(8) for j in range(4)]
+
+
+def zero(stage: int, **settings: Any) -> dict[str, Any]:
+    return {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_gather_16bit_weights_on_model_save": True,
+            "stage3_param_persistence_threshold": 0,
+            **settings,
+        },
+    }
+
+
+OFFLOAD = {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
+
+
+def mode_settings(mode: str) -> dict[str, Any]:
+    """SFTConfig's settings for `mode`, and the state that accelerate needs on a machine without a GPU."""
+    if mode.startswith("zero"):
+        # accelerate picks no backend for DeepSpeed without a GPU: give it a state that has one
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        from accelerate import PartialState
+
+        PartialState(backend="gloo")
+        del os.environ["ACCELERATE_USE_DEEPSPEED"]
+        config = zero(int(mode[4]), **(OFFLOAD if mode.endswith("offload") else {}))
+        if mode.endswith("offload"):
+            config["zero_force_ds_cpu_optimizer"] = False
+        return {"deepspeed": config, "accelerator_config": {"use_configured_state": True}}
+    if mode.startswith("fsdp2"):
+        return {
+            "use_cpu": True,
+            "fsdp": True,
+            "fsdp_config": {
+                "version": 2,
+                "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+                "reshard_after_forward": True,
+                "cpu_ram_efficient_loading": mode == "fsdp2_first_rank_loads",
+                "state_dict_type": "FULL_STATE_DICT",
+            },
+        }
+    return {"use_cpu": True}
+
+
+def make_trainer(mode: str, model: str, output: str, config: dict[str, Any], **settings: Any) -> SFTTrainer:
+    arguments = {
+        "output_dir": output,
+        "bf16": False,
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "max_grad_norm": 0.05,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "router_aux_loss_coef": 0.0,
+        "model_init_kwargs": {"dtype": "float32"},
+        **settings,
+        **mode_settings(mode),
+    }
+    return SFTTrainer(
+        model,
+        args=SFTConfig(**arguments),
+        train_dataset=Dataset.from_dict({"text": TEXTS}),
+        processing_class=tiny_tokenizer(),
+        peft_config=KappaTuneConfig(**config),
+    )
+
+
+def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter of the base model, whole, under its name; collective."""
+    from kappatune_plugin.distributed import whole_block
+
+    return {name: whole_block(value, ()).clone() for name, value in model.named_parameters() if "kappatune" not in name}
+
+
+def train(mode: str, model: str, output: str, config: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    one = make_trainer(mode, model, output, config, **settings)
+    one.train()
+    base = one.accelerator.unwrap_model(one.model).get_base_model()
+    weights = whole_weights(base)
+    one.save_model(output)
+    log = one.state.log_history
+    return {
+        "losses": [entry["loss"] for entry in log if "loss" in entry],
+        "norms": [float(entry["grad_norm"]) for entry in log if "grad_norm" in entry],
+        "weights": weights if int(os.environ.get("RANK", 0)) == 0 else None,
+    }
