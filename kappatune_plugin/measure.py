@@ -8,8 +8,10 @@ from contextlib import contextmanager
 import torch
 from tqdm import tqdm
 
+from kappatune_plugin import distributed
 from kappatune_plugin.cache import Cache, content_hash
 from kappatune_plugin.condition import Kappa, condition_number
+from kappatune_plugin.dealing import cost
 from kappatune_plugin.report import UnitReport
 from kappatune_plugin.sources import Load, Source
 from kappatune_plugin.units import WeightUnit
@@ -20,27 +22,26 @@ MEMORY_A_VALUE = 28
 
 
 class Bar:
-    """Progress over the matrices of a scan, in units of work; `steps` says how many matrices there are."""
+    """Progress over the matrices of a scan, in units of work; `steps` says how many matrices there are.
+
+    With several ranks the first shows one, and takes the others to be as far as itself.
+    """
 
     def __init__(self, units: Sequence[WeightUnit], show: bool) -> None:
         self._steps, self._done = len(units), 0
+        show = show and distributed.rank() == 0
         self._bar = tqdm(total=sum(map(cost, units)), desc="kappa", bar_format=BAR_FORMAT, disable=not show)
 
     def advance(self, unit: WeightUnit) -> None:
-        self._done += 1
+        self._done = min(self._done + distributed.world(), self._steps)
         self._bar.set_description_str(f"kappa of {self._done}/{self._steps} matrices", refresh=False)
-        self._bar.update(cost(unit))
+        self._bar.update(min(cost(unit) * distributed.world(), self._bar.total - self._bar.n))
 
     def __enter__(self) -> "Bar":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
-
-
-def cost(unit: WeightUnit) -> int:
-    """Floating-point operations of a factor, without the constant: rows * columns * min(rows, columns)."""
-    return unit.shape[0] * unit.shape[1] * min(unit.shape)
 
 
 def measure(
@@ -51,7 +52,7 @@ def measure(
     cache: Cache,
     above: Callable[[WeightUnit], float] = lambda unit: math.inf,
 ) -> list[UnitReport]:
-    """The rows of those of `units` that `source.work` yields here, in the order of `units`.
+    """The rows of `units`, in their order, the same on all ranks: each measures those that `source.work` yields there.
 
     As many matrices at a time as torch has threads, each measured by one thread: that is faster than all threads on
     one matrix, and no number depends on how many threads there are. Only a matrix so large that the memory limit
@@ -96,7 +97,8 @@ def measure(
                 _collect(pending, keep)
         while pending:
             _collect(pending, keep)
-    return [rows[unit.name] for unit in units if unit.name in rows]
+    everywhere = {name: row for part in distributed.exchange(rows) for name, row in part.items()}
+    return [everywhere[unit.name] for unit in units]
 
 
 def _row(unit: WeightUnit, kappa: Kappa) -> UnitReport:

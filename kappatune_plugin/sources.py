@@ -1,7 +1,7 @@
 """Where weights are: a source lists the weight matrices of a model and hands them out one at a time."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -9,8 +9,10 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from kappatune_plugin import distributed
+from kappatune_plugin.dealing import deal, rounds
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.units import WeightUnit, base_hash, find_units, unit_matrix
+from kappatune_plugin.units import WeightUnit, as_matrix, base_hash, find_units, unit_matrix
 
 Load = Callable[[], Tensor]
 
@@ -50,18 +52,18 @@ class Source:
         """Bytes that measuring may take beside the weights: half of what is free."""
         return psutil.virtual_memory().available // 2
 
-    def work(self, units: Iterable[WeightUnit]) -> Iterator[tuple[WeightUnit, Load]]:
-        """The units to measure in this process, in the order of `units`, each with the function that loads it.
+    def work(self, units: Sequence[WeightUnit]) -> Iterator[tuple[WeightUnit, Load]]:
+        """The units to measure in this process, longest first, each with the function that loads it.
 
-        It is advanced from the main thread, and only when the next unit is about to be measured. A source of sharded
+        It is advanced from the main thread, and only when the next unit is about to be measured. A source of divided
         weights gathers a unit here, which takes all ranks, and yields only those of its own rank.
         """
-        for unit in units:
+        for unit in deal(units, distributed.world())[distributed.rank()]:
             yield unit, partial(self.load, unit)
 
 
 class ModelSource(Source):
-    """A model in memory, on any device."""
+    """A model in memory, on any device, whole or divided over ranks (ZeRO-3, FSDP2)."""
 
     def __init__(self, model: nn.Module) -> None:
         self.name = _model_name(model)
@@ -78,6 +80,21 @@ class ModelSource(Source):
 
     def base_hash(self) -> str:
         return base_hash(self._model)
+
+    def work(self, units: Sequence[WeightUnit]) -> Iterator[tuple[WeightUnit, Load]]:
+        if distributed.first_rank_loads():
+            yield from ((unit, partial(self.load, unit)) for unit in units if distributed.rank() == 0)
+        elif not any(distributed.is_partitioned(value) for value in self._model.parameters()):
+            yield from super().work(units)
+        else:
+            # all ranks get their unit of a round before one of them starts to measure
+            for each in rounds(units, distributed.world()):
+                yield from [mine for owner, unit in enumerate(each) if (mine := self._gather(unit, owner))]
+
+    def _gather(self, unit: WeightUnit, owner: int) -> tuple[WeightUnit, Load] | None:
+        """The unit and its values on the rank `owner`, None elsewhere. Collective."""
+        block = distributed.whole_block(self._model.get_parameter(unit.parameter), unit.index, owner)
+        return None if block is None else (unit, partial(as_matrix, block, unit))
 
 
 def open_source(model_or_path: nn.Module | str | os.PathLike, trust_remote_code: bool = False) -> Source:

@@ -2,22 +2,20 @@
 
 import importlib.util
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import transformers
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-import kappatune_plugin
 from kappatune_plugin import KappaTuneConfig
-from kappatune_plugin.units import find_units, unit_block
 from tiny import tiny_tokenizer
 
 if importlib.util.find_spec("deepspeed"):
-    import deepspeed
+    import deepspeed.comm.torch
+
+    # on the CPU it would compile an extension of its own first, minutes where two cores are busy; gloo does
+    deepspeed.comm.torch.build_shm_op = lambda: None
 
 TEXTS = [f"the cat {i} sat on the mat {j} times" for i in range(8) for j in range(4)]
 

@@ -2,6 +2,7 @@
 
 import io
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import socket
 import sys
@@ -14,13 +15,14 @@ from typing import Any
 
 import torch
 
-HERE = Path(__file__).parent
 ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "DS_ACCELERATOR": "cpu",
     "OMP_NUM_THREADS": "1",
     "MASTER_ADDR": "127.0.0.1",
     "GLOO_SOCKET_IFNAME": "lo",
+    # the fork server of Python 3.11 looks nowhere else
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), *sys.path])),
 }
 
 
@@ -28,13 +30,16 @@ ENVIRONMENT = {
 def _server() -> Any:
     """Processes are forked from one that has imported what takes long."""
     context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rank_jobs"])
     before = {name: os.environ.get(name) for name in ENVIRONMENT}
     os.environ.update(ENVIRONMENT)
-    context.set_forkserver_preload(["rank_jobs"])
-    # the server inherits this process's environment and sys.path
+    # the server inherits this process's environment
     multiprocessing.forkserver.ensure_running()
     for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
     return context
 
 
@@ -94,4 +99,5 @@ def _run(results: Any, job: Callable[..., Any], arguments: dict[str, Any], rank:
     results.close()
     results.join_thread()
     sys.stdout.flush()
+    # gloo's threads and DeepSpeed's exit handlers have nothing to add
     os._exit(0)
