@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from kappatune_plugin.errors import KappaTuneError
@@ -51,13 +51,34 @@ def is_stepped_elsewhere(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_tensor") or hasattr(parameter, "_hp_mapping")
 
 
+def gather_while_running(module: nn.Module, parameter: Tensor) -> None:
+    """Have ZeRO-3 gather `parameter` whenever `module` runs, forward or backward, from now on.
+
+    autograd wants a gradient to have its parameter's shape, and a trained slice belongs to a module that never runs.
+    Collective the first time.
+    """
+    if hasattr(parameter, "ds_tensor") and parameter.ds_id not in module.__dict__.get("_external_params", {}):
+        import deepspeed
+
+        deepspeed.zero.register_external_parameter(module, parameter)
+        parameter.all_gather()
+
+
+def shards_with_fsdp() -> bool:
+    """Whether accelerate shards the model with FSDP when training starts."""
+    return world() > 1 and _switched_on("ACCELERATE_USE_FSDP")
+
+
 def first_rank_loads() -> bool:
     """Whether the weights are on the first rank only, and on the meta device elsewhere, until FSDP2 shards them.
 
     That is accelerate's `fsdp_cpu_ram_efficient_loading`.
     """
-    switches = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
-    return world() > 1 and all(os.environ.get(name, "").lower() in ("1", "true", "yes") for name in switches)
+    return shards_with_fsdp() and _switched_on("FSDP_CPU_RAM_EFFICIENT_LOADING")
+
+
+def _switched_on(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
 
 
 def layout(parameter: Tensor) -> Tensor:

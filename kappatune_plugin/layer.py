@@ -86,7 +86,10 @@ class KappaTuneLayer(nn.Module, BaseTunerLayer):
         # the versions of divided values say nothing
         if self.moved and not self.original.divided:
             raise KappaTuneError(f"{self.unit.name} {NOT_WRITTEN}")
-        return master if master.requires_grad else None
+        if not master.requires_grad:
+            return None
+        distributed.gather_while_running(self.owner, master)
+        return master
 
     def add(self, adapter: str) -> None:
         """Start `adapter` at the base model's values."""

@@ -1,8 +1,8 @@
 """After every optimizer step the trained values reach the base model, without the user adding anything.
 
 Two ways, since neither is right alone. A plain PyTorch loop has only its optimizer: a hook after each step sees that
-values moved. DeepSpeed's optimizer holds copies of them and brings those back after that hook, but a Trainer is running,
-and its `on_optimizer_step` comes after.
+values moved. DeepSpeed's optimizer holds copies of them and brings those back after that hook, but a Trainer is
+running, and its `on_optimizer_step` comes after.
 """
 
 import weakref
@@ -11,6 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from kappatune_plugin import distributed
+from kappatune_plugin.errors import KappaTuneError
 
 
 class WritesThrough(Protocol):
@@ -39,6 +42,22 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
         tuner.stepped()
 
 
+def _finds_unused(args: Any) -> bool:
+    """Whether the Trainer of `args` runs DDP that looks for unused parameters, its default for PEFT models."""
+    ddp = distributed.world() > 1 and args.deepspeed_plugin is None and args.ddp_find_unused_parameters is not False
+    return ddp and not distributed.shards_with_fsdp()
+
+
+def _check_not_reentrant(model: nn.Module) -> None:
+    functions = (getattr(module, "_gradient_checkpointing_func", None) for module in model.modules())
+    if any(function is not None and function.keywords.get("use_reentrant") for function in functions):
+        raise KappaTuneError(
+            "Re-entrant gradient checkpointing fails under DDP while it looks for unused parameters: write "
+            "`gradient_checkpointing_kwargs: {use_reentrant: false}` (TRL's default), or "
+            "`ddp_find_unused_parameters: false`."
+        )
+
+
 def _add_trainer_callback() -> None:
     """Give every Trainer made from now on the callback, through transformers' list of default callbacks."""
     try:
@@ -55,7 +74,12 @@ def _add_trainer_callback() -> None:
             if tuner in _followed:
                 tuner.write_through(everything=True)
 
-        # DeepSpeed loads a checkpoint into its own copies, past load_state_dict
-        on_train_begin = on_optimizer_step
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any):
+            tuner = getattr(model, "base_model", None)
+            if tuner in _followed:
+                if _finds_unused(args):
+                    _check_not_reentrant(model)
+                # DeepSpeed loads a checkpoint into its own copies, past load_state_dict
+                tuner.write_through(everything=True)
 
     trainer.DEFAULT_CALLBACKS.append(KappaTuneWriteThrough)

@@ -5,6 +5,8 @@ import os
 from typing import Any
 
 import torch
+import transformers.training_args
+from accelerate import DistributedType, PartialState
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
@@ -16,6 +18,9 @@ if importlib.util.find_spec("deepspeed"):
 
     # on the CPU it would compile an extension of its own first, minutes where two cores are busy; gloo does
     deepspeed.comm.torch.build_shm_op = lambda: None
+
+# asked where use_cpu is off, as DeepSpeed and FSDP2 want it
+transformers.training_args.is_torch_bf16_gpu_available = lambda: True
 
 TEXTS = [f"the cat {i} sat on the mat {j} times" for i in range(8) for j in range(4)]
 
@@ -36,34 +41,36 @@ def zero(stage: int, **settings: Any) -> dict[str, Any]:
     }
 
 
+# every weight of this small model stays whole beside its parts
+KEPT = {"stage3_param_persistence_threshold": 10**6}
 OFFLOAD = {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
 
 
 def mode_settings(mode: str) -> dict[str, Any]:
-    """SFTConfig's settings for `mode`, and the state that accelerate needs on a machine without a GPU."""
+    """SFTConfig's settings for `mode`, and the state that accelerate needs for it on a machine without a GPU."""
     if mode.startswith("zero"):
-        # accelerate picks no backend for DeepSpeed without a GPU: give it a state that has one
+        # without a GPU accelerate picks no backend for DeepSpeed
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        from accelerate import PartialState
-
         PartialState(backend="gloo")
         del os.environ["ACCELERATE_USE_DEEPSPEED"]
-        config = zero(int(mode[4]), **(OFFLOAD if mode.endswith("offload") else {}))
-        if mode.endswith("offload"):
-            config["zero_force_ds_cpu_optimizer"] = False
+        config = zero(int(mode[4]), **(OFFLOAD if "offload" in mode else {}), **(KEPT if "kept" in mode else {}))
+        # DeepSpeed's own Adam for the CPU would have to be compiled first
+        config["zero_force_ds_cpu_optimizer"] = False
         return {"deepspeed": config, "accelerator_config": {"use_configured_state": True}}
     if mode.startswith("fsdp2"):
-        return {
-            "use_cpu": True,
-            "fsdp": True,
-            "fsdp_config": {
-                "version": 2,
-                "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-                "reshard_after_forward": True,
-                "cpu_ram_efficient_loading": mode == "fsdp2_first_rank_loads",
-                "state_dict_type": "FULL_STATE_DICT",
-            },
+        PartialState(cpu=True, backend="gloo")
+        # without a GPU accelerate knows no FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        os.environ["ACCELERATE_USE_FSDP"] = "true"
+        config = {
+            "version": 2,
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "reshard_after_forward": True,
+            "cpu_ram_efficient_loading": "first_rank_loads" in mode,
+            "cpu_offload": "offload" in mode,
+            "state_dict_type": "FULL_STATE_DICT",
         }
+        return {"fsdp": True, "fsdp_config": config, "accelerator_config": {"use_configured_state": True}}
     return {"use_cpu": True}
 
 
