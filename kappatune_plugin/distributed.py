@@ -41,6 +41,11 @@ def exchange(mine: Any) -> list[Any]:
     return everything
 
 
+def from_first(value: Any) -> Any:
+    """The first rank's value, on all of them. Collective; anything that pickles."""
+    return exchange(value if rank() == 0 else None)[0]
+
+
 def is_partitioned(parameter: Tensor) -> bool:
     """Whether this process holds only its part of `parameter`."""
     return hasattr(parameter, "ds_tensor") or isinstance(parameter, DTensor)

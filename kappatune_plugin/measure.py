@@ -86,10 +86,11 @@ def measure(
     for unit in units:
         row = cache.row(source.contents[unit.name], unit, rtol, above(unit)) if unit.name in source.contents else None
         keep(unit, row) if row else unknown.append(unit)
-    longest_first = sorted(unknown, key=lambda unit: -cost(unit))
+    # ranks may have different caches: the first one's counts
+    unknown = distributed.from_first(unknown)
     with _workers(threads) as pool:
         pending: dict[Future, WeightUnit] = {}
-        for unit, load in source.work(longest_first):
+        for unit, load in source.work(unknown):
             while pending and memory(unit) + sum(map(memory, pending.values())) > limit:
                 _collect(pending, keep)
             pending[pool.submit(one, unit, load)] = unit
@@ -97,8 +98,11 @@ def measure(
                 _collect(pending, keep)
         while pending:
             _collect(pending, keep)
-    everywhere = {name: row for part in distributed.exchange(rows) for name, row in part.items()}
-    return [everywhere[unit.name] for unit in units]
+    # the first rank's last, with what it knew from its cache
+    for others_rows, others_contents in reversed(distributed.exchange((rows, source.contents))):
+        rows.update(others_rows)
+        source.contents.update(others_contents)
+    return [rows[unit.name] for unit in units]
 
 
 def _row(unit: WeightUnit, kappa: Kappa) -> UnitReport:

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 import transformers
 from torch import Tensor, nn
 
+from kappatune_plugin import distributed
 from kappatune_plugin.checkpoint_names import CheckpointNames
+from kappatune_plugin.dealing import deal
+from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.loading import empty_model, load_model, model_config
 from kappatune_plugin.quantized import FLOAT8_BLOCK, SCALES, dequantize_float8
 from kappatune_plugin.sources import ModelSource, Source, path_name
 from kappatune_plugin.tensor_files import StoredTensor, TensorFiles, checkpoint_files
-from kappatune_plugin.units import WeightUnit, as_matrix, find_units, fingerprint
+from kappatune_plugin.units import WeightUnit, as_matrix, find_units, fingerprint, sample
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 FLOAT8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
@@ -73,7 +76,9 @@ class SafetensorsSource(Source):
         return min(4 * 8 * largest, super().memory_limit())
 
     def base_hash(self) -> str:
-        return fingerprint(self.units, self.load)
+        mine = deal(self.units, distributed.world())[distributed.rank()]
+        parts = distributed.exchange({unit.name: sample(self.load(unit)) for unit in mine})
+        return fingerprint(self.units, {name: values for part in parts for name, values in part.items()})
 
 
 def checkpoint_source(path: str, trust_remote_code: bool = False) -> Source:
@@ -90,6 +95,28 @@ def checkpoint_source(path: str, trust_remote_code: bool = False) -> Source:
         model = load_model(path, trust_remote_code)
         warnings.warn(f"'{path}' is loaded whole, since {reason}.", stacklevel=2)
         return ModelSource(model)
+
+
+def same_on_disk(model: nn.Module, source: ModelSource) -> Source | None:
+    """The checkpoint that a model divided over ranks was loaded from, if all ranks find the same weights there.
+
+    Collective. Each rank then reads what it measures, and nothing has to be gathered.
+    """
+    path = getattr(getattr(model, "config", None), "_name_or_path", "")
+    try:
+        found = SafetensorsSource(path, TensorFiles(_files(path)), model) if path else None
+    except (KappaTuneError, _Unusable):
+        # whatever it is, the weights in memory can be gathered
+        found = None
+    alike = found is not None and _forms(found) == _forms(source)
+    if not all(distributed.exchange(alike)) or found.base_hash() != source.base_hash():
+        return None
+    return found
+
+
+def _forms(source: Source) -> list[tuple[str, tuple[int, int], str]]:
+    """What a report says of the units before they are measured."""
+    return [(unit.name, unit.shape, source.dtype(unit)) for unit in source.units]
 
 
 def _files(path: str) -> list:
@@ -130,7 +157,7 @@ class _Finder:
         operations = self._names.operations(unit.parameter)
         if operations - STACKING if unit.index else operations:
             raise _Unusable(f"{unit.name} is stored in another form ({', '.join(sorted(operations))})")
-        shape = tuple(self._parameters[unit.parameter].shape)
+        shape = tuple(distributed.layout(self._parameters[unit.parameter]).shape)
         if unit.index and (own := self._stored(unit.name)):
             return self._checked(own, unit.shape)
         holders = self._aliases[id(self._parameters[unit.parameter])]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from kappatune_plugin import distributed
 from kappatune_plugin.cache import Cache, cache_folder
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.measure import Bar, measure
@@ -26,6 +27,8 @@ def scan(
     """Measure every weight matrix of a model that `include` and `exclude` leave.
 
     A matrix of NaN, of zeros or without full rank is a row with that status, never an error.
+
+    Where torch.distributed runs, all ranks have to call it: each measures its share, and all get the whole report.
 
     Args:
         model_or_path: a model, or the folder or hub name of one that transformers can load (in the dtype it was saved
@@ -50,14 +53,14 @@ def scan(
     with Bar(kept, progress) as bar:
         rows = measure(source, kept, rtol, bar, store)
     # a file that changed meanwhile is not what was read
-    if identity is not None and source.identity() == identity:
+    if identity is not None and source.identity() == identity and distributed.rank() == 0:
         store.keep_files(identity, base["hash"], source.contents)
     return KappaReport(rows, base, ", ".join(sorted({source.dtype(unit) for unit in kept})), left_out)
 
 
 def _recall(source: Source, cache: Cache, identity: str | None) -> str:
     """The fingerprint of the weights. What is known of their files is put in `source.contents`."""
-    known = cache.files(identity) if identity is not None else None
+    known = distributed.from_first(cache.files(identity) if identity is not None else None)
     if known is None:
         return source.base_hash()
     source.contents.update(known["contents"])

@@ -63,7 +63,11 @@ class Source:
 
 
 class ModelSource(Source):
-    """A model in memory, on any device, whole or divided over ranks (ZeRO-3, FSDP2)."""
+    """A model in memory, on any device, whole or divided over ranks (ZeRO-3, FSDP2).
+
+    Attributes:
+        divided: whether not every rank has all of it.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.name = _model_name(model)
@@ -71,6 +75,8 @@ class ModelSource(Source):
         self.parameters = [name for name, _ in model.named_parameters()]
         self.contents = {}
         self._model = model
+        partitioned = any(distributed.is_partitioned(parameter) for parameter in model.parameters())
+        self.divided = partitioned or distributed.first_rank_loads()
 
     def dtype(self, unit: WeightUnit) -> str:
         return dtype_name(self._model.get_parameter(unit.parameter).dtype)
@@ -84,7 +90,7 @@ class ModelSource(Source):
     def work(self, units: Sequence[WeightUnit]) -> Iterator[tuple[WeightUnit, Load]]:
         if distributed.first_rank_loads():
             yield from ((unit, partial(self.load, unit)) for unit in units if distributed.rank() == 0)
-        elif not any(distributed.is_partitioned(value) for value in self._model.parameters()):
+        elif not self.divided:
             yield from super().work(units)
         else:
             # all ranks get their unit of a round before one of them starts to measure
@@ -98,13 +104,18 @@ class ModelSource(Source):
 
 
 def open_source(model_or_path: nn.Module | str | os.PathLike, trust_remote_code: bool = False) -> Source:
-    """The weights of a model, or of the folder or hub name of one.
+    """The weights of a model, or of the folder or hub name of one. Collective where ranks run together.
 
     Raises:
         KappaTuneError: neither, or the model can't be loaded.
     """
     if isinstance(model_or_path, nn.Module):
-        return ModelSource(model_or_path)
+        source = ModelSource(model_or_path)
+        if not source.divided:
+            return source
+        from kappatune_plugin.safetensors_source import same_on_disk
+
+        return same_on_disk(model_or_path, source) or source
     if isinstance(model_or_path, str | os.PathLike):
         from kappatune_plugin.safetensors_source import checkpoint_source
 

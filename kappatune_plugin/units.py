@@ -6,7 +6,7 @@ projection inside a fused expert parameter.
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -114,10 +114,10 @@ def base_hash(model: nn.Module) -> str:
     return _digest(units, _samples_over_ranks([(model.get_parameter(unit.parameter), unit) for unit in units]))
 
 
-def fingerprint(units: Iterable[WeightUnit], load: Callable[[WeightUnit], Tensor]) -> str:
-    """The `base_hash` of a model that has these units, whose matrices `load` gives, one at a time."""
+def fingerprint(units: Iterable[WeightUnit], samples: Mapping[str, Tensor]) -> str:
+    """The `base_hash` of a model that has these units, from the `sample` of each, by name."""
     units = sorted(units, key=lambda unit: unit.name)
-    return _digest(units, torch.cat([NO_SAMPLES, *(_samples(load(unit)) for unit in units)]))
+    return _digest(units, torch.cat([NO_SAMPLES, *(samples[unit.name] for unit in units)]))
 
 
 def _digest(units: Iterable[WeightUnit], samples: Tensor) -> str:
@@ -128,7 +128,7 @@ def _digest(units: Iterable[WeightUnit], samples: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _samples(matrix: Tensor) -> Tensor:
+def sample(matrix: Tensor) -> Tensor:
     """At most 8 x 8 values on a grid over a (rows, columns) matrix, as bfloat16 on the CPU."""
     rows, columns = (math.ceil(size / SAMPLES_PER_SIDE) for size in matrix.shape)
     return matrix.detach()[::rows, ::columns].flatten().to("cpu", torch.bfloat16)
@@ -138,10 +138,10 @@ def _samples_over_ranks(units: Sequence[tuple[Tensor, WeightUnit]]) -> Tensor:
     """The samples of each (parameter, unit)'s matrix, wherever the parameters are."""
 
     def here() -> Tensor:
-        return torch.cat([NO_SAMPLES, *(_samples(as_matrix(unit_block(each, unit), unit)) for each, unit in units)])
+        return torch.cat([NO_SAMPLES, *(sample(as_matrix(unit_block(each, unit), unit)) for each, unit in units)])
 
     if distributed.first_rank_loads():
-        return distributed.exchange(here() if distributed.rank() == 0 else None)[0]
+        return distributed.from_first(here() if distributed.rank() == 0 else None)
     if not any(distributed.is_partitioned(parameter) for parameter, _ in units):
         return here()
     parts = distributed.exchange([_own_samples(*each) for each in units])
@@ -149,7 +149,7 @@ def _samples_over_ranks(units: Sequence[tuple[Tensor, WeightUnit]]) -> Tensor:
 
 
 def _own_samples(parameter: Tensor, unit: WeightUnit) -> tuple[Tensor, Tensor]:
-    """Those of `_samples` that are in this process's part of a parameter: their numbers, and they."""
+    """Those of `sample` that are in this process's part of a parameter: their numbers, and they."""
     rows, columns = (torch.arange(0, size, math.ceil(size / SAMPLES_PER_SIDE)) for size in unit.shape)
     positions = (rows[:, None] * unit.shape[1] + columns).flatten()
     if unit.out_axis:

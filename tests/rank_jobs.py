@@ -1,16 +1,24 @@
 """What the ranks of the distributed tests do. Imported once by the process that they are forked from."""
 
 import importlib.util
+import json
 import os
+from dataclasses import asdict
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import transformers.training_args
 from accelerate import DistributedType, PartialState
 from datasets import Dataset
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+from transformers.integrations import HfDeepSpeedConfig
 from trl import SFTConfig, SFTTrainer
 
-from kappatune_plugin import KappaTuneConfig
+import kappatune_plugin
+from kappatune_plugin import KappaTuneConfig, distributed, measure, safetensors_source
 from tiny import tiny_tokenizer
 
 if importlib.util.find_spec("deepspeed"):
@@ -121,3 +129,33 @@ def train(mode: str, model: str, output: str, config: dict[str, Any], **settings
         "norms": [float(entry["grad_norm"]) for entry in log if "grad_norm" in entry],
         "weights": weights if int(os.environ.get("RANK", 0)) == 0 else None,
     }
+
+
+def load_divided(mode: str, model: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The model whole ("ddp"), partitioned while it is loaded ("zero3"), or sharded layer by layer ("fsdp2")."""
+    dist.init_process_group("gloo")
+    if mode == "zero3":
+        deepspeed.init_distributed("gloo")
+        config = {**zero(3), "train_batch_size": dist.get_world_size(), "train_micro_batch_size_per_gpu": 1}
+        config |= {"gradient_accumulation_steps": 1, "gradient_clipping": 0.0, "bf16": {"enabled": False}}
+        load_divided.kept = HfDeepSpeedConfig(config)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    if mode == "fsdp2":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for layer in loaded.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(loaded, mesh=mesh)
+    return loaded
+
+
+def scan_divided(mode: str, model: str, from_disk: bool) -> tuple[str, list[str], bool]:
+    """The report as JSON, the names that this rank measured, and whether any weight was gathered."""
+    measured, gathered = [], []
+    real_row, real_whole = measure._row, distributed.whole_block
+    measure._row = lambda unit, kappa: measured.append(unit.name) or real_row(unit, kappa)
+    distributed.whole_block = lambda *given: gathered.append(given) or real_whole(*given)
+    loaded = load_divided(mode, model)
+    if not from_disk:
+        safetensors_source.same_on_disk = lambda model, source: None
+    report = kappatune_plugin.scan(loaded, progress=False, cache=False)
+    return json.dumps(asdict(report)), measured, bool(gathered)

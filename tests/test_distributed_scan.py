@@ -1,0 +1,45 @@
+"""A scan divided over ranks gives the report of one process."""
+
+import importlib.util
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+from rank_jobs import scan_divided
+from ranks import run_ranks
+from transformers import AutoModelForCausalLM
+
+from kappatune_plugin import scan
+from kappatune_plugin.dealing import cost, deal, rounds
+from kappatune_plugin.units import WeightUnit
+
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed isn't installed")
+ZERO3 = pytest.param("zero3", marks=needs_deepspeed)
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2", ZERO3])
+@pytest.mark.parametrize("from_disk", [True, False], ids=["from disk", "from memory"])
+def test_the_report_of_two_ranks_is_that_of_one_process(mode, from_disk, saved_olmoe):
+    model = AutoModelForCausalLM.from_pretrained(saved_olmoe, dtype=torch.float32)
+    expected = json.dumps(asdict(scan(model, progress=False, cache=False)))
+    found = run_ranks(scan_divided, mode=mode, model=str(saved_olmoe), from_disk=from_disk)
+    names = [row["name"] for row in json.loads(expected)["units"]]
+    for report, measured, gathered in found:
+        assert report == expected
+        assert gathered == (mode != "ddp" and not from_disk)
+        assert 0.3 * len(names) < len(measured)
+    assert sorted(name for _, measured, _ in found for name in measured) == sorted(names)
+
+
+def test_hands_are_even_and_each_matrix_is_in_one():
+    units = [WeightUnit(str(size), (size, size), "") for size in (8, 64, 16, 63, 32, 62, 61, 60)]
+    hands = deal(units, 3)
+    assert sorted(unit.name for hand in hands for unit in hand) == sorted(unit.name for unit in units)
+    loads = [sum(map(cost, hand)) for hand in hands]
+    assert max(loads) <= 1.2 * min(loads)
+    assert [[unit.name for unit in each] for each in rounds(units, 3)] == [
+        ["64", "63", "62"],
+        ["61", "60", "32"],
+        ["16", "8"],
+    ]
