@@ -41,3 +41,36 @@ def convert(
         return
     target = converted.write(output)
     typer.echo(f"\nWritten to {target}. Train with\n  {converted.command(target)}")
+
+
+@app.command()
+@clean_errors
+def plan(
+    model: Annotated[str, typer.Argument(help="A model's folder, or its name on the hub.")],
+    toolkit: Annotated[str, typer.Option("--for", help="axolotl, llamafactory, trl, ms-swift or torchtune.")],
+    k: Annotated[str, typer.Option("--k", help=K_HELP)] = "75",
+    report: Annotated[
+        Path | None, typer.Option(help="A kappa report of this model, from `kappatune scan`; default: scan it.")
+    ] = None,
+    widen: Annotated[
+        bool, typer.Option("--widen", help="Choose what holds a matrix where the toolkit can't choose it alone.")
+    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Say a selection to a toolkit that this package isn't installed beside; prints lines for its configuration."""
+    from kappatune_plugin import KappaReport
+    from kappatune_plugin.plan import plan as plan_for
+
+    loaded = KappaReport.load(report) if report is not None else None
+    planned = plan_for(model, toolkit, budget(k), loaded, widen, trust_remote_code)
+    for line in [*(f"# {note}" for note in planned.notes), *planned.lines]:
+        typer.echo(line)
+
+
+@app.command()
+@clean_errors
+def doctor() -> None:
+    """What is installed, what works with it, and what to install."""
+    from kappatune_plugin.doctor import examine
+
+    console().print(examine())
