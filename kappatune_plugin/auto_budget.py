@@ -156,7 +156,7 @@ def prefix_count(units: Sequence[Any], budget: Budget, eligible: int) -> int:
     """How many of the selected `units` (with `.shape` and `.kappa`), from the first, a budget pays for; 1 at least.
 
     Args:
-        eligible: weight matrices that could have been selected, which a share is of.
+        eligible: weight matrices of the report, which a share is of.
     """
     if budget.kind == "count":
         count = int(budget.value)

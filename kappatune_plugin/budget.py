@@ -9,7 +9,7 @@ from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.file_checks import is_number
 
 SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
-EXAMPLES = "75 (weight matrices), '10%' (of the eligible ones), {params: 160M} or {kappa: 30} (all up to that kappa)"
+EXAMPLES = "75 (weight matrices), '10%' (of those not excluded), {params: 160M} or {kappa: 30} (all up to that kappa)"
 NUMBER = r"\d+(?:\.\d+)?(?:[eE]\+?\d{1,2})?"
 
 
@@ -18,7 +18,7 @@ class Budget:
     """How much to train.
 
     Attributes:
-        kind: "count" of weight matrices, "share" of the eligible ones (0 to 1), "params" (values of the matrices
+        kind: "count" of weight matrices, "share" of those scanned (0 to 1), "params" (values of the matrices
             together) or "kappa" (a threshold).
     """
 

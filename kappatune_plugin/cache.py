@@ -27,7 +27,7 @@ from kappatune_plugin.report import ABOVE, NUMBERS, ROW_STATUSES, UnitReport
 from kappatune_plugin.units import WeightUnit
 
 VARIABLE = "KAPPATUNE_CACHE"
-MEASURED = (*NUMBERS, "status", "method")
+MEASURED = (*NUMBERS, "status", "method", "scores")
 # what the numbers depend on beside the matrix: a change of these files makes every entry unknown
 ENGINE = ("batched", "bracket", "condition", "factor", "interval", "kappa", "lanczos")
 
@@ -142,6 +142,7 @@ def _is_row(entry: Any) -> bool:
         isinstance(entry, dict)
         and set(MEASURED) <= set(entry)
         and entry["status"] in ROW_STATUSES
+        and isinstance(entry["scores"], dict)
         and all(entry[key] is None or is_number(entry[key]) for key in NUMBERS)
     )
 

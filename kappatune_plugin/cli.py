@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from kappatune_plugin import cli_study, cli_toolkits  # noqa: F401  they add their commands
-from kappatune_plugin.cli_app import K_HELP, TrustRemoteCode, app, budget, clean_errors
+from kappatune_plugin.cli_app import K_HELP, RankBy, TrustRemoteCode, app, budget, clean_errors
 from kappatune_plugin.console import console
 
 
@@ -41,6 +41,14 @@ def scan(
         list[str] | None,
         typer.Option(help="One of what to leave out; repeatable. Default: norm, bias, embedding, head."),
     ] = None,
+    rank_by: RankBy = "kappa",
+    full: Annotated[
+        bool, typer.Option("--full", help="Every kappa, not only what the selection of the K lowest needs.")
+    ] = False,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", "--no_cache", help="Measure again what earlier scans have measured.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw kappa by layer and type into this file.")] = None,
     output: Annotated[Path, typer.Option("--output", help="Where to write the report.")] = Path("kappa_report.json"),
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -50,22 +58,30 @@ def scan(
     from kappatune_plugin.config import DEFAULT_K
     from kappatune_plugin.patterns import DEFAULT_EXCLUDE
     from kappatune_plugin.run import check_writable
-    from kappatune_plugin.selection import parse_budget
+    from kappatune_plugin.selection import check_settings
 
     wanted = DEFAULT_K if k is None else budget(k)
-    parse_budget(wanted)
+    check_settings(wanted, "lowest", rank_by, 0)
     check_writable(output.parent)
     report = scan_model(
         model,
         include=include or (),
         exclude=DEFAULT_EXCLUDE if exclude is None else exclude,
         trust_remote_code=trust_remote_code,
+        cache=not no_cache,
+        k=None if full or plot else wanted,
+        rank_by=rank_by,
     )
     report.save(output)
     # a model of fewer matrices than the default has nothing to mark; asked for by name, it is an error
-    enough = k is not None or sum(unit.status == "ok" for unit in report.units) >= DEFAULT_K
-    selection = select_units(report, k=wanted) if enough else None
+    enough = k is not None or sum(unit.status in ("ok", "above") for unit in report.units) >= DEFAULT_K
+    selection = select_units(report, k=wanted, rank_by=rank_by) if enough else None
     console().print(report.table(selection))
+    if plot is not None:
+        from kappatune_plugin.plots import plot_report
+
+        plot_report(report, plot)
+        typer.echo(f"The plot is in {plot}.")
     typer.echo(f"The report is in {output}.")
 
 
@@ -77,7 +93,7 @@ def select(
     order: Annotated[
         str, typer.Option(help="lowest; the controls are highest, random, shape_matched_random.")
     ] = "lowest",
-    rank_by: Annotated[str, typer.Option("--rank_by", "--rank-by", help="What to rank by.")] = "kappa",
+    rank_by: RankBy = "kappa",
     seed: Annotated[int, typer.Option(help="Of the random orders.")] = 0,
     output: Annotated[Path, typer.Option("--output", help="Where to write the selection.")] = Path("selection.json"),
 ) -> None:

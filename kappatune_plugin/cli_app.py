@@ -18,6 +18,12 @@ app = typer.Typer(
 )
 
 K_HELP = "How much to train: 75 (matrices), 10%, '{params: 160M}' or '{kappa: 30}'."
+RankBy = Annotated[
+    str,
+    typer.Option(
+        "--rank_by", "--rank-by", help="kappa, kappa_over_null, log_volume, stable_rank or snr (Spectrum's; slow)."
+    ),
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust_remote_code", "--trust-remote-code", help="Run code that comes with the model.")
 ]

@@ -9,7 +9,7 @@ from kappatune_plugin.budget import parse_budget
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.patterns import DEFAULT_EXCLUDE
 from kappatune_plugin.peft_method import register_peft_type
-from kappatune_plugin.selection import ORDERS, RANKS
+from kappatune_plugin.ranking import ORDERS, RANKS
 
 DEFAULT_K = 75
 
@@ -28,7 +28,7 @@ class KappaTuneConfig(PeftConfig):
     k: int | str | dict[str, Any] | None = field(
         default=None,
         metadata={
-            "help": "How much to train: 75 (weight matrices), '10%' (of the eligible ones), {params: 160M} or "
+            "help": "How much to train: 75 (weight matrices), '10%' (of those not excluded), {params: 160M} or "
             "{kappa: 30} (all up to that condition number). Default: 75."
         },
     )

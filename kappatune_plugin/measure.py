@@ -4,16 +4,19 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from kappatune_plugin import distributed
 from kappatune_plugin.cache import Cache, content_hash
-from kappatune_plugin.condition import Kappa, condition_number
+from kappatune_plugin.condition import condition_number
 from kappatune_plugin.dealing import cost
 from kappatune_plugin.report import UnitReport
 from kappatune_plugin.sources import Load, Source
+from kappatune_plugin.spectrum import signal_to_noise
 from kappatune_plugin.units import WeightUnit
 
 BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
@@ -28,19 +31,27 @@ class Bar:
     """
 
     def __init__(self, units: Sequence[WeightUnit], show: bool) -> None:
-        self._steps, self._done = len(units), 0
+        self._steps = len(units)
+        self._done: set[str] = set()
         show = show and distributed.rank() == 0
         self._bar = tqdm(total=sum(map(cost, units)), desc="kappa", bar_format=BAR_FORMAT, disable=not show)
 
     def advance(self, unit: WeightUnit) -> None:
-        self._done = min(self._done + distributed.world(), self._steps)
-        self._bar.set_description_str(f"kappa of {self._done}/{self._steps} matrices", refresh=False)
+        if unit.name in self._done:
+            # again, with a narrower interval
+            return
+        self._done.add(unit.name)
+        done = min(len(self._done) * distributed.world(), self._steps)
+        self._bar.set_description_str(f"kappa of {done}/{self._steps} matrices", refresh=False)
         self._bar.update(min(cost(unit) * distributed.world(), self._bar.total - self._bar.n))
 
     def __enter__(self) -> "Bar":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is None:
+            # what needn't be measured is done too
+            self._bar.update(self._bar.total - self._bar.n)
         self._bar.close()
 
 
@@ -51,6 +62,7 @@ def measure(
     bar: Bar,
     cache: Cache,
     above: Callable[[WeightUnit], float] = lambda unit: math.inf,
+    with_snr: bool = False,
 ) -> list[UnitReport]:
     """The rows of `units`, in their order, the same on all ranks: each measures those that `source.work` yields there.
 
@@ -62,6 +74,7 @@ def measure(
         cache: rows that it knows are taken from it; it gets the others.
         above: the bound of a unit: once its kappa is certainly above, nothing more is found out. See
             `condition_number`.
+        with_snr: also put "snr" into the rows' scores, for which all singular values have to be found.
     """
     rows: dict[str, UnitReport] = {}
     threads, limit = torch.get_num_threads(), source.memory_limit()
@@ -70,13 +83,18 @@ def measure(
         torch.set_num_threads(max(1, threads // max(1, limit // memory(unit))))
         matrix = load()
         if cache.folder is None:
-            return _row(unit, condition_number(matrix, rtol, above(unit)))
+            return _row(unit, matrix, rtol, above(unit), with_snr)
         content = source.contents[unit.name] = content_hash(matrix)
-        row = cache.row(content, unit, rtol, above(unit))
+        row = known(unit)
         if row is None:
-            row = _row(unit, condition_number(matrix, rtol, above(unit)))
+            row = _row(unit, matrix, rtol, above(unit), with_snr)
             cache.keep_row(content, row, rtol)
         return row
+
+    def known(unit: WeightUnit) -> UnitReport | None:
+        content = source.contents.get(unit.name)
+        row = cache.row(content, unit, rtol, above(unit)) if content is not None else None
+        return None if row is not None and with_snr and row.status == "ok" and "snr" not in row.scores else row
 
     def keep(unit: WeightUnit, row: UnitReport) -> None:
         rows[unit.name] = row
@@ -84,8 +102,11 @@ def measure(
 
     unknown = []
     for unit in units:
-        row = cache.row(source.contents[unit.name], unit, rtol, above(unit)) if unit.name in source.contents else None
-        keep(unit, row) if row else unknown.append(unit)
+        row = known(unit)
+        if row is None:
+            unknown.append(unit)
+        else:
+            keep(unit, row)
     # ranks may have different caches: the first one's counts
     unknown = distributed.from_first(unknown)
     with _workers(threads) as pool:
@@ -105,8 +126,9 @@ def measure(
     return [rows[unit.name] for unit in units]
 
 
-def _row(unit: WeightUnit, kappa: Kappa) -> UnitReport:
-    return UnitReport.of(unit.name, unit.shape, kappa, unit.groups)
+def _row(unit: WeightUnit, matrix: Tensor, rtol: float, above: float, with_snr: bool) -> UnitReport:
+    row = UnitReport.of(unit.name, unit.shape, condition_number(matrix, rtol, above), unit.groups)
+    return replace(row, scores={"snr": signal_to_noise(matrix)}) if with_snr and row.status == "ok" else row
 
 
 def memory(unit: WeightUnit) -> int:

@@ -48,6 +48,7 @@ class UnitReport:
         null: median kappa of a Gaussian matrix of this shape.
         log_volume, stable_rank, sigma_max, sigma_min, frobenius, method: as in `condition.Kappa`.
         groups: those of "embedding", "head", "router" that the unit belongs to, sorted.
+        scores: other values to rank by, by name: "snr" if the scan was asked for it.
     """
 
     name: str
@@ -64,6 +65,7 @@ class UnitReport:
     frobenius: float | None
     method: str
     groups: tuple[str, ...] = ()
+    scores: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in NUMBERS:
@@ -98,6 +100,8 @@ class KappaReport:
         base: {"name": the model's name, "hash": fingerprint of its weights (`units.base_hash`)}.
         dtype: that of the weights scanned: "bfloat16", or several joined by ", ".
         left_out: name -> reason, for the units that `include` and `exclude` left out.
+        made_for: {"k", "order", "rank_by", "seed"} of the selection that the scan was made for, whose units alone it
+            had to settle; None if every unit is settled.
         versions: of torch and of this package, when the scan was made.
     """
 
@@ -105,6 +109,7 @@ class KappaReport:
     base: dict[str, str]
     dtype: str
     left_out: dict[str, str] = field(default_factory=dict)
+    made_for: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=current_versions)
 
     def save(self, path: str | os.PathLike) -> None:
@@ -145,6 +150,8 @@ def _report_problems(content: Mapping[str, Any]) -> list[str]:
     for key in ("left_out", "versions"):
         if not maps_strings(content[key]):
             problems.append(f"{key}: expected an object of strings, found {content[key]!r:.60}.")
+    if content["made_for"] is not None and not isinstance(content["made_for"], dict):
+        problems.append(f"made_for: expected an object or null, found {content['made_for']!r:.60}.")
     if not isinstance(content["dtype"], str):
         problems.append(f"dtype: expected a string, found {content['dtype']!r:.60}.")
     if not isinstance(content["units"], list):
@@ -175,6 +182,8 @@ def _row_problems(position: int, row: Any) -> list[str]:
         problems.append(f"{where}: null: expected a number, found {row['null']!r:.60}.")
     if not isinstance(row["method"], str):
         problems.append(f"{where}: method: expected a string, found {row['method']!r:.60}.")
+    if not isinstance(row["scores"], dict) or not all(is_number(score) for score in row["scores"].values()):
+        problems.append(f"{where}: scores: expected an object of numbers, found {row['scores']!r:.60}.")
     if not isinstance(row["groups"], list) or not all(isinstance(group, str) for group in row["groups"]):
         problems.append(f"{where}: groups: expected a list of strings, found {row['groups']!r:.60}.")
     return problems

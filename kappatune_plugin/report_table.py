@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -49,8 +49,9 @@ def short_number(value: float | None) -> str:
 
 def _fill_by_unit(table: Table, units: Sequence["UnitReport"], chosen: set[str]) -> None:
     _add_columns(table, ["unit"], ["shape", "kappa", "kappa\n/null"], bool(chosen))
-    for unit in sorted(units, key=lambda unit: (unit.status != "ok", unit.kappa or 0, unit.name)):
-        cells = [_shapes([unit]), short_number(unit.kappa), short_number(_over_null(unit)), unit.status]
+    for unit in sorted(units, key=lambda unit: (unit.status != "ok", unit.kappa or unit.lo or 0, unit.name)):
+        numbers = [_number([unit], min), _number([unit], min, over_null=True)]
+        cells = [_shapes([unit]), *numbers, unit.status]
         if chosen:
             cells.append("*" if unit.name in chosen else "")
         table.add_row(_name(unit.name.removesuffix(".weight"), unit), *cells)
@@ -85,22 +86,25 @@ def _add_columns(table: Table, names: Sequence[str], numbers: Sequence[str], wit
 
 
 def _spread(units: Sequence["UnitReport"]) -> list[str]:
-    """kappa's minimum, median and maximum and the median of kappa/null, over the units that are ok."""
-    usable = [unit for unit in units if unit.status == "ok"]
-    if not usable:
-        return ["", "-", "", "-"]
-    kappas = [unit.kappa for unit in usable]
-    ends = ["", ""] if len(units) == 1 else [short_number(min(kappas)), short_number(max(kappas))]
-    over_null = median(_over_null(unit) for unit in usable)
-    return [ends[0], short_number(median(kappas)), ends[1], short_number(over_null)]
+    """kappa's minimum, median and maximum and the median of kappa/null, over the units that have one."""
+    if len(units) == 1:
+        return ["", _number(units, min), "", _number(units, min, over_null=True)]
+    return [*(_number(units, number) for number in (min, median, max)), _number(units, median, over_null=True)]
+
+
+def _number(units: Sequence["UnitReport"], number: Callable, over_null: bool = False) -> str:
+    """`number` of the kappas; behind ">" if some are only known to be above a bound that it depends on."""
+    scales = {unit.name: unit.null if over_null else 1 for unit in units}
+    known = [unit.kappa / scales[unit.name] for unit in units if unit.status == "ok"]
+    bounds = [unit.lo / scales[unit.name] for unit in units if unit.status == "above"]
+    if not known and not bounds:
+        return "-"
+    exact = not bounds or (number is min and known and min(known) < min(bounds))
+    return ("" if exact else ">") + short_number(number(known + bounds))
 
 
 def _name(name: str, unit: "UnitReport") -> Text:
     return Text(f"{name} (router)" if "router" in unit.groups else name)
-
-
-def _over_null(unit: "UnitReport") -> float | None:
-    return None if unit.kappa is None else unit.kappa / unit.null
 
 
 def _shapes(units: Iterable["UnitReport"]) -> str:
@@ -126,6 +130,9 @@ def _title(report: "KappaReport", chosen: set[str]) -> Text:
 def _caption(report: "KappaReport") -> Text:
     """What the numbers mean and which weights aren't shown."""
     lines = ["kappa/null: kappa relative to a Gaussian matrix of the same shape."]
+    above = sum(unit.status == "above" for unit in report.units)
+    if above:
+        lines.append(f"{above} matrices were measured only until it was certain that they are above (>) the lowest.")
     if report.left_out:
         reasons = Counter(report.left_out.values()).items()
         lines.append("Left out: " + ", ".join(f"{count} {reason}" for reason, count in reasons) + ".")

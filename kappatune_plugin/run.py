@@ -252,7 +252,7 @@ def _auto_callback(
         )
     tuner = trainer.model.base_model
     units, report = tuner.selections["default"].units, tuner.reports["default"]
-    eligible = len(units) if report is None else sum(unit.status == "ok" for unit in report.units)
+    eligible = len(units) if report is None else len(report.units)
     start = prefix_count(units, parse_budget(recipe.auto.start), eligible)
     counts = levels(start, len(units), recipe.auto.growth)
     limits = recipe.forgetting.every, recipe.auto, counts, recipe.forgetting.max_delta

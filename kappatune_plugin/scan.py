@@ -1,7 +1,9 @@
 """A model in, the condition number of each of its weight matrices out."""
 
+import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -10,7 +12,9 @@ from kappatune_plugin.cache import Cache, cache_folder
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.measure import Bar, measure
 from kappatune_plugin.patterns import DEFAULT_EXCLUDE, filter_units
-from kappatune_plugin.report import KappaReport
+from kappatune_plugin.report import ABOVE, KappaReport, UnitReport
+from kappatune_plugin.selection import check_settings
+from kappatune_plugin.settle import Above, can_settle, settle
 from kappatune_plugin.sources import Source, open_source
 from kappatune_plugin.units import WeightUnit
 
@@ -23,10 +27,15 @@ def scan(
     progress: bool = True,
     trust_remote_code: bool = False,
     cache: bool = True,
+    k: int | str | dict[str, Any] | None = None,
+    order: str = "lowest",
+    rank_by: str = "kappa",
+    seed: int = 0,
 ) -> KappaReport:
     """Measure every weight matrix of a model that `include` and `exclude` leave.
 
-    A matrix of NaN, of zeros or without full rank is a row with that status, never an error.
+    A matrix of NaN, of zeros or without full rank is a row with that status, never an error. With `k`, only as much is
+    found out as `select` with the same settings needs to know: the rest are rows of status "above".
 
     Where torch.distributed runs, all ranks have to call it: each measures its share, and all get the whole report.
 
@@ -38,11 +47,14 @@ def scan(
         rtol: relative width of the interval of kappa, see `condition_number`.
         progress: show a bar on stderr.
         trust_remote_code: let transformers run code that comes with the model.
+        k, order, rank_by, seed: what will be selected (see `select`); k of None measures everything. rank_by "snr"
+            also measures that.
         cache: use what earlier scans found, and keep what this one finds; see `cache`.
 
     Raises:
         KappaTuneError: the model can't be loaded, a pattern matches nothing, or no weight matrix is left.
     """
+    budget = check_settings(k, order, rank_by, seed) if k is not None else None
     source = open_source(model_or_path, trust_remote_code)
     kept, left_out = filter_units(source.units, include, exclude, source.parameters)
     if not kept:
@@ -51,11 +63,20 @@ def scan(
     identity = source.identity() if cache else None
     base = {"name": source.name, "hash": _recall(source, store, identity)}
     with Bar(kept, progress) as bar:
-        rows = measure(source, kept, rtol, bar, store)
+
+        def rows_of(units: Sequence[WeightUnit], rtol: float, above: Above = lambda unit: math.inf) -> list[UnitReport]:
+            return measure(source, units, rtol, bar, store, above, with_snr=rank_by == "snr")
+
+        if budget is not None and can_settle(order, rank_by):
+            rows = settle(kept, rows_of, rtol, budget, order, rank_by, seed)
+        else:
+            rows = rows_of(kept, rtol)
     # a file that changed meanwhile is not what was read
     if identity is not None and source.identity() == identity and distributed.rank() == 0:
         store.keep_files(identity, base["hash"], source.contents)
-    return KappaReport(rows, base, ", ".join(sorted({source.dtype(unit) for unit in kept})), left_out)
+    partial = any(row.status == ABOVE for row in rows)
+    made_for = {"k": k, "order": order, "rank_by": rank_by, "seed": seed} if partial else None
+    return KappaReport(rows, base, ", ".join(sorted({source.dtype(unit) for unit in kept})), left_out, made_for)
 
 
 def _recall(source: Source, cache: Cache, identity: str | None) -> str:

@@ -1,8 +1,6 @@
 """Which weight matrices to train: a kappa report and a budget in, a Selection with the reasons out."""
 
-import math
 import os
-import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,11 +18,9 @@ from kappatune_plugin.file_checks import (
     shortened,
 )
 from kappatune_plugin.files import FORMAT, read_json, write_json
-from kappatune_plugin.report import KappaReport, UnitReport
+from kappatune_plugin.ranking import ORDERS, RANDOM, RANKS, Unsettled, choose, rank_values
+from kappatune_plugin.report import ABOVE, KappaReport, UnitReport
 
-RANDOM = ("random", "shape_matched_random")
-ORDERS = ("lowest", "highest", *RANDOM)
-RANKS = ("kappa",)
 NAMES_SHOWN = 5
 
 
@@ -101,35 +97,57 @@ def select(
     """Choose the weight matrices to train.
 
     Units whose status is not "ok" are never selected. Equal ranks are settled by name, so neither the result nor a
-    random draw depends on the order of the report.
+    random draw depends on the order of the report. A report that only knows the lowest answers for them.
 
     Args:
-        k: the budget (see `parse_budget`). params: units are taken in order while the values of all together fit;
-            kappa: all up to that kappa, or from it on for order "highest", or as many as that for "random".
+        k: the budget (see `parse_budget`). A share is one of the report's matrices. params: units are taken in order
+            while the values of all together fit; kappa: all up to that kappa, or from it on for order "highest", or as
+            many as that for "random".
         order: "lowest" is the method, the others are controls. "highest"; "random", any units; "shape_matched_random",
-            random units, of each shape as many as "lowest" takes.
-        rank_by: "kappa".
+            random units, of each shape as many as "lowest" takes. Lowest and highest are those of the value that
+            `rank_by` names, whatever it is.
+        rank_by: "kappa", "kappa_over_null", "log_volume", "stable_rank" or "snr"; `ranking` defines them.
         seed: of the random orders.
 
     Raises:
-        KappaTuneError: settings that can't be right, more units asked for than there are, or nothing selected.
+        KappaTuneError: settings that can't be right, more units asked for than there are or than the report knows, or
+            nothing selected.
     """
+    budget = check_settings(k, order, rank_by, seed)
+    if not any(unit.status in ("ok", ABOVE) for unit in report.units):
+        raise KappaTuneError(f"Nothing to select from: {_numbers(report)}. {_what_to_do(report)}")
+    try:
+        taken, ranking = choose(report.units, budget, order, rank_by, seed)
+    except Unsettled as error:
+        raise KappaTuneError(unsettled(report, str(error))) from error
+    except KappaTuneError as error:
+        raise KappaTuneError(f"{error} ({_numbers(report)}). {_what_to_do(report)}") from error
+    if any(unit.status == ABOVE for unit in taken):
+        raise KappaTuneError(unsettled(report, f"it doesn't know all that are drawn with seed {seed}"))
+    units = [SelectedUnit(unit.name, unit.shape, unit.kappa) for unit in taken]
+    reasons = _reasons(report, ranking, taken, budget, order, rank_by, seed)
+    return Selection(units, k, order, rank_by, seed, dict(report.base), reasons)
+
+
+def check_settings(k: int | str | dict[str, Any], order: str, rank_by: str, seed: int) -> Budget:
+    """The budget that `k` says. Raises KappaTuneError where a setting of `select` can't be right."""
     budget = parse_budget(k)
     for key, value, choices in (("order", order, ORDERS), ("rank_by", rank_by, RANKS)):
         if value not in choices:
             raise KappaTuneError(f"{key}: {value!r} is none of {', '.join(choices)}.")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise KappaTuneError(f"seed: {seed!r} is not a whole number from 0 on.")
-    ranking = _ranking(report, highest=order == "highest")
-    if not ranking:
-        raise KappaTuneError(f"Nothing to select from: {_numbers(report)}. {_what_to_do(report)}")
-    if order in RANDOM:
-        taken = _draw(report, ranking, budget, order, seed)
-    else:
-        taken = ranking[: _count(report, ranking, budget, order)]
-    units = [SelectedUnit(unit.name, unit.shape, unit.kappa) for unit in taken]
-    reasons = _reasons(report, ranking, taken, budget, order, seed)
-    return Selection(units, k, order, rank_by, seed, dict(report.base), reasons)
+    if budget.kind == "kappa" and rank_by != "kappa":
+        raise KappaTuneError(f"k: {budget} goes with rank_by kappa, not {rank_by}. Give a number of matrices.")
+    return budget
+
+
+def unsettled(report: KappaReport, reason: str) -> str:
+    """The error for a report that doesn't know enough."""
+    return (
+        f"The report was made to select {report.made_for} and can't tell this: {reason}. Scan again for what you want, "
+        "or for the whole table: `kappatune scan MODEL --full`."
+    )
 
 
 def differences(a: Selection, b: Selection) -> str:
@@ -152,103 +170,49 @@ def differences(a: Selection, b: Selection) -> str:
     return "\n".join(lines)
 
 
-def _ranking(report: KappaReport, highest: bool) -> list[UnitReport]:
-    sign = -1 if highest else 1
-    eligible = [unit for unit in report.units if unit.status == "ok"]
-    return sorted(eligible, key=lambda unit: (sign * unit.kappa, unit.name))
-
-
-def _count(report: KappaReport, ordered: Sequence[UnitReport], budget: Budget, order: str) -> int:
-    """How many of `ordered` the budget pays for; at least 1."""
-    if budget.kind == "count":
-        if budget.value > len(ordered):
-            raise KappaTuneError(f"k = {budget} is more than there is: {_numbers(report)}. {_what_to_do(report)}")
-        return int(budget.value)
-    if budget.kind == "share":
-        return max(1, int(budget.value * len(ordered)))
-    if budget.kind == "params":
-        return _count_fitting(ordered, budget)
-    kappas = [unit.kappa for unit in ordered]
-    if order == "highest":
-        count, nearest, asked = sum(kappa >= budget.value for kappa in kappas), f"highest is {max(kappas):.4g}", "from"
-    else:
-        count, nearest, asked = sum(kappa <= budget.value for kappa in kappas), f"lowest is {min(kappas):.4g}", "up to"
-    if count == 0:
-        raise KappaTuneError(
-            f"k: no weight matrix has kappa {asked} {float(budget.value):g}: the {nearest} ({_numbers(report)}). "
-            "Choose another threshold, or a number of matrices such as 75."
-        )
-    return count
-
-
-def _count_fitting(ordered: Sequence[UnitReport], budget: Budget) -> int:
-    count = total = 0
-    for unit in ordered:
-        total += math.prod(unit.shape)
-        if total > budget.value:
-            break
-        count += 1
-    if count == 0:
-        first = ordered[0]
-        raise KappaTuneError(
-            f"k: {budget} are too few: the first weight in this order, {first.name}, has {math.prod(first.shape):,}. "
-            "Give at least that many."
-        )
-    return count
-
-
-def _draw(
-    report: KappaReport, ranking: Sequence[UnitReport], budget: Budget, order: str, seed: int
-) -> list[UnitReport]:
-    """The units of a random order, as drawn."""
-    # by name, so that the same seed draws the same units where rounding moved a kappa
-    drawn = sorted(ranking, key=lambda unit: unit.name)
-    random.Random(seed).shuffle(drawn)
-    if order == "random":
-        return drawn[: _count(report, drawn, budget, order)]
-    wanted = Counter(unit.shape for unit in ranking[: _count(report, ranking, budget, order)])
-    taken = []
-    for unit in drawn:
-        if wanted[unit.shape] > 0:
-            wanted[unit.shape] -= 1
-            taken.append(unit)
-    return taken
-
-
 def _reasons(
     report: KappaReport,
     ranking: Sequence[UnitReport],
     taken: Sequence[UnitReport],
     budget: Budget,
     order: str,
+    rank_by: str,
     seed: int,
 ) -> dict[str, str]:
+    values = rank_values(report.units, rank_by)
     ranks = {unit.name: rank for rank, unit in enumerate(ranking, start=1)}
     chosen = {unit.name for unit in taken}
+    eligible = sum(unit.status in ("ok", ABOVE) for unit in report.units)
     end = " from the highest" if order == "highest" else ""
     drawn, not_drawn = (f", drawn with seed {seed}", f", not drawn with seed {seed}") if order in RANDOM else ("", "")
     limit = f"K = {len(taken)}" + ("" if budget.kind == "count" else f" ({budget})")
     reasons = {}
     for unit in report.units:
-        rank = f"rank {ranks.get(unit.name)} of {len(ranking)}{end}"
+        rank = f"rank {ranks[unit.name]} of {eligible}{end}" if unit.name in ranks else f"one of {eligible}"
         if unit.name in chosen:
-            reasons[unit.name] = f"taken: kappa {unit.kappa:.4g} is {rank}{drawn}, {limit}"
+            reasons[unit.name] = f"taken: {rank_by} {values[unit.name]:.4g} is {rank}{drawn}, {limit}"
+        elif unit.status not in ("ok", ABOVE):
+            reasons[unit.name] = f"left: {unit.status}"
+        elif order not in RANDOM and unit.name not in ranks:
+            reasons[unit.name] = f"left: above the lowest, {limit}"
         else:
-            reasons[unit.name] = f"left: {rank}{not_drawn}, {limit}" if unit.name in ranks else f"left: {unit.status}"
+            reasons[unit.name] = f"left: {rank}{not_drawn}, {limit}"
     return {**reasons, **{name: f"left: {reason}" for name, reason in report.left_out.items()}}
 
 
 def _numbers(report: KappaReport) -> str:
     """How many units there are to choose from, and where the others went; for errors."""
     statuses = Counter(unit.status for unit in report.units)
-    eligible = statuses.pop("ok", 0)
+    eligible = statuses.pop("ok", 0) + statuses.pop(ABOVE, 0)
     detail = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
     not_ok = f"{statuses.total()} not ok ({detail})" if statuses else "0 not ok"
     return f"{eligible} weight matrices eligible, {not_ok}, {len(report.left_out)} left out by include and exclude"
 
 
 def _what_to_do(report: KappaReport) -> str:
-    less = "Choose a smaller k" if any(unit.status == "ok" for unit in report.units) else "Check the base weights"
+    less = (
+        "Choose a smaller k" if any(unit.status in ("ok", ABOVE) for unit in report.units) else "Check the base weights"
+    )
     return f"{less}, or scan with a wider `include` or a shorter `exclude`."
 
 

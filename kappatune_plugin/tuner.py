@@ -175,7 +175,9 @@ class KappaTuneModel(BaseTuner):
         active = self.layers()
         for layer in active:
             layer.write_original()
-        report = scan(model, include=config.include or (), exclude=exclude, rtol=config.rtol)
+        wanted = {"k": DEFAULT_K if config.k is None else config.k, "order": config.order}
+        wanted |= {"rank_by": config.rank_by, "seed": config.seed}
+        report = scan(model, include=config.include or (), exclude=exclude, rtol=config.rtol, **wanted)
         for layer in active:
             layer.write()
         return report
