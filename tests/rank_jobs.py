@@ -152,7 +152,7 @@ def scan_divided(mode: str, model: str, from_disk: bool) -> tuple[str, list[str]
     """The report as JSON, the names that this rank measured, and whether any weight was gathered."""
     measured, gathered = [], []
     real_row, real_whole = measure._row, distributed.whole_block
-    measure._row = lambda unit, kappa: measured.append(unit.name) or real_row(unit, kappa)
+    measure._row = lambda unit, *given: measured.append(unit.name) or real_row(unit, *given)
     distributed.whole_block = lambda *given: gathered.append(given) or real_whole(*given)
     loaded = load_divided(mode, model)
     if not from_disk:
