@@ -13,7 +13,6 @@ On a GPU the same with a larger pretrained mixture of experts: `kappatune compar
 import argparse
 import json
 import random
-import shutil
 from pathlib import Path
 
 from kappatune_plugin.study.methods import DEFAULT_METHODS
@@ -26,9 +25,9 @@ TASKS = {
     "sst2": ("stsa.binary.train", ("bad", "good"), "{sentence}\nThis was "),
     "subj": ("subj.all", ("told", "felt"), "{sentence}\nThis was "),
 }
-LONGEST, TRAIN, TEST, STORIES = 14, 1000, 120, 10
-# learning rates, steps between measurements
-QUICKSTART, PRETRAINED = ("1e-3,3e-3,1e-2", 16), ("1e-3,3e-3", 32)
+LONGEST, TRAIN, TEST, STORIES, SMOOTH = 14, 1000, 120, 10, 8
+# learning rates, steps between measurements, target of the training loss (None: the worst run's best)
+QUICKSTART, PRETRAINED = ("1e-3,3e-3", 50, 0.3), ("1e-3,3e-3", 32, None)
 
 
 def sentences(source: Path, folder: Path) -> list[Path]:
@@ -58,7 +57,7 @@ def write(rows: list[dict], target: Path) -> Path:
 def quickstart() -> tuple[Path, dict]:
     """The recipe, and what is changed in it so that the study takes minutes."""
     return REPOSITORY / "recipes" / "quickstart.yaml", {
-        "max_steps": 48,
+        "max_steps": 100,
         "per_device_train_batch_size": 8,
         "data.test.split": "train[:80]",
         "forgetting.max_samples": 40,
@@ -86,6 +85,15 @@ def pretrained(model: str, task: str, data: Path, folder: Path) -> tuple[Path, d
     }
 
 
+def publish(source: Path, target: Path, data: Path, output: Path) -> None:
+    """Copy a comparison without this machine's folders in it."""
+    text = source.read_text(encoding="utf-8")
+    for folder, name in ((data, "data"), (output, "study"), (REPOSITORY, ".")):
+        text = text.replace(str(folder.resolve()), name).replace(str(folder), name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(text, encoding="utf-8")
+
+
 def main() -> None:
     names = ["quickstart", *(f"{model}-{task}" for task in TASKS for model in MODELS)]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -99,14 +107,15 @@ def main() -> None:
     for name in args.settings:
         folder = args.output / name
         if name == "quickstart":
-            (recipe, changes), (rates, every) = quickstart(), QUICKSTART
+            (recipe, changes), (rates, every, target) = quickstart(), QUICKSTART
         else:
-            (recipe, changes), (rates, every) = pretrained(*name.split("-"), args.data, folder / "data"), PRETRAINED
+            recipe, changes = pretrained(*name.split("-"), args.data, folder / "data")
+            rates, every, target = PRETRAINED
         overrides = [word for key, value in changes.items() for word in (f"--{key}", str(value))]
-        asked = Asked(recipe, overrides, args.seeds, rates, every, smooth=8, output_dir=folder)
+        asked = Asked(recipe, overrides, args.seeds, rates, every, SMOOTH, target, output_dir=folder)
         compare_session(asked, args.methods)
         if args.results is not None:
-            shutil.copy(folder / "compare.json", args.results / f"{name}.json")
+            publish(folder / "compare.json", args.results / f"{name}.json", args.data, args.output)
 
 
 if __name__ == "__main__":

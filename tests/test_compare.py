@@ -164,6 +164,13 @@ def test_finished_runs_are_taken_for_another_target(bench, whole, monkeypatch):
     assert again["methods"][0]["final"] == content["methods"][0]["final"]
 
 
+def test_a_target_given_beforehand_is_measured_on_the_way(bench, whole, tmp_path):
+    """The same as repeating the runs up to there, which a target that only shows at the end needs."""
+    given = Settings(**{**vars(SETTINGS), "target_loss": whole[1]["target_loss"]})
+    assert without_times(compare(bench, METHODS, given, tmp_path))["methods"] == without_times(whole[1])["methods"]
+    assert not list((tmp_path / "runs").glob("*-to*")) and list((whole[0] / "runs").glob("*-to*"))
+
+
 def test_compare_as_typed(recipe, tmp_path):
     words = ["compare", "--config", recipe, "--methods", "lowest,lora", "--seeds", 2, "--learning_rates", "1e-2"]
     words += ["--smooth", 2, "--every", 3, "--validation", 0.25, "--output_dir", tmp_path / "out"]

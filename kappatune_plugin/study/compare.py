@@ -138,7 +138,7 @@ class _Runner:
 
     def _state_at(self, tried: Tried, run: dict[str, Any], seed: int, step: int) -> dict[str, Any]:
         """The measurements of `run` after `step`: its own, or those of the same run done again up to there."""
-        for point in run["points"]:
+        for point in [*run["points"], *([run["at_target"]] if run["at_target"] else [])]:
             # in the course of a run what takes long is left out
             if point["step"] == step and point.keys() == run["points"][-1].keys():
                 self.bar.update()
@@ -160,7 +160,12 @@ class _Runner:
         }
         title = f"{method.name}-lr{rate:g}-seed{seed}" + (f"-to{stop_at}" if stop_at else "")
         self.bar.set_postfix_str(title)
-        run = self.store.get(title, identity, lambda: train_run(self.bench, method, rate, seed, every, stop_at))
+        target = self.settings.target_loss
+        # a target that is known beforehand is measured on the way; it doesn't change the run
+        crossing = None if target is None or stop_at else (self.settings.smooth, target)
+        run = self.store.get(
+            title, identity, lambda: train_run(self.bench, method, rate, seed, every, stop_at, crossing)
+        )
         self.bar.update()
         return run
 

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.study.arms import arm_config
 from kappatune_plugin.study.methods import Method
+from kappatune_plugin.study.statistics import first_crossing, smoothed
 
 if TYPE_CHECKING:
     from trl import SFTTrainer
@@ -28,7 +29,13 @@ if TYPE_CHECKING:
 
 
 def train_run(
-    bench: "Bench", method: Method, learning_rate: float, seed: int, every: int, stop_at: int | None = None
+    bench: "Bench",
+    method: Method,
+    learning_rate: float,
+    seed: int,
+    every: int,
+    stop_at: int | None = None,
+    crossing: tuple[int, float] | None = None,
 ) -> dict[str, Any]:
     """Train a copy of the base by `method`.
 
@@ -36,11 +43,13 @@ def train_run(
         every: measure every so many steps, without what takes long (written answers, lm_eval), and everything at the
             end.
         stop_at: end after this step, with the schedule and the data order of the whole run. Measured there only.
+        crossing: (window, target): measure where the loss, smoothed over `window` steps, first reaches `target` too.
 
     Returns:
-        "losses" after each step (None where not finite), "points" ({"step", and `Bench.measure`}), "validation_loss"
-        (of whole runs), "order" (fingerprint of the training batches), "trainable" (parameters), "training_bytes"
-        (their gradients and the optimizer's state), "peak_bytes" (of a GPU; None without), "seconds" (training alone).
+        "losses" after each step (None where not finite), "points" ({"step", and `Bench.measure`}), "at_target" (a
+        point, or None), "validation_loss" (of whole runs), "order" (fingerprint of the training batches), "trainable"
+        (parameters), "training_bytes" (their gradients and the optimizer's state), "peak_bytes" (of a GPU; None
+        without), "seconds" (training alone).
 
     Raises:
         KappaTuneError: the method can't be applied to this model.
@@ -51,13 +60,14 @@ def train_run(
         trainer = _trainer(bench, method, learning_rate, seed, Path(folder))
         order = _BatchOrder(trainer.data_collator)
         trainer.data_collator = order
-        course = _Course(bench, every, stop_at)
+        course = _Course(bench, every, stop_at, crossing)
         trainer.add_callback(course)
         trainer.train()
         steps = trainer.state.global_step
         record = {
             "losses": course.losses,
             "points": course.points,
+            "at_target": course.at_target,
             "order": order.digest(steps * trainer.args.gradient_accumulation_steps),
             "trainable": sum(parameter.numel() for parameter in _trained(trainer.model)),
             "training_bytes": _training_bytes(trainer),
@@ -129,10 +139,11 @@ def _base_in_place(model: nn.Module, base: nn.Module) -> Iterator[None]:
 class _Course(TrainerCallback):
     """Writes down a run's course, and stops it where that is wished."""
 
-    def __init__(self, bench: "Bench", every: int, stop_at: int | None) -> None:
-        self.bench, self.every, self.stop_at = bench, every, stop_at
+    def __init__(self, bench: "Bench", every: int, stop_at: int | None, crossing: tuple[int, float] | None) -> None:
+        self.bench, self.every, self.stop_at, self.crossing = bench, every, stop_at, crossing
         self.losses: list[float | None] = []
         self.points: list[dict[str, float | None]] = []
+        self.at_target: dict[str, float | None] | None = None
         self.seconds, self._started = 0.0, 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -142,15 +153,31 @@ class _Course(TrainerCallback):
         self.seconds += time.perf_counter() - self._started
         step, last = state.global_step, self.stop_at or state.max_steps
         if step == last or (self.stop_at is None and step % self.every == 0):
-            measured = self.bench.measure(model, quick=step != last)
-            measured = {key: _finite(value) for key, value in measured.items()}
-            self.points.append({"step": step, **measured})
+            self.points.append(self._measured(model, step, quick=step != last))
         if step == last:
             control.should_training_stop = True
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        if "loss" in (logs or {}):
-            self.losses.append(_finite(float(logs["loss"])))
+    def on_log(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: dict[str, Any] | None = None,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
+        """Comes after `on_step_end`, before the next step."""
+        if "loss" not in (logs or {}):
+            return
+        self.losses.append(_finite(float(logs["loss"])))
+        if self.crossing and self.at_target is None:
+            window, target = self.crossing
+            if first_crossing(smoothed(self.losses, window), target) == len(self.losses):
+                self.at_target = self._measured(model, state.global_step)
+
+    def _measured(self, model: nn.Module, step: int, quick: bool = False) -> dict[str, float | None]:
+        measured = self.bench.measure(model, quick)
+        return {"step": step, **{key: _finite(value) for key, value in measured.items()}}
 
 
 class _BatchOrder:
