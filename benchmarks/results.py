@@ -31,15 +31,23 @@ Written by `python benchmarks/results.py` from the comparisons in [results](resu
 
 
 def main() -> None:
-    found = {name: DOCS / "results" / f"{name}.json" for name in SETTINGS}
-    contents = {name: json.loads(path.read_text()) for name, path in found.items() if path.exists()}
-    parts = [HEAD, (DOCS / "results" / "conclusions.md").read_text(), how(contents)]
+    contents = committed()
     for name, content in contents.items():
         frontier_plot(content, DOCS / "results" / f"{name}-frontier.png")
-        if content["target_loss"] is not None:
-            matched_plot(content, DOCS / "results" / f"{name}-matched.png")
-        parts.append(setting(name, content))
-    (DOCS / "RESULTS.md").write_text("\n".join(parts), encoding="utf-8")
+        matched_plot(content, DOCS / "results" / f"{name}-matched.png")
+    (DOCS / "RESULTS.md").write_text(text(contents), encoding="utf-8")
+
+
+def committed() -> dict[str, Any]:
+    """Setting -> its comparison, for those that there are."""
+    found = {name: DOCS / "results" / f"{name}.json" for name in SETTINGS}
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in found.items() if path.exists()}
+
+
+def text(contents: Mapping[str, Any]) -> str:
+    """docs/RESULTS.md."""
+    conclusions = (DOCS / "results" / "conclusions.md").read_text(encoding="utf-8")
+    return "\n".join([HEAD, conclusions, how(contents), *(setting(name, each) for name, each in contents.items())])
 
 
 def how(contents: Mapping[str, Any]) -> str:

@@ -26,8 +26,13 @@ TASKS = {
     "subj": ("subj.all", ("told", "felt"), "{sentence}\nThis was "),
 }
 LONGEST, TRAIN, TEST, STORIES, SMOOTH = 14, 1000, 120, 10, 8
-# learning rates, steps between measurements, target of the training loss (None: the worst run's best)
-QUICKSTART, PRETRAINED = ("1e-3,3e-3", 50, 0.3), ("1e-3,3e-3", 32, None)
+# learning rates, steps, steps between measurements, target of the training loss (None: the worst run's best)
+RUNS = {
+    "quickstart": ("1e-3,3e-3", 100, 50, 0.3),
+    # for methods that need longer to get there, at the rate that they were best at
+    "quickstart-long": ("1e-3", 400, 200, 0.3),
+    "pretrained": ("1e-3,3e-3", 64, 32, None),
+}
 
 
 def sentences(source: Path, folder: Path) -> list[Path]:
@@ -57,7 +62,6 @@ def write(rows: list[dict], target: Path) -> Path:
 def quickstart() -> tuple[Path, dict]:
     """The recipe, and what is changed in it so that the study takes minutes."""
     return REPOSITORY / "recipes" / "quickstart.yaml", {
-        "max_steps": 100,
         "per_device_train_batch_size": 8,
         "data.test.split": "train[:80]",
         "forgetting.max_samples": 40,
@@ -73,7 +77,6 @@ def pretrained(model: str, task: str, data: Path, folder: Path) -> tuple[Path, d
     control = stories(data / "text" / "tinystories" / "ts_2m.txt", folder / "control.jsonl")
     return REPOSITORY / "recipes" / "sst2_tinystories.yaml", {
         "model_name_or_path": data / "models" / MODELS[model],
-        "max_steps": 64,
         "kappatune.k": "35%",
         "data.train": json.dumps({"path": str(train)}),
         "data.test": json.dumps({"path": str(test)}),
@@ -95,7 +98,7 @@ def publish(source: Path, target: Path, data: Path, output: Path) -> None:
 
 
 def main() -> None:
-    names = ["quickstart", *(f"{model}-{task}" for task in TASKS for model in MODELS)]
+    names = ["quickstart", "quickstart-long", *(f"{model}-{task}" for task in TASKS for model in MODELS)]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=REPOSITORY.parent / "shared" / "data")
     parser.add_argument("--settings", nargs="+", default=names, choices=names)
@@ -106,11 +109,12 @@ def main() -> None:
     args = parser.parse_args()
     for name in args.settings:
         folder = args.output / name
-        if name == "quickstart":
-            (recipe, changes), (rates, every, target) = quickstart(), QUICKSTART
+        rates, steps, every, target = RUNS[name if name in RUNS else "pretrained"]
+        if name in RUNS:
+            recipe, changes = quickstart()
         else:
             recipe, changes = pretrained(*name.split("-"), args.data, folder / "data")
-            rates, every, target = PRETRAINED
+        changes["max_steps"] = steps
         overrides = [word for key, value in changes.items() for word in (f"--{key}", str(value))]
         asked = Asked(recipe, overrides, args.seeds, rates, every, SMOOTH, target, output_dir=folder)
         compare_session(asked, args.methods)

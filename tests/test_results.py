@@ -1,0 +1,61 @@
+"""docs/RESULTS.md says what the committed comparisons say."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+
+import results  # noqa: E402
+import study  # noqa: E402
+
+
+def test_the_page_is_what_the_script_writes():
+    assert (REPOSITORY / "docs" / "RESULTS.md").read_text(encoding="utf-8") == results.text(results.committed())
+
+
+@pytest.mark.parametrize("name", results.committed())
+def test_a_committed_comparison_is_whole(name):
+    content = results.committed()[name]
+    assert content["format"] == 1 and len(content["settings"]["seeds"]) >= 3
+    names = [method["name"] for method in content["methods"]]
+    assert {"lowest", "highest", "random", "lora", "full"} <= set(names) and len(names) == len(set(names))
+    assert "/work" not in json.dumps(content) and "/tmp" not in json.dumps(content)
+    for picture in ("frontier", "matched"):
+        assert (REPOSITORY / "docs" / "results" / f"{name}-{picture}.png").exists()
+
+
+def test_the_difference_from_lora_is_paired_and_bold_where_it_is_not_zero():
+    def rise(*values):
+        return {"control_loss_change": {"mean": 0.0, "half": None, "values": list(values)}}
+
+    # differences .1, .2, .3: mean .2, s = .1, t(2) = 4.303: ± .248
+    assert results.against(rise(1.1, 2.2, 3.3), rise(1.0, 2.0, 3.0)) == "+0.200 ± .248"
+    assert results.against(rise(1.2, 2.2, 3.21), rise(1.0, 2.0, 3.0)).startswith("**+0.203 ± .0")
+    assert results.against(rise(1.2, None, 3.2), rise(None, 2.0, 3.0)) == "+0.200"
+    assert results.against(rise(None), rise(1.0)) == "" and results.against(rise(1.0), None) == ""
+
+
+def test_a_published_comparison_names_no_folder_of_this_machine(tmp_path):
+    data, output = tmp_path / "shared" / "data", tmp_path / "out"
+    output.mkdir()
+    content = {
+        "model": f"{data}/models/m",
+        "train": f"{output}/dense/data/train.jsonl",
+        "recipe": f"{REPOSITORY}/recipes/q",
+    }
+    (output / "compare.json").write_text(json.dumps(content))
+    study.publish(output / "compare.json", tmp_path / "published" / "q.json", data, output)
+    found = json.loads((tmp_path / "published" / "q.json").read_text())
+    assert found == {"model": "data/models/m", "train": "study/dense/data/train.jsonl", "recipe": "./recipes/q"}
+
+
+def test_sentences_are_a_seeded_sample_of_the_short_ones(tmp_path):
+    lines = [f"{i % 2} sentence number {i} \x85 ends" for i in range(20)] + ["1 " + "long " * 40, ""]
+    (tmp_path / "task.all").write_text("\n".join(lines), encoding="latin-1")
+    train, _ = study.sentences(tmp_path / "task.all", tmp_path)
+    rows = [json.loads(line) for line in train.read_text(encoding="utf-8").splitlines() if line]
+    assert len(rows) == 20 and all(row["label"] == int(row["sentence"].split()[2]) % 2 for row in rows)
