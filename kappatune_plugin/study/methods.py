@@ -96,10 +96,11 @@ def _parse(word: str) -> Method:
         return Method(word, "peft", base, part, _checked(word, settings, fields))
     names = [*ORDERS, *ALIASES, *(f"{order}_{part}" for order in ORDERS for part in (*PARTS, PER_TYPE)), "full"]
     names += [f"{each}{ending}" for each in known for ending in ("", *(f"_{part}" for part in PARTS))]
-    raise KappaTuneError(
-        f"'{name}' is no method.{did_you_mean(name, names)} There are {', '.join([*ORDERS, *ALIASES, 'full'])}, these "
-        f"orders with _mlp, _attention or _per_type, and PEFT's own: {', '.join(sorted(known))}."
+    there_are = (
+        f" There are {', '.join([*ORDERS, *ALIASES, 'full'])}, these orders with _mlp, _attention or _per_type, and "
+        f"PEFT's own: {', '.join(sorted(known))}."
     )
+    raise KappaTuneError(f"'{name}' is no method.{did_you_mean(name, names) or there_are}")
 
 
 def _joined(assignments: Iterable[str]) -> list[str]:
@@ -127,8 +128,8 @@ def _checked(word: str, settings: dict[str, Any], known: Iterable[str]) -> dict[
     known = list(known)
     for key in settings:
         if key not in known:
-            takes = f"It takes {', '.join(known)}." if known else "It takes none."
-            raise KappaTuneError(f"'{word}' has no setting '{key}'.{did_you_mean(key, known)} {takes}")
+            takes = f" It takes {', '.join(known)}." if known else " It takes none."
+            raise KappaTuneError(f"'{word}' has no setting '{key}'.{did_you_mean(key, known) or takes}")
     return settings
 
 

@@ -128,5 +128,5 @@ def _show(parts: Sequence[Any]) -> None:
 
 
 def _say_where(folder: Path, file: str, pictures: Sequence[str]) -> None:
-    also = f" and {' and '.join(pictures)}" if pictures else ""
-    console().print(f"{file}{also} are in {folder}." if pictures else f"{file} is in {folder}.", soft_wrap=True)
+    names = " and ".join([file, *pictures])
+    console().print(f"Left in {folder}: {names}.", highlight=False, soft_wrap=True)
