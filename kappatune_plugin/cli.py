@@ -24,11 +24,20 @@ def sft(
     """Fine-tune as a recipe says.
 
     --key value sets any key of it: --learning_rate 1e-4, --kappatune.k 10%, --data.train.split 'train[:20]'.
+    --accelerate_config zero3 (or a path) and the flags of `accelerate launch` run it in several processes, as in TRL.
     """
+    from kappatune_plugin.launch import is_launched, launch, split_words
     from kappatune_plugin.recipe import load_recipe
+    from kappatune_plugin.recipe_yaml import read_yaml
     from kappatune_plugin.run import run_sft
 
-    run_sft(load_recipe(config, context.args))
+    launch_words, words = split_words(context.args, read_yaml(config)[0])
+    if launch_words and not is_launched():
+        # a mistake in the recipe is one message, not one from each process
+        load_recipe(config, words)
+        launch(launch_words, ["sft", "--config", str(config), *words])
+    else:
+        run_sft(load_recipe(config, words))
 
 
 @app.command()

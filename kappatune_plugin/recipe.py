@@ -104,6 +104,8 @@ def _trl_arguments(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
     arguments, problems = {}, []
     for key, value in content.items():
         if key not in trl_keys():
+            if is_launch_key(str(key)):
+                continue
             problems.append(f"unknown key {_unknown(key, known)}")
             continue
         try:

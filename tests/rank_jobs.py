@@ -117,9 +117,11 @@ def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: whole_block(value, ()).clone() for name, value in model.named_parameters() if "kappatune" not in name}
 
 
-def train(mode: str, model: str, output: str, config: dict[str, Any], **settings: Any) -> dict[str, Any]:
+def train(
+    mode: str, model: str, output: str, config: dict[str, Any], resume: str | None = None, **settings: Any
+) -> dict[str, Any]:
     one = make_trainer(mode, model, output, config, **settings)
-    one.train()
+    one.train(resume_from_checkpoint=resume)
     base = one.accelerator.unwrap_model(one.model).get_base_model()
     weights = whole_weights(base)
     one.save_model(output)
@@ -127,7 +129,7 @@ def train(mode: str, model: str, output: str, config: dict[str, Any], **settings
     return {
         "losses": [entry["loss"] for entry in log if "loss" in entry],
         "norms": [float(entry["grad_norm"]) for entry in log if "grad_norm" in entry],
-        "weights": weights if int(os.environ.get("RANK", 0)) == 0 else None,
+        "weights": weights if distributed.rank() == 0 else None,
     }
 
 

@@ -33,13 +33,10 @@ def test_the_report_of_two_ranks_is_that_of_one_process(mode, from_disk, saved_o
 
 
 def test_hands_are_even_and_each_matrix_is_in_one():
-    units = [WeightUnit(str(size), (size, size), "") for size in (8, 64, 16, 63, 32, 62, 61, 60)]
+    units = [WeightUnit(str(size), (size, size), "") for size in (8, 64, 16, 63, 32, 62, 61, 60, 59)]
     hands = deal(units, 3)
     assert sorted(unit.name for hand in hands for unit in hand) == sorted(unit.name for unit in units)
     loads = [sum(map(cost, hand)) for hand in hands]
-    assert max(loads) <= 1.2 * min(loads)
-    assert [[unit.name for unit in each] for each in rounds(units, 3)] == [
-        ["64", "63", "62"],
-        ["61", "60", "32"],
-        ["16", "8"],
-    ]
+    assert max(loads) <= 1.1 * min(loads)
+    names = [[unit.name for unit in each] for each in rounds(units, 4)]
+    assert names == [["64", "63", "62", "61"], ["60", "59", "32", "16"], ["8"]]
