@@ -6,6 +6,7 @@ import warnings
 import zipfile
 from pathlib import Path
 
+from kappatune_plugin import distributed
 from kappatune_plugin.errors import KappaTuneError
 
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
@@ -54,8 +55,8 @@ def checkpoint_problems(folder: Path, save_only_model: bool = False) -> list[str
         return ["it is not a folder"]
     checks = [(ADAPTER_CONFIG, _check_json), (ADAPTER, _check_safetensors), ("trainer_state.json", _check_json)]
     if not save_only_model:
-        checks += [("optimizer.pt", _check_zip), ("scheduler.pt", _check_zip)]
-    problems = []
+        checks += [("scheduler.pt", _check_zip), *((name, _check_zip) for name in _optimizer_files(folder))]
+    problems = _world_problems(folder)
     for name, check in checks:
         if not (folder / name).is_file():
             problems.append(f"{name} is missing")
@@ -66,6 +67,31 @@ def checkpoint_problems(folder: Path, save_only_model: bool = False) -> list[str
             # each reader has errors of its own: JSONDecodeError, SafetensorError, BadZipFile, OSError
             problems.append(f"{name} is damaged ({error})")
     return problems
+
+
+def _optimizer_files(folder: Path) -> list[str]:
+    """What holds the optimizer: DeepSpeed and FSDP have files of their own."""
+    if list(folder.glob("global_step*")):
+        # written last, when all ranks have written theirs
+        latest = folder / "latest"
+        tag = latest.read_text(encoding="utf-8").strip() if latest.is_file() else ""
+        states = [f"{tag}/{path.name}" for path in sorted((folder / tag).glob("*_states.pt"))] if tag else []
+        return states or ["latest"]
+    if list(folder.glob("pytorch_model_fsdp*")):
+        sharded = (folder / "pytorch_model_fsdp_0").is_dir()
+        return [] if sharded else ["pytorch_model_fsdp.bin", "optimizer.bin"]
+    return ["optimizer.pt"]
+
+
+def _world_problems(folder: Path) -> list[str]:
+    """DeepSpeed's optimizer states fit the number of ranks that saved them."""
+    saved = len(list(folder.glob("global_step*/*zero_pp_rank_*_optim_states.pt")))
+    if saved in (0, distributed.world()):
+        return []
+    return [
+        f"DeepSpeed saved it on {saved} ranks and can't load it on {distributed.world()} (run it on {saved}, or start "
+        "anew; DDP and FSDP resume on any number)"
+    ]
 
 
 def _newest_first(output_dir: Path) -> list[Path]:

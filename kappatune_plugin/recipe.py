@@ -98,6 +98,7 @@ def _set_environment(variables: Any) -> list[str]:
 
 def _trl_arguments(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The top level's values in the types that TRL declares, and what is wrong with them."""
+    from kappatune_plugin.launch import is_launch_key
     from kappatune_plugin.trl_keys import convert, trl_keys
 
     known = [*trl_keys(), *BLOCKS, *(FLAT + key for key in KAPPATUNE_KEYS)]

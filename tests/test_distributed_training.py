@@ -11,6 +11,7 @@ from ranks import run_ranks
 from transformers import AutoModelForCausalLM
 
 from kappatune_plugin import Selection, scan, select
+from kappatune_plugin.checkpoint import checkpoint_problems
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed isn't installed")
 REENTRANT = {"gradient_checkpointing_kwargs": {"use_reentrant": True}}
@@ -98,6 +99,34 @@ def test_more_modes(mode, settings, saved_olmoe, tmp_path, selection, one_proces
     found = on_ranks(mode, saved_olmoe, tmp_path, selection, **settings)
     assert_equal(found, one_process())
     assert_saved(saved_olmoe, tmp_path, found)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "mode", ["ddp", "fsdp2", *[pytest.param(f"zero{stage}", marks=needs_deepspeed) for stage in (1, 2, 3)]]
+)
+def test_resuming(mode, saved_olmoe, tmp_path, selection):
+    """On as many ranks to the bit; on another number it works or says why not; another selection never."""
+    folder = str(tmp_path / "run" / "checkpoint-2")
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    whole = on_ranks(mode, saved_olmoe, tmp_path / "run", selection, **settings)
+    problems = " ".join(checkpoint_problems(Path(folder)))
+    assert (
+        problems.startswith("DeepSpeed saved it on 2 ranks and can't load it on 1") if "zero" in mode else not problems
+    )
+    resumed = on_ranks(mode, saved_olmoe, tmp_path / "resumed", selection, resume=folder)
+    assert resumed["losses"] == whole["losses"]
+    assert all(torch.equal(resumed["weights"][name], value) for name, value in whole["weights"].items())
+    alone = {"world": 1, "per_device_train_batch_size": 4, "resume": folder}
+    if mode.startswith("zero"):
+        with pytest.raises(AssertionError, match="used a DP world size of 2 but the current world size is 1"):
+            on_ranks(mode, saved_olmoe, tmp_path / "alone", selection, **alone)
+    else:
+        assert_equal(on_ranks(mode, saved_olmoe, tmp_path / "alone", selection, **alone), whole)
+    model = AutoModelForCausalLM.from_pretrained(saved_olmoe, dtype=torch.float32)
+    other = select(scan(model, progress=False), k=14, order="random", seed=4)
+    with pytest.raises(AssertionError, match="trains another selection|KeyError: 'base_model.*kappatune_"):
+        on_ranks(mode, saved_olmoe, tmp_path / "other", other, resume=folder)
 
 
 @pytest.mark.distributed
