@@ -106,7 +106,8 @@ class AutoBudgetCallback(ForgettingCallback):
     @torch.no_grad()
     def _go_back(self, state: Any, decision: Decision) -> None:
         for layer in self._layers():
-            layer.master.copy_(self._within.get(layer.unit.name, layer.original))
+            within = self._within.get(layer.unit.name)
+            layer.master.copy_(layer.original.whole(layer.parameter) if within is None else within)
         self._tuner.write_through(everything=True)
         self._train(self._within_matrices)
         self._note_decision(state, decision)

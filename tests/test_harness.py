@@ -1,5 +1,6 @@
 """The lm-evaluation-harness on a task of three questions."""
 
+import functools
 import importlib.util
 import json
 import random
@@ -32,14 +33,16 @@ TASK = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder with the task in it."""
-    folder = tmp_path_factory.mktemp("tasks")
-    rows = str(write_rows(folder / "rows.jsonl", QUESTIONS))
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with the task in it; the harness' own tasks, thousands of files, aren't read."""
+    from lm_eval import tasks
+
+    rows = str(write_rows(tmp_path / "rows.jsonl", QUESTIONS))
     task = {**TASK, "dataset_kwargs": {"data_files": {"test": rows}}}
-    (folder / "tiny_choice.yaml").write_text(yaml.safe_dump(task))
-    return str(folder)
+    (tmp_path / "tiny_choice.yaml").write_text(yaml.safe_dump(task))
+    monkeypatch.setattr(tasks, "TaskManager", functools.partial(tasks.TaskManager, include_defaults=False))
+    return str(tmp_path)
 
 
 @installed
@@ -69,8 +72,14 @@ def test_measured_before_and_after_but_not_in_between(folder):
 
 @installed
 def test_unknown_tasks_are_named_with_what_is_near(folder):
-    with pytest.raises(KappaTuneError, match="no task 'helaswag'.*Did you mean hellaswag"):
-        check_harness(["tiny_choice", "helaswag"], include_path=folder)
+    with pytest.raises(KappaTuneError, match="no task 'tiny_chice'.*Did you mean tiny_choice"):
+        check_harness(["tiny_choice", "tiny_chice"], include_path=folder)
+
+
+@installed
+@pytest.mark.slow
+def test_knows_the_tasks_that_the_readme_names():
+    check_harness(["hellaswag", "arc_challenge"])
 
 
 def test_without_the_package_it_says_what_to_install(monkeypatch):
