@@ -20,6 +20,7 @@ from kappatune_plugin.kappa import (
     LARGEST_BOUND,
     Kappa,
     check_input,
+    from_eigenvalues,
     from_svd,
     only_bounded,
     scaled,
@@ -27,8 +28,8 @@ from kappatune_plugin.kappa import (
     without_singular_values,
 )
 
-# up to this many columns torch's SVD is one kernel for the whole batch
-SVD_COLUMNS = 32
+# fewer columns leave no room for a Krylov space
+FEWEST_COLUMNS = 33
 # bytes of float64 copies and factors in use at a time, of an 80 GB device
 BATCH_BYTES = 8 << 30
 # float64 matrices of (n, n) held for each: A^T A, the inverse factor and the parts it is made from
@@ -63,7 +64,7 @@ def condition_numbers(w: Tensor, rtol: float = 1e-3, above: float = math.inf, pr
     for begin in range(0, len(left), size):
         chosen = left[begin : begin + size]
         exponents = [math.frexp(peaks[i])[1] for i in chosen]
-        some = _batch(tall[chosen], exponents, rtol, above, proof) if n > SVD_COLUMNS else [None] * len(chosen)
+        some = _batch(tall[chosen], exponents, rtol, above, proof) if n >= FEWEST_COLUMNS else [None] * len(chosen)
         for i, exponent, kappa in zip(chosen, exponents, some, strict=True):
             found[i] = _one(tall[i], exponent, rtol, above, proof) if kappa is None else kappa
     return found
@@ -72,9 +73,12 @@ def condition_numbers(w: Tensor, rtol: float = 1e-3, above: float = math.inf, pr
 def _one(tall: Tensor, exponent: int, rtol: float, above: float, proof: bool) -> Kappa:
     """Kappa of a matrix that is too small for a batch, or not settled by its A^T A."""
     m, n = tall.shape
-    if m == n > SVD_COLUMNS:
+    if n < FEWEST_COLUMNS:
+        kappa = None if proof else from_eigenvalues(tall, exponent, rtol)
+        return kappa or from_svd(tall, exponent)
+    if m == n:
         return by_factors(tall, exponent, (torch.float64,), rtol, above, proof)
-    return from_svd(tall, exponent, torch.float64)
+    return from_svd(tall, exponent)
 
 
 def _batch(tall: Tensor, exponents: Sequence[int], rtol: float, above: float, proof: bool) -> list[Kappa | None]:
@@ -181,8 +185,8 @@ def _intervals(
     defect: Tensor,
     frobenius: Tensor,
 ) -> list[Bracket]:
-    shrink = torch.where(defect < LARGEST_DEFECT, 1 - defect, 0.0)
-    below = eigenvalues_below(inverse_values, inverse_residuals, shrink, shrink, torch.finfo(torch.float64).eps)
+    shrinks = torch.where(defect < LARGEST_DEFECT, 1 - defect, 0.0)[:, None].expand_as(inverse_values)
+    below = eigenvalues_below(inverse_values, inverse_residuals, shrinks, torch.finfo(torch.float64).eps)
     hidden = inverse_residuals[:, 0] / inverse_values[:, 0]
     bound = lowest_eigenvalue(theta, residual_gram, below, hidden, 4 * EPS * frobenius.square())
     upper = theta[:, 0].clamp_min(0).sqrt()

@@ -18,8 +18,8 @@ from kappatune_plugin.lanczos import RitzPairs, block_lanczos
 
 # a block of 4 finds up to 4 equal singular values; 40 steps reach them or another factor is due
 BLOCK, STEPS = 4, 40
-# Davidson corrections with products of A itself before another factor is due
-CORRECTIONS = 3
+# Davidson corrections before another factor is due: each costs a tenth of that
+CORRECTIONS = 8
 PROBES = 16
 # the norm of the largest of 16 products with Gaussian vectors is below ||E|| / 1.8 with probability 1e-6 for E of rank
 # one, the worst case: P(|N(0, 1)| < 1 / 1.8)^16
@@ -49,11 +49,14 @@ class Bracket:
         return hi - lo <= rtol * lo
 
 
-def bracket(a: Tensor, factor: Factor, top: RitzPairs, rtol: float, generator: torch.Generator) -> Bracket | None:
+def bracket(
+    a: Tensor, factor: Factor, top: RitzPairs, frobenius: float, rtol: float, generator: torch.Generator
+) -> Bracket | None:
     """Intervals of relative width `rtol` where this factor reaches it, wider ones where not.
 
     Args:
         top: Ritz pairs of A^T A, for sigma_max.
+        frobenius: ||A||_F.
 
     Returns:
         None if the factor broke down.
@@ -69,14 +72,14 @@ def bracket(a: Tensor, factor: Factor, top: RitzPairs, rtol: float, generator: t
     if below is None or not torch.isfinite(x).all():
         return None
     ax, gx = products(a, x)
-    theta = torch.linalg.vector_norm(ax[:, BLOCK]).square()
-    largest = largest_singular_value(theta, torch.linalg.vector_norm(gx[:, BLOCK] - theta * x[:, BLOCK]))
+    value = torch.linalg.vector_norm(ax[:, BLOCK]).square()
+    largest = largest_singular_value(value, torch.linalg.vector_norm(gx[:, BLOCK] - value * x[:, BLOCK]))
     space = _Space(low, ax[:, :BLOCK], gx[:, :BLOCK])
-    smallest = _smallest(a, factor, space, below, inverse.relative_residual, rtol)
+    smallest = _smallest(a, factor, space, below, inverse.relative_residual, frobenius, rtol)
     return Bracket((largest[0].item(), largest[1].item()), smallest)
 
 
-def at_least(a: Tensor, factor: Factor, top: RitzPairs, generator: torch.Generator) -> float:
+def at_least(a: Tensor, factor: Factor, top: RitzPairs, frobenius: float, generator: torch.Generator) -> float:
     """A number that kappa is certainly not below, from two inverse steps: ||A u|| / ||A v|| for unit vectors u, v."""
     inverse = block_lanczos(factor.solve, gaussian(a, BLOCK, factor.dtype, generator), 2, 0.0)
     if inverse is None:
@@ -86,7 +89,7 @@ def at_least(a: Tensor, factor: Factor, top: RitzPairs, generator: torch.Generat
     x = torch.cat([top.largest(1), low], dim=1)
     norms = torch.linalg.vector_norm(products(a, x)[0], dim=0) / torch.linalg.vector_norm(x, dim=0)
     longest, shortest = norms.tolist()
-    return longest / shortest * (1 - rounding(a, shortest)) if shortest > 0 else math.inf
+    return longest / shortest * (1 - 8 * EPS * frobenius / shortest) if shortest > 0 else math.inf
 
 
 def proven(a: Tensor, found: Bracket) -> Bracket | None:
@@ -115,11 +118,6 @@ def gaussian(a: Tensor, width: int, dtype: torch.dtype, generator: torch.Generat
     return torch.randn(a.shape[1], width, generator=generator, dtype=torch.float64).to(a.device, dtype)
 
 
-def rounding(a: Tensor, norm: float) -> float:
-    """Relative error of a float64 norm ||A x|| = `norm` for a unit vector x."""
-    return 8 * EPS * torch.linalg.vector_norm(a, dtype=torch.float64).item() / norm
-
-
 @dataclass(frozen=True)
 class _Space:
     """An orthonormal basis, (n, b), with its products A @ basis and A^T A @ basis."""
@@ -136,54 +134,55 @@ def _below(a: Tensor, factor: Factor, inverse: RitzPairs, low: Tensor, generator
     if not torch.isfinite(x).all():
         return None
     defect = factor.defect(z, *products(a, x))
-    outside = torch.linalg.qr(factor.image(low.to(factor.dtype)))[0]
-    rest = defect - outside @ (outside.mT @ defect)
+    images = torch.linalg.qr(factor.image(low.to(factor.dtype)))[0]
     shrinks = []
-    for error in (defect, rest):
-        eta = PROBE_SAFETY * torch.linalg.vector_norm(error, dim=0).max().item()
+    for lowest in range(BLOCK + 1):
+        eta = PROBE_SAFETY * torch.linalg.vector_norm(defect, dim=0).max().item()
         # a defect that isn't a number is no small defect
-        shrinks.append(torch.tensor(factor.shrink(eta) if eta < LARGEST_DEFECT else 0.0, dtype=torch.float64))
+        shrinks.append(factor.shrink(eta) if eta < LARGEST_DEFECT else 0.0)
+        image = images[:, lowest : lowest + 1]
+        defect = defect - image @ (image.mT @ defect)
     values, residuals = (part[-BLOCK - 1 :].flip(0) for part in (inverse.values, inverse.residuals))
-    return eigenvalues_below(values, residuals, *shrinks, torch.finfo(factor.dtype).eps)
+    shrinks = torch.tensor(shrinks, dtype=torch.float64)
+    return eigenvalues_below(values, residuals, shrinks, torch.finfo(factor.dtype).eps).to(a.device)
 
 
 def _smallest(
-    a: Tensor, factor: Factor, space: _Space, below: Tensor, hidden: float, rtol: float
+    a: Tensor, factor: Factor, space: _Space, below: Tensor, hidden: float, frobenius: float, rtol: float
 ) -> tuple[float, float]:
-    """The interval of sigma_min, improved until it is as narrow as `rtol` or three corrections are through."""
-    frobenius = torch.linalg.vector_norm(a, dtype=torch.float64).item()
-    below, floor = below.to(a.device), torch.tensor(4 * EPS * frobenius**2, dtype=torch.float64)
+    """The interval of sigma_min, improved until it is as narrow as `rtol` or the corrections are through."""
+    floor = torch.tensor(4 * EPS * frobenius**2, dtype=torch.float64)
     best = 0.0
     for correction in range(CORRECTIONS + 1):
-        theta, z, residuals = _rayleigh_ritz(space)
-        residual_gram = residuals.gram.mT @ residuals.gram
-        best = max(best, lowest_eigenvalue(theta, residual_gram, below, torch.tensor(hidden), floor).item())
-        upper = math.sqrt(theta[0].item())
+        theta, residuals = _rayleigh_ritz(space)
+        found = lowest_eigenvalue(theta, residuals.mT @ residuals, below, torch.tensor(hidden), floor)
+        best, upper = max(best, found.item()), math.sqrt(theta[0].item())
         done = math.sqrt(best) * (1 + rtol) >= upper
-        if done or correction == CORRECTIONS or below[-1] == 0:
+        if done or correction == CORRECTIONS or not below.any():
             break
-        space = _corrected(a, factor, z, residuals)
+        space = _widened(a, factor, space, residuals)
+    # of a float64 norm ||A x|| for a unit vector x
     error = 8 * EPS * frobenius / upper if upper > 0 else 0.0
     return math.sqrt(best) * max(0.0, 1 - error), upper * (1 + error)
 
 
-def _rayleigh_ritz(space: _Space) -> tuple[Tensor, Tensor, _Space]:
-    """The BLOCK lowest values of ||A x||^2 on the space, their vectors, and products with residuals in place of A^T A.
+def _rayleigh_ritz(space: _Space) -> tuple[Tensor, Tensor]:
+    """The BLOCK lowest values of ||A x||^2 on the space, (BLOCK,), and the residuals of their vectors, (n, BLOCK).
 
     From the singular values of A @ basis, not from those of its square: float64 then reaches sigma_min itself.
     """
     _, sigma, right = torch.linalg.svd(torch.linalg.qr(space.a)[1])
     rotation = right.mT.flip(1)[:, :BLOCK]
     theta = sigma.flip(0)[:BLOCK] ** 2
-    z, az, gz = space.basis @ rotation, space.a @ rotation, space.gram @ rotation
-    return theta, z, _Space(z, az, gz - z * theta)
+    return theta, space.gram @ rotation - space.basis @ rotation * theta
 
 
-def _corrected(a: Tensor, factor: Factor, z: Tensor, residuals: _Space) -> _Space:
-    """The space of `z` widened by the factor's answer to its residuals (Davidson, J. Comput. Phys. 17, 1975)."""
-    scale = torch.linalg.vector_norm(residuals.gram, dim=0).clamp_min(torch.finfo(torch.float64).tiny)
-    step = factor.solve((residuals.gram / scale).to(factor.dtype)).double()
+def _widened(a: Tensor, factor: Factor, space: _Space, residuals: Tensor) -> _Space:
+    """The space with the factor's answer to the residuals (Davidson, J. Comput. Phys. 17, 1975)."""
+    scale = torch.linalg.vector_norm(residuals, dim=0).clamp_min(torch.finfo(torch.float64).tiny)
+    step = factor.solve((residuals / scale).to(factor.dtype)).double()
     for _ in range(2):
-        step = torch.linalg.qr(step - z @ (z.mT @ step))[0]
-    basis = torch.cat([z, step], dim=1)
-    return _Space(basis, *products(a, basis))
+        step = torch.linalg.qr(step - space.basis @ (space.basis.mT @ step))[0]
+    ax, gx = products(a, step)
+    pairs = ((space.basis, step), (space.a, ax), (space.gram, gx))
+    return _Space(*(torch.cat(pair, dim=1) for pair in pairs))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kappatune_plugin.bracket import at_least, bracket, gaussian, proven
+from kappatune_plugin.bracket import BLOCK, at_least, bracket, gaussian, proven
 from kappatune_plugin.factor import CholeskyFactor, LUFactor, gram, products, symmetric_product
 from kappatune_plugin.interval import RESIDUALS_HIGH
 from kappatune_plugin.kappa import (
@@ -17,6 +17,7 @@ from kappatune_plugin.kappa import (
     STATUSES,
     Kappa,
     check_input,
+    from_eigenvalues,
     from_svd,
     only_bounded,
     scaled,
@@ -27,12 +28,14 @@ from kappatune_plugin.lanczos import block_lanczos
 
 __all__ = ["STATUSES", "Kappa", "condition_number"]
 
-# up to this many columns an SVD is faster than a factor with its iterations
-SVD_COLUMNS = 256
+# values below 2^20 can be squared and summed in float32, and those of a matrix whose largest is above 2^-20
+LARGEST_EXPONENT = 20
+# up to this many columns all eigenvalues of A^T A are had as fast as a factor with its iterations
+EIGEN_COLUMNS = 384
 # a float32 factor's interval is no narrower than about this
 FLOAT32_RTOL = 1e-5
 # products with A^T A until its largest eigenvalue is known: with a float32 factor, and where that wasn't enough
-TOP_STEPS, MORE_TOP_STEPS = 80, 240
+TOP_STEPS, MORE_TOP_STEPS = 80, 160
 # enough for a bound
 ROUGH_TOP_STEPS = 5
 # sigma_max gets this part of half the interval (its residual counts RESIDUALS_HIGH times in sigma_max^2, so half of
@@ -73,14 +76,14 @@ def condition_number(w: Tensor, rtol: float = 1e-3, above: float = math.inf, pro
     if known is not None:
         return known
     exponent = math.frexp(peak)[1]
+    if abs(exponent) <= LARGEST_EXPONENT:
+        exponent = 0
     tall = w if w.shape[0] > w.shape[1] else w.mT
-    if min(w.shape) > SVD_COLUMNS:
+    if min(w.shape) > EIGEN_COLUMNS:
         dtypes = (torch.float32, torch.float64) if rtol >= FLOAT32_RTOL else (torch.float64,)
         return by_factors(tall, exponent, dtypes, rtol, above, proof)
-    kappa = from_svd(tall, exponent, torch.float32)
-    if kappa.hi - kappa.lo <= rtol * kappa.value < math.inf and not proof:
-        return kappa
-    return from_svd(tall, exponent, torch.float64)
+    kappa = None if proof else from_eigenvalues(tall, exponent, rtol)
+    return kappa or from_svd(tall, exponent)
 
 
 def by_factors(
@@ -92,7 +95,7 @@ def by_factors(
         kappa = _from_factor(tall, exponent, dtype, rtol, above, proof)
         if kappa is not None:
             return kappa
-    return from_svd(tall, exponent, torch.float64)
+    return from_svd(tall, exponent)
 
 
 def _from_factor(
@@ -110,18 +113,19 @@ def _from_factor(
         factor, operator = CholeskyFactor.of(lower), lambda v: symmetric_product(lower, v)
     if factor is None:
         return None
+    frobenius = _frobenius(a)
     method = f"{'lu' if square else 'gram'}{'32' if dtype == torch.float32 else '64'}"
-    start = gaussian(a, 1, dtype, generator)
+    start = gaussian(a, BLOCK, dtype, generator)
     if above < LARGEST_BOUND:
         rough = block_lanczos(operator, start, ROUGH_TOP_STEPS, 0.0)
-        bound = at_least(a, factor, rough, generator) if rough is not None else 1.0
+        bound = at_least(a, factor, rough, frobenius, generator) if rough is not None else 1.0
         if above < bound < LARGEST_BOUND:
-            return only_bounded(bound, _frobenius(a), exponent, method)
+            return only_bounded(bound, frobenius, exponent, method)
     tolerance = TOP_SHARE * rtol / RESIDUALS_HIGH
     top = block_lanczos(operator, start, TOP_STEPS, tolerance)
     if top is None or top.relative_residual > tolerance:
         top = block_lanczos(lambda v: products(a, v)[1], start.double(), MORE_TOP_STEPS, tolerance)
-    found = bracket(a, factor, top, rtol / 2, generator) if top is not None else None
+    found = bracket(a, factor, top, frobenius, rtol / 2, generator) if top is not None else None
     if found is not None and proof:
         found = proven(a, found)
     if found is None or not found.narrower_than(rtol):
@@ -129,8 +133,10 @@ def _from_factor(
     # products with Ritz vectors are far nearer than the interval says
     sigma = found.sigma_max[0], found.sigma_min[1]
     method += " proven" * proof
-    return settled(found.kappa, sigma, factor.log_volume(), _frobenius(a), a.shape[1], exponent, method)
+    return settled(found.kappa, sigma, factor.log_volume(), frobenius, a.shape[1], exponent, method)
 
 
 def _frobenius(a: Tensor) -> float:
-    return torch.linalg.vector_norm(a, dtype=torch.float64).item()
+    """||A||_F: float64 from lines of A in its own precision, of which the sum in float64 is slow."""
+    lines = a if a.is_contiguous() else a.mT
+    return torch.linalg.vector_norm(torch.linalg.vector_norm(lines, dim=1).double()).item()

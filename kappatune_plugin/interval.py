@@ -20,23 +20,23 @@ def largest_singular_value(value: Tensor, residual: Tensor) -> tuple[Tensor, Ten
     return value.sqrt() * (1 - 4 * EPS), (value + RESIDUALS_HIGH * residual).sqrt() * (1 + 4 * EPS)
 
 
-def eigenvalues_below(values: Tensor, residuals: Tensor, shrink: Tensor, shrink_rest: Tensor, eps: float) -> Tensor:
+def eigenvalues_below(values: Tensor, residuals: Tensor, shrinks: Tensor, eps: float) -> Tensor:
     """Numbers that the lowest j eigenvalues of A^T A, smallest first, are not below, (..., j); 0 if nothing is known.
 
     Args:
         values, residuals: (..., j), the largest Ritz values of the inverse of a factored matrix M, largest first, and
             the norms of their residuals.
-        shrink: (...), eigenvalue i of A^T A >= shrink * eigenvalue i of M; 0 if that isn't known.
-        shrink_rest: (...), the same for all but the lowest j - 1, whose vectors were projected out of M's error.
+        shrinks: (..., j), eigenvalue i + 1 of A^T A >= shrinks[i] * eigenvalue i + 1 of M, by M's error with its i
+            lowest vectors projected out; 0 if that isn't known. shrinks[0] then holds for all of them.
         eps: machine epsilon of the precision that M was made and solved in.
     """
-    # M^-1 in the basis of its first j - 1 Ritz vectors and the rest: what couples them moves the rest's largest value
-    # by no more than the squared coupling over the gap
-    gaps = (values[..., :-1] - values[..., -1:]).clamp_min(torch.finfo(torch.float64).tiny)
-    coupling = (residuals[..., :-1].square() / gaps).sum(-1)
-    rest = values[..., -1] + residuals[..., -1] + coupling + RITZ_ROUNDINGS * eps * values[..., 0]
-    below = shrink[..., None] / (values + residuals)
-    return torch.cat([below[..., :-1], torch.maximum(below[..., -1], shrink_rest / rest)[..., None]], -1)
+    shared = shrinks[..., :1] / (values + residuals)
+    # M^-1 in the basis of its first i Ritz vectors and the rest: what couples them moves the rest's largest value by
+    # no more than the squared coupling over the gap
+    gaps = (values[..., None] - values[..., None, :]).clamp_min(torch.finfo(torch.float64).tiny)
+    coupling = torch.triu(residuals.square()[..., None] / gaps, diagonal=1).sum(-2)
+    rest = values + residuals + coupling + RITZ_ROUNDINGS * eps * values[..., :1]
+    return torch.maximum(shared, shrinks / rest)
 
 
 def lowest_eigenvalue(theta: Tensor, residual_gram: Tensor, below: Tensor, hidden: Tensor, floor: Tensor) -> Tensor:
@@ -48,15 +48,18 @@ def lowest_eigenvalue(theta: Tensor, residual_gram: Tensor, below: Tensor, hidde
         below: (..., j + 1), as `eigenvalues_below` returns it.
         hidden: (...), relative residual of the factored matrix's lowest Ritz value: what a cluster that the Krylov
             space hasn't parted yet may hide.
-        floor: (...), rounding error of an eigenvalue.
+        floor: (...), rounding error of a residual.
     """
     lowest = theta[..., 0]
     norm = residual_gram[..., 0, 0].clamp_min(0).sqrt()
     near = torch.where(below[..., 0] > 0, lowest - RESIDUALS_LOW * (norm + floor), 0.0)
     bound = torch.maximum(near, below[..., 0])
+    # (R + D)^T (R + D) <= (1 + c) R^T R + (1 + 1 / c) ||D||^2, here with c = 0.1
+    identity = torch.eye(theta.shape[-1], dtype=theta.dtype, device=theta.device)
+    residual_gram = 1.1 * residual_gram + 11 * floor.square()[..., None, None] * identity
     for count in range(1, theta.shape[-1] + 1):
         beta = below[..., count]
-        found = _lehmann(theta[..., :count], residual_gram[..., :count, :count], beta) - RESIDUALS_LOW * floor
+        found = _lehmann(theta[..., :count], residual_gram[..., :count, :count], beta)
         bound = torch.where(beta > theta[..., count - 1], torch.maximum(bound, found), bound)
     return (torch.minimum(bound, lowest) * (1 - RESIDUALS_LOW * hidden)).clamp_min(0)
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# steps between two looks at the convergence: an eigenproblem of the size of the basis isn't free
-LOOK_EVERY = 3
+# vectors in the basis from which on only each third step looks at the convergence: an eigenproblem of the size of the
+# basis isn't free
+LARGE_BASIS = 32
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def block_lanczos(
         projected[begin:end, :end] = column.mT
         block, remainder = torch.linalg.qr(product)
         last = step == steps - 1
-        if last or width > 1 or step % LOOK_EVERY == 0:
+        if last or end <= LARGE_BASIS or step % 3 == 0:
             pairs = _ritz_pairs(projected[:end, :end], remainder.double().cpu(), basis[:, :end], width)
             if last or (step >= 2 and pairs.relative_residual < tolerance):
                 return pairs if math.isfinite(pairs.relative_residual) else None
