@@ -20,13 +20,15 @@ TEMPLATE = (
 )
 WORDS = "the cat dog sat on mat red blue sky how many legs does a bird have two four six where when run jump".split()
 ROWS = 64
+# Alpaca's prompt alone is 300 tokens of this tokenizer
+LENGTH = 1024
 
 
 def make_tiny(folder: Path) -> None:
     """Write the models, alpaca.jsonl, chat.jsonl, dpo.jsonl, text.jsonl and LLaMA-Factory's dataset_info.json."""
     for name, kind in MODELS.items():
-        model, tokenizer = tiny_model(kind, vocab_size=300), tiny_tokenizer()
-        tokenizer.chat_template, tokenizer.model_max_length = TEMPLATE, 128
+        model, tokenizer = tiny_model(kind, vocab_size=300, max_position_embeddings=LENGTH), tiny_tokenizer()
+        tokenizer.chat_template, tokenizer.model_max_length = TEMPLATE, LENGTH
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     draw = random.Random(0)

@@ -1,0 +1,74 @@
+"""What Axolotl's YAML may say to KappaTune, and what it may not say beside it. Needs no Axolotl, only pydantic."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+
+from kappatune_plugin.config import KAPPATUNE_KEYS, KappaTuneConfig, config_problems
+from kappatune_plugin.peft_method import NAME
+
+# read by Axolotl or by us whatever the adapter is
+SHARED = ("lora_model_dir", "lora_on_cpu", "lora_modules_to_save", "peft_autocast_adapter_dtype")
+OTHER_PREFIXES = ("lora_", "peft_", "qlora_")
+OTHER_METHODS = ("peft", "loraplus_lr_ratio", "relora", "unfrozen_parameters")
+QUANTIZED = ("load_in_4bit", "load_in_8bit", "gptq", "quantize_moe_experts")
+
+
+class _Block(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="after")
+    def _right(self) -> "_Block":
+        problems = config_problems(self.model_dump(exclude_none=True))
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def _fields() -> dict[str, Any]:
+    """A field for each key of the block; None means the method's own default."""
+    types, declared = get_type_hints(KappaTuneConfig), KappaTuneConfig.__dataclass_fields__
+    return {
+        key: (types[key] | None, Field(default=None, description=declared[key].metadata["help"]))
+        for key in KAPPATUNE_KEYS
+    }
+
+
+KappaTuneBlock = create_model("KappaTuneBlock", __base__=_Block, **_fields())
+
+
+class KappaTuneArgs(BaseModel):
+    """What Axolotl adds to its configuration."""
+
+    kappatune: KappaTuneBlock | None = Field(
+        default=None, description="What `adapter: kappatune` trains: the block of a KappaTune recipe."
+    )
+
+
+def axolotl_problems(config: Mapping[str, Any]) -> list[str]:
+    """What in Axolotl's raw configuration contradicts KappaTune or would be ignored, a line each."""
+    near = [key for key in difflib.get_close_matches(NAME, list(config), n=3, cutoff=0.75) if key != NAME]
+    problems = [f"unknown key '{key}'. Did you mean '{NAME}'?" for key in near]
+    if config.get("adapter") != NAME:
+        found = config.get("adapter") or "no adapter, which trains every parameter"
+        problems.append(f"the plugin is listed, but the file says {found}: write `adapter: {NAME}`.")
+        return problems
+    if NAME not in config and not near:
+        problems.append(f"the block {NAME} is missing: add the lines `{NAME}:` and `  k: 75`.")
+    other = [key for key in config if key in OTHER_METHODS or key.startswith(OTHER_PREFIXES)]
+    other = [key for key in other if config[key] and key not in SHARED]
+    if other:
+        problems.append(f"{', '.join(other)}: another method's, and ignored here. Delete these lines.")
+    quantized = [key for key in QUANTIZED if config.get(key)]
+    if quantized:
+        problems.append(
+            f"{', '.join(quantized)}: Axolotl quantizes only for its own adapters, and would load the model "
+            "unquantized. Delete these lines."
+        )
+    block = config.get(NAME)
+    twice = isinstance(block, Mapping) and block.get("modules_to_save") is not None
+    if twice and config.get("lora_modules_to_save"):
+        problems.append(f"lora_modules_to_save and {NAME}.modules_to_save say the same: delete one.")
+    return problems
