@@ -164,9 +164,11 @@ def test_dpo_gets_the_config_and_a_whole_model(plugin):
 
 def test_trained_adapters(plugin, tmp_path):
     """`inference` and `merge-lora` take what `train` left, `train` goes on from lora_model_dir."""
-    cfg = Cfg(adapter="kappatune", kappatune={"k": 5}, output_dir=str(tmp_path))
+    cfg = Cfg(RIGHT, output_dir=str(tmp_path))
+    plugin.register(Cfg(cfg, inference=True))
     with pytest.raises(KappaTuneError, match="no trained adapter in output_dir"):
-        plugin.load_adapter(tiny_model("llama"), Cfg(cfg, inference=True))
+        plugin.load_adapter(tiny_model("llama"), cfg)
+    plugin.register(cfg)
     trained, _ = plugin.load_adapter(tiny_model("llama"), cfg)
     with torch.no_grad():
         for parameter in trained.parameters():
@@ -174,9 +176,13 @@ def test_trained_adapters(plugin, tmp_path):
     trained.base_model.write_through()
     trained.save_pretrained(tmp_path)
     for reason in ("inference", "merge_lora"):
-        loaded, _ = plugin.load_adapter(tiny_model("llama"), Cfg(cfg, **{reason: True}))
+        plugin.register(Cfg(cfg, **{reason: True}))
+        # Axolotl's checked configuration keeps merge_lora, but not inference
+        checked = Cfg(cfg, merge_lora=True) if reason == "merge_lora" else cfg
+        loaded, _ = plugin.load_adapter(tiny_model("llama"), checked)
         assert trainable(loaded) == []
         assert all(torch.equal(loaded.state_dict()[name], value) for name, value in trained.state_dict().items())
+    plugin.register(cfg)
     again, _ = plugin.load_adapter(tiny_model("llama"), Cfg(cfg, lora_model_dir=str(tmp_path)))
     assert trainable(again) == trainable(trained)
 

@@ -33,7 +33,13 @@ def new_adapter(model: nn.Module, given: Mapping[str, Any], **options: Any) -> P
 def trained_adapter(
     model: nn.Module, adapter: str, given: Mapping[str, Any], trainable: bool, **options: Any
 ) -> PeftModel:
-    """`model` with the KappaTune adapter that a run left in the folder or hub repository `adapter`.
+    """`model` with the adapter that `checked_adapter` accepts; `options` go to `from_pretrained`."""
+    checked_adapter(adapter, given)
+    return PeftModel.from_pretrained(model, adapter, is_trainable=trainable, **options)
+
+
+def checked_adapter(adapter: str, given: Mapping[str, Any]) -> KappaTuneConfig:
+    """The config of the KappaTune adapter that a run left in the folder or hub repository `adapter`.
 
     Raises:
         KappaTuneError: there is none, it isn't one of KappaTune, or settings in `given` are not those it was trained
@@ -52,7 +58,7 @@ def trained_adapter(
             f"The adapter '{adapter}' was trained with other settings: {'; '.join(words)}. Write those, or leave the "
             "adapter out to train a new one."
         )
-    return PeftModel.from_pretrained(model, adapter, is_trainable=trainable, **options)
+    return saved
 
 
 def _same(key: str, given: Any, saved: Any) -> bool:

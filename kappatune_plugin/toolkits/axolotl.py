@@ -35,6 +35,8 @@ except ImportError as error:
 class KappaTunePlugin(BasePlugin):
     """The adapter `kappatune`: Axolotl trains, resumes, saves and merges it as it does LoRA."""
 
+    _inference = False
+
     def register(self, cfg: dict[str, Any]) -> None:
         """Check the configuration as it was written, before Axolotl fills in its defaults.
 
@@ -44,6 +46,8 @@ class KappaTunePlugin(BasePlugin):
         problems = axolotl_problems(cfg)
         if problems:
             raise KappaTuneError("\n  - ".join(["Axolotl's configuration doesn't fit KappaTune:", *problems]))
+        # `axolotl inference` sets a key that its checked configuration lacks, and loads as `train` does
+        self._inference = bool(cfg.get("inference"))
         if cfg.get("merge_lora"):
             # the other way knows only LoRA's matrices
             cfg["merge_method"] = "legacy"
@@ -69,7 +73,7 @@ class KappaTunePlugin(BasePlugin):
         given = {key: value for key, value in (cfg.kappatune or {}).items() if value is not None}
         if cfg.lora_modules_to_save:
             given["modules_to_save"] = list(cfg.lora_modules_to_save)
-        inference = bool(inference or cfg.inference or cfg.merge_lora)
+        inference = bool(inference or self._inference or cfg.merge_lora)
         folder = cfg.lora_model_dir or (_output(cfg) if inference else None)
         if config_only:
             if folder:

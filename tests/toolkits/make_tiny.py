@@ -39,7 +39,12 @@ def make_tiny(folder: Path) -> None:
     _write(folder / "chat.jsonl", ({"messages": _messages(q, a)} for q, a in pairs))
     rows = zip(pairs, worse, strict=True)
     _write(folder / "dpo.jsonl", ({"prompt": q, "chosen": a, "rejected": b} for (q, a), b in rows))
-    (folder / "dataset_info.json").write_text(json.dumps({"tiny": {"file_name": "alpaca.jsonl"}}))
+    columns = {name: name for name in ("prompt", "chosen", "rejected")}
+    info = {
+        "tiny": {"file_name": "alpaca.jsonl"},
+        "pairs": {"file_name": "dpo.jsonl", "ranking": True, "columns": columns},
+    }
+    (folder / "dataset_info.json").write_text(json.dumps(info))
 
 
 def _messages(question: str, answer: str) -> list[dict[str, str]]:

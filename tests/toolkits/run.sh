@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Run a toolkit's own commands on tiny models and compare the checkpoints they leave:
 #     tests/toolkits/run.sh NAME [FOLDER]
-# NAME is that of a script beside this one (axolotl, llamafactory). FOLDER keeps the environments, so that only the
-# first run installs anything (minutes); default: kappatune-toolkits in the cache folder. On a machine without a GPU,
+# NAME is axolotl, llamafactory or llamafactory-4. FOLDER keeps the environments, so that only the first run installs
+# anything (minutes); default: kappatune-toolkits in the cache folder. On a machine without a GPU,
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu spares the gigabytes of CUDA.
 set -euo pipefail
 

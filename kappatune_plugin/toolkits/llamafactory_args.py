@@ -1,0 +1,83 @@
+"""The `kappatune_*` keys of a LLaMA-Factory YAML, as the dataclass that its parser fills. Needs no LLaMA-Factory."""
+
+from collections.abc import Callable
+from dataclasses import MISSING, Field, field, fields, make_dataclass
+from typing import Any, Literal, get_args, get_type_hints
+
+from kappatune_plugin.cli_app import budget
+from kappatune_plugin.config import KAPPATUNE_KEYS, KappaTuneConfig, config_problems
+from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.peft_method import NAME, PREFIX
+
+# what the rest of LLaMA-Factory sees: a PEFT adapter is saved, resumed, merged and disabled for DPO under this name
+STAND_IN = "lora"
+# groups of LLaMA-Factory's settings that belong to other methods
+OTHER_GROUPS = (
+    "LoraArguments",
+    "OFTArguments",
+    "FreezeArguments",
+    "GaloreArguments",
+    "ApolloArguments",
+    "BAdamArgument",
+)
+OTHER_KEYS = ("use_llama_pro", "use_mca", "use_hyper_parallel")
+SHARED = ("create_new_adapter", "additional_target")
+# its parser builds command line options, which have one type
+ONE_TYPE = {"k": str, "report": str, "selection": str}
+
+
+def arguments_class(base: type) -> type:
+    """A dataclass with the keys of `base`, LLaMA-Factory's FinetuningArguments, and ours.
+
+    Its instances have an attribute `kappatune`: the settings given, or None if the file asks for another method.
+    """
+    types, declared = get_type_hints(KappaTuneConfig), KappaTuneConfig.__dataclass_fields__
+    methods = Literal[(*get_args(get_type_hints(base)["finetuning_type"]), NAME)]
+    original = base.__dataclass_fields__["finetuning_type"]
+    ours = [("finetuning_type", methods, field(default=original.default, metadata=original.metadata))]
+    for key in KAPPATUNE_KEYS:
+        help_text = {"help": declared[key].metadata["help"]}
+        ours.append((PREFIX + key, ONE_TYPE.get(key, types[key]) | None, field(default=None, metadata=help_text)))
+    return make_dataclass(base.__name__, ours, bases=(base,), namespace={"__post_init__": _post_init(base)})
+
+
+def _post_init(base: type) -> Callable[[Any], None]:
+    def __post_init__(self: Any) -> None:
+        given = {key: getattr(self, PREFIX + key) for key in KAPPATUNE_KEYS}
+        given = {key: value for key, value in given.items() if value is not None}
+        if isinstance(given.get("k"), str):
+            given["k"] = budget(given["k"])
+        asked = self.finetuning_type == NAME
+        problems = _problems(base, self, given) if asked else []
+        if given and not asked:
+            keys = ", ".join(PREFIX + key for key in given)
+            problems = [f"{keys}: ignored with finetuning_type: {self.finetuning_type}. Write {NAME}, or delete them."]
+        if problems:
+            raise KappaTuneError("\n  - ".join(["LLaMA-Factory's settings don't fit KappaTune:", *problems]))
+        if asked:
+            self.finetuning_type = STAND_IN
+        base.__post_init__(self)
+        self.kappatune = _with_target(given, self.additional_target) if asked else None
+
+    return __post_init__
+
+
+def _problems(base: type, values: Any, given: dict[str, Any]) -> list[str]:
+    problems = [PREFIX + problem for problem in config_problems(given)]
+    groups = [group for group in base.__mro__ if group.__name__ in OTHER_GROUPS]
+    of_others = {each.name: each for group in groups for each in fields(group)}
+    of_others |= {name: each for name, each in base.__dataclass_fields__.items() if name in OTHER_KEYS}
+    other = [name for name, each in of_others.items() if name not in SHARED and getattr(values, name) != _default(each)]
+    if other:
+        problems.append(f"{', '.join(other)}: another method's, and ignored here. Delete these lines.")
+    if values.additional_target and "modules_to_save" in given:
+        problems.append(f"additional_target and {PREFIX}modules_to_save say the same: delete one.")
+    return problems
+
+
+def _default(each: Field) -> Any:
+    return each.default if each.default_factory is MISSING else each.default_factory()
+
+
+def _with_target(given: dict[str, Any], additional_target: list[str] | None) -> dict[str, Any]:
+    return {**given, "modules_to_save": list(additional_target)} if additional_target else given
