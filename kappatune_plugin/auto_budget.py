@@ -6,14 +6,13 @@ data order or checkpoint has to be rebuilt.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from kappatune_plugin.budget import Budget, parse_budget
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.file_checks import is_number
-from kappatune_plugin.templates import did_you_mean
 
 AUTO = "auto"
 Losses = Sequence[tuple[int, float]]
@@ -60,23 +59,6 @@ class AutoBudget:
             problems.append(f"window: {self.window!r} is not a whole number of steps from 1 on.")
         if problems:
             raise KappaTuneError("\n".join(problems))
-
-    @classmethod
-    def of(cls, block: Any) -> "AutoBudget":
-        """The block as a recipe has it; None means all defaults.
-
-        Raises:
-            KappaTuneError: as above, also for an unknown key.
-        """
-        block = {} if block is None else block
-        known = [field.name for field in fields(cls)]
-        if not isinstance(block, Mapping):
-            raise KappaTuneError(f"expected a mapping of {', '.join(known)}, found {block!r}.")
-        unknown = [key for key in block if key not in known]
-        if unknown:
-            lines = [f"unknown key '{key}'.{did_you_mean(str(key), known)}" for key in unknown]
-            raise KappaTuneError("\n".join(f"{line} It takes {', '.join(known)}." for line in lines))
-        return cls(**block)
 
 
 @dataclass(frozen=True)

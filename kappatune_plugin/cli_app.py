@@ -21,7 +21,10 @@ K_HELP = "How much to train: 75 (matrices), 10%, '{params: 160M}' or '{kappa: 30
 RankBy = Annotated[
     str,
     typer.Option(
-        "--rank_by", "--rank-by", help="kappa, kappa_over_null, log_volume, stable_rank or snr (Spectrum's; slow)."
+        "--rank_by",
+        "--rank-by",
+        help="kappa, kappa_over_null, log_volume, stable_rank, snr (Spectrum's; slow), or gain_over_forgetting of a "
+        "report that a run left.",
     ),
 ]
 TrustRemoteCode = Annotated[

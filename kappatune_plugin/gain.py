@@ -14,18 +14,24 @@ Fisher information and not the empirical one.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
+from kappatune_plugin import ranking
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.probes import completion_ids, padded, sample_base
+from kappatune_plugin.report import KappaReport
 from kappatune_plugin.units import WeightUnit, find_units, unit_block
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+GAIN = ranking.gain_over_forgetting.__name__
 # of the mean Fisher information an entry: an expert that no sampled token reached has none, and isn't free for that
 DAMPING = 1e-3
 # token ids, and the position of the first whose prediction counts
@@ -80,7 +86,7 @@ def gain_over_forgetting(
         model: without adapter, whole on one process.
         rows: (prompt, completion) to train on, completions with their end token; an empty prompt means that the whole
             text is learned.
-        units: which; default: all of the model's.
+        units: which; default: all of the model's. The damping is by their mean information (see `ratios`).
 
     Raises:
         KappaTuneError: no rows, a model with an adapter, or a tokenizer without a token to write from.
@@ -97,6 +103,45 @@ def gain_over_forgetting(
     gain = task_gain(model, units, examples, config.batch_size)
     information = fisher_information(model, units, written, config.batch_size)
     return ratios(units, gain, information)
+
+
+def with_gain(
+    report: KappaReport,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: "Dataset",
+    config: GainConfig | None = None,
+    text_field: str = "text",
+) -> KappaReport:
+    """`report` with the score "gain_over_forgetting" of each of its units; arguments as `gain_over_forgetting`.
+
+    Args:
+        rows: to train on, in one of TRL's formats: columns `prompt` and `completion`, or `text_field`, of text.
+
+    Raises:
+        KappaTuneError: as `gain_over_forgetting`, and rows in another format.
+    """
+    names = {row.name for row in report.units}
+    units = [unit for unit in find_units(model) if unit.name in names]
+    pairs = training_pairs(rows, tokenizer.eos_token or "", text_field)
+    found = gain_over_forgetting(model, tokenizer, pairs, config, units)
+    scored = [replace(row, scores={**row.scores, GAIN: found[row.name]}) for row in report.units]
+    return replace(report, units=scored)
+
+
+def training_pairs(rows: "Dataset", end: str, text_field: str = "text") -> list[tuple[str, str]]:
+    """The rows as (prompt, completion) with the end token that TRL adds; an empty prompt where all is learned."""
+    for before, after in (("prompt", "completion"), (None, text_field)):
+        if after not in rows.column_names or (before and before not in rows.column_names):
+            continue
+        prompts = rows[before] if before else [""] * len(rows)
+        found = list(zip(prompts, rows[after], strict=True))
+        if all(isinstance(text, str) for pair in found for text in pair):
+            return [(prompt, text if end and text.endswith(end) else text + end) for prompt, text in found]
+    raise KappaTuneError(
+        f"rank_by: gain_over_forgetting reads training rows of text, in columns prompt and completion or {text_field}; "
+        f"these have {', '.join(rows.column_names)}. Write them as such with data.prompt and data.completion."
+    )
 
 
 def ratios(

@@ -45,8 +45,14 @@ def snr(row: UnitReport) -> float:
     return row.scores["snr"]
 
 
+def gain_over_forgetting(row: UnitReport) -> float:
+    """Squared task gradient over Fisher information (see `gain`). What gains most for what is forgotten are the
+    `highest`. No scan finds it: it is measured on the task's rows, by a run of a recipe or a comparison."""
+    return row.scores["gain_over_forgetting"]
+
+
 RANKS: dict[str, Callable[[UnitReport], float]] = {
-    each.__name__: each for each in (kappa, kappa_over_null, log_volume, stable_rank, snr)
+    each.__name__: each for each in (kappa, kappa_over_null, log_volume, stable_rank, snr, gain_over_forgetting)
 }
 # those that are known to be high once kappa is
 BOUNDED = ("kappa", "kappa_over_null")
@@ -65,10 +71,17 @@ def rank_values(rows: Sequence[UnitReport], rank_by: str) -> dict[str, float]:
     try:
         return {row.name: RANKS[rank_by](row) for row in rows if row.status == "ok"}
     except KeyError as error:
-        raise KappaTuneError(
-            f"rank_by: {rank_by}: the report has no such values. Scan again with rank_by {rank_by} "
-            f"(`kappatune scan MODEL --rank_by {rank_by}`)."
-        ) from error
+        raise KappaTuneError(f"rank_by: {rank_by}: the report has no such values. {how_to_measure(rank_by)}") from error
+
+
+def how_to_measure(rank_by: str) -> str:
+    """What to do for a report with the values of `rank_by`, for errors."""
+    if rank_by == gain_over_forgetting.__name__:
+        return (
+            "They are measured on a task's rows: `kappatune sft` with a recipe that has this rank_by leaves a "
+            "kappa_report.json with them, `gain.with_gain` adds them to a report in Python."
+        )
+    return f"Scan again with rank_by {rank_by} (`kappatune scan MODEL --rank_by {rank_by}`)."
 
 
 def ranked(rows: Sequence[UnitReport], rank_by: str, highest: bool = False) -> list[UnitReport]:

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
     from kappatune_plugin.forgetting_config import ForgettingConfig
+    from kappatune_plugin.gain import GainConfig
 
+# of the block kappatune, what a run decides by and no model needs
+RECIPE_KEYS = ("auto", "gain")
 DATA_KEYS = ("train", "test", "prompt", "completion", "labels", "label_column", "max_chars")
 # keys of TRL's ModelConfig that ask for another method
 OTHER_METHODS = ("use_peft", "use_rslora", "use_dora", "load_in_8bit", "load_in_4bit", "use_bnb_nested_quant")
@@ -36,6 +39,7 @@ class Recipe:
         resolved: all keys with the overrides in, as recipe.yaml holds them.
         folder: of the recipe; relative paths that don't lead anywhere from the current folder start here.
         auto: how `k: auto` decides; `kappatune.k` is its largest budget then. None for a fixed k.
+        gain: how `rank_by: gain_over_forgetting` is measured; None for its defaults.
     """
 
     script_args: "ScriptArguments"
@@ -48,6 +52,7 @@ class Recipe:
     resolved: dict[str, Any]
     folder: Path
     auto: AutoBudget | None = None
+    gain: "GainConfig | None" = None
 
 
 def load_recipe(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Recipe:
@@ -71,14 +76,14 @@ def load_recipe(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Recip
     built = [_build(owner, arguments, problems) for owner in _trl_classes()]
     kappatune = _kappatune(blocks, problems)
     forgetting = _forgetting(blocks, problems)
-    auto = _auto(blocks, forgetting, built[1], problems)
+    auto, gain = _auto(blocks, forgetting, built[1], problems), _gain(blocks, problems)
     if "data" in blocks:
         problems += _data_problems(blocks["data"])
     if problems:
         count = f"{len(problems)} problem" + ("s" if len(problems) > 1 else "")
         raise KappaTuneError("\n  - ".join([f"Recipe {path} has {count}:", *problems]))
     resolved = {**arguments, **blocks}
-    return Recipe(*built, kappatune, blocks.get("data"), forgetting, resolved, folder, auto)
+    return Recipe(*built, kappatune, blocks.get("data"), forgetting, resolved, folder, auto, gain)
 
 
 def _trl_classes() -> tuple[type, ...]:
@@ -208,9 +213,10 @@ def _kappatune(blocks: Mapping[str, Any], problems: list[str]) -> KappaTuneConfi
 
     if "kappatune" not in blocks:
         return None
-    values = _block("kappatune", blocks, (*KAPPATUNE_KEYS, AUTO), problems)
+    values = _block("kappatune", blocks, (*KAPPATUNE_KEYS, *RECIPE_KEYS), problems)
     if values is None:
         return None
+    values.pop("gain", None)
     if values.pop("auto", None) is not None and values.get("k") != AUTO:
         problems.append(f"kappatune.auto is given, but k is {values.get('k')!r}: write `k: auto`, or delete auto.")
     if values.get("k") == AUTO:
@@ -225,10 +231,45 @@ def _kappatune(blocks: Mapping[str, Any], problems: list[str]) -> KappaTuneConfi
     return None if found else KappaTuneConfig(task_type="CAUSAL_LM", **values)
 
 
+def _inner(owner: type, block: Any) -> Any:
+    """The dataclass `owner` from a mapping inside a block; None means all defaults.
+
+    Raises:
+        KappaTuneError: what it refuses, and unknown keys; a line each.
+    """
+    block = {} if block is None else block
+    known = [field.name for field in fields(owner)]
+    if not isinstance(block, Mapping):
+        raise KappaTuneError(f"expected a mapping of {', '.join(known)}, found {block!r}.")
+    unknown = [f"unknown key {_unknown(key, known)} It takes {', '.join(known)}." for key in block if key not in known]
+    if unknown:
+        raise KappaTuneError("\n".join(unknown))
+    return owner(**block)
+
+
+def _gain(blocks: Mapping[str, Any], problems: list[str]) -> "GainConfig | None":
+    """The settings of `rank_by: gain_over_forgetting`; a recipe that names no end of the ranking is a problem."""
+    from kappatune_plugin.gain import GAIN, GainConfig
+
+    block = blocks.get("kappatune")
+    if not isinstance(block, dict):
+        return None
+    if block.get("rank_by") == GAIN and block.get("order") is None and block.get("selection") is None:
+        problems.append(
+            f"kappatune.order is missing: with rank_by {GAIN} the highest are those that gain most. Write `order: "
+            "highest`, or lowest for the control."
+        )
+    try:
+        return _inner(GainConfig, block["gain"]) if block.get("gain") is not None else None
+    except KappaTuneError as error:
+        problems += [f"kappatune.gain: {line}" for line in str(error).splitlines()]
+    return None
+
+
 def _most(blocks: Mapping[str, Any]) -> Any:
     """The largest budget of `k: auto`; None if its block is wrong."""
     try:
-        return AutoBudget.of(blocks["kappatune"].get("auto")).most
+        return _inner(AutoBudget, blocks["kappatune"].get("auto")).most
     except KappaTuneError:
         return None
 
@@ -241,7 +282,7 @@ def _auto(
     if not isinstance(block, dict) or block.get("k") != AUTO:
         return None
     try:
-        auto = AutoBudget.of(block.get("auto"))
+        auto = _inner(AutoBudget, block.get("auto"))
     except KappaTuneError as error:
         problems += [f"kappatune.auto: {line}" for line in str(error).splitlines()]
         return None

@@ -48,7 +48,8 @@ class UnitReport:
         null: median kappa of a Gaussian matrix of this shape.
         log_volume, stable_rank, sigma_max, sigma_min, frobenius, method: as in `condition.Kappa`.
         groups: those of "embedding", "head", "router" that the unit belongs to, sorted.
-        scores: other values to rank by, by name: "snr" if the scan was asked for it.
+        scores: other values to rank by, by name: "snr" if the scan was asked for it, "gain_over_forgetting" if a run
+            measured it.
     """
 
     name: str

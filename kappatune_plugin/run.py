@@ -17,6 +17,7 @@ from kappatune_plugin.versions import newer_tokenizer
 if TYPE_CHECKING:
     from datasets import Dataset
     from rich.console import Console
+    from torch import nn
     from trl import SFTTrainer
 
     from kappatune_plugin.auto_callback import AutoBudgetCallback
@@ -163,20 +164,21 @@ def _trainer(recipe: "Recipe", train: "Dataset", test: "Dataset | None") -> "SFT
     """The trainer of trl/scripts/sft.py with `peft_config` in the place of LoRA's."""
     from trl import SFTTrainer
 
-    args, model = recipe.training_args, recipe.model_args
+    from kappatune_plugin.gain_run import config_with_gain, needs_gain
+
+    args, model, config = recipe.training_args, recipe.model_args, recipe.kappatune
     args.model_init_kwargs = model_init_kwargs(recipe)
     if args.eval_strategy == "no" or test is None:
         test = None
     elif recipe.data is not None:
         test = _formatted(test, _templates(recipe.data, test=True))
     try:
-        return SFTTrainer(
-            model=model.model_name_or_path,
-            args=args,
-            train_dataset=train,
-            eval_dataset=test,
-            peft_config=recipe.kappatune,
-        )
+        base = model.model_name_or_path
+        if needs_gain(config):
+            base = load_base(recipe)
+            config = config_with_gain(recipe, base, load_tokenizer(recipe), train)
+            args.model_init_kwargs = None
+        return SFTTrainer(model=base, args=args, train_dataset=train, eval_dataset=test, peft_config=config)
     except OSError as error:
         raise KappaTuneError(f"Can't load the model '{model.model_name_or_path}': {error}") from error
     except ValueError as error:
@@ -184,6 +186,26 @@ def _trainer(recipe: "Recipe", train: "Dataset", test: "Dataset | None") -> "SFT
         if hint is None:
             raise
         raise KappaTuneError(f"Can't load the tokenizer of '{model.model_name_or_path}': {error} {hint}") from error
+
+
+def load_base(recipe: "Recipe") -> "nn.Module":
+    """The recipe's model as SFTTrainer loads it from its name. Raises KappaTuneError if that fails."""
+    from trl.trainer.utils import create_model_from_path
+
+    name = recipe.model_args.model_name_or_path
+    try:
+        return create_model_from_path(name, **model_init_kwargs(recipe))
+    except OSError as error:
+        raise KappaTuneError(f"Can't load the model '{name}': {error}") from error
+
+
+def load_tokenizer(recipe: "Recipe") -> Any:
+    """The recipe's tokenizer."""
+    from transformers import AutoTokenizer
+
+    model = recipe.model_args
+    options = {"revision": model.model_revision, "trust_remote_code": _trusts_remote_code(recipe)}
+    return AutoTokenizer.from_pretrained(model.model_name_or_path, **options)
 
 
 def _trusts_remote_code(recipe: "Recipe") -> bool:

@@ -12,6 +12,7 @@ from kappatune_plugin.cache import Cache, cache_folder
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.measure import Bar, measure
 from kappatune_plugin.patterns import DEFAULT_EXCLUDE, filter_units
+from kappatune_plugin.ranking import gain_over_forgetting, how_to_measure
 from kappatune_plugin.report import ABOVE, KappaReport, UnitReport
 from kappatune_plugin.selection import check_settings
 from kappatune_plugin.settle import Above, can_settle, settle
@@ -52,9 +53,12 @@ def scan(
         cache: use what earlier scans found, and keep what this one finds; see `cache`.
 
     Raises:
-        KappaTuneError: the model can't be loaded, a pattern matches nothing, or no weight matrix is left.
+        KappaTuneError: the model can't be loaded, a pattern matches nothing, no weight matrix is left, or `rank_by`
+            isn't found by scanning.
     """
     budget = check_settings(k, order, rank_by, seed) if k is not None else None
+    if rank_by == gain_over_forgetting.__name__:
+        raise KappaTuneError(f"rank_by: {rank_by}: a scan can't tell. {how_to_measure(rank_by)}")
     source = open_source(model_or_path, trust_remote_code)
     kept, left_out = filter_units(source.units, include, exclude, source.parameters)
     if not kept:

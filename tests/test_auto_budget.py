@@ -88,7 +88,7 @@ def test_budgets_count_from_the_front():
 @pytest.mark.parametrize(
     ("block", "words"),
     [
-        ({"start": 0, "growth": 1}, ["start: k: 0", "growth: 1 is not a number above 1"]),
+        ({"start": 0, "growth": 1}, ["auto: start: k: 0", "auto: growth: 1 is not a number above 1"]),
         ({"most": "lots"}, ["most: k: 'lots'"]),
         ({"window": 0, "target_loss": -1}, ["window: 0", "target_loss: -1"]),
         ({"min_improvement": 1}, ["min_improvement: 1"]),
@@ -96,9 +96,10 @@ def test_budgets_count_from_the_front():
         (3, ["expected a mapping of start, most"]),
     ],
 )
-def test_blocks_that_cannot_be_right(block, words):
+def test_blocks_that_cannot_be_right(saved_olmoe, tmp_path, block, words):
+    recipe = tiny_recipe(tmp_path, saved_olmoe, kappatune={"k": "auto", "auto": block})
     with pytest.raises(KappaTuneError) as error:
-        AutoBudget.of(block)
+        load_recipe(write_recipe(tmp_path / "recipe.yaml", recipe))
     for word in words:
         assert word in str(error.value)
 

@@ -10,13 +10,16 @@ from PIL import Image
 from test_cli import kappatune
 
 from kappatune_plugin import KappaTuneError
+from kappatune_plugin.gain import GAIN
 from kappatune_plugin.probes import kl_to_base
 from kappatune_plugin.study import compare as compare_module
 from kappatune_plugin.study import training
+from kappatune_plugin.study.arms import choose
 from kappatune_plugin.study.bench import Bench
 from kappatune_plugin.study.compare import Settings, compare
 from kappatune_plugin.study.methods import parse_methods
 from kappatune_plugin.study.training import train_run
+from kappatune_plugin.units import find_units
 from recipes import tiny_recipe, write_recipe
 
 SETTINGS = Settings(seeds=(0, 1), learning_rates=(1e-3, 1e-2), every=3, smooth=2)
@@ -52,6 +55,16 @@ def test_rows_are_held_out_and_none_is_lost(bench):
     assert len(bench.validation) == 4 and len(bench.train) == 12
     assert {"input_ids", "labels"} <= set(bench.train.column_names)
     assert bench.steps == 6
+
+
+def test_a_method_may_rank_by_what_is_measured_on_the_rows(recipe):
+    settings = ["--kappatune.gain", "{examples: 4, samples: 2, max_length: 16}"]
+    bench = Bench.load(recipe, settings, validation=0.25, with_gain=True)
+    scores = {unit.name: unit.scores[GAIN] for unit in bench.pool.report.units}
+    (method,) = parse_methods(f"highest:rank_by={GAIN}:k=3")
+    chosen = choose(method, bench.pool, find_units(bench.base), seed=0).units
+    assert [unit.name for unit in chosen] == sorted(scores, key=lambda name: -scores[name])[:3]
+    assert not any(parameter.grad is not None for parameter in bench.base.parameters())
 
 
 def test_every_method_saw_the_same_batches(bench):

@@ -81,7 +81,8 @@ def test_analysis_recipes(saved_llama, tmp_path, name, rows, order):
 
 def test_kappa_of_a_bert_by_layer(tmp_path, capsys):
     tiny_model("bert").save_pretrained(tmp_path / "bert")
-    arguments = ["scan", str(tmp_path / "bert"), "--k", "10%", "--output", str(tmp_path / "report.json")]
+    files = ["--plot", str(tmp_path / "bert.png"), "--output", str(tmp_path / "report.json")]
+    arguments = ["scan", str(tmp_path / "bert"), "--k", "10%", *files]
     with pytest.raises(SystemExit) as end:
         app(arguments)
     shown = capsys.readouterr().out
@@ -90,7 +91,7 @@ def test_kappa_of_a_bert_by_layer(tmp_path, capsys):
     for layer in (0, 1):
         kinds = {unit.name.partition(f"layer.{layer}.")[2] for unit in report.units if f"layer.{layer}." in unit.name}
         assert f"layer.{layer}" in shown and len(kinds) == 6
-    assert "attention.self.query" in shown and "kappa" in shown
+    assert "attention.self.query" in shown and (tmp_path / "bert.png").stat().st_size > 10_000
 
 
 @pytest.mark.skipif(not (DATA / "tasks" / "gsm8k").is_dir(), reason=f"no GSM8K in {DATA} (set KAPPATUNE_DATA)")

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 from kappatune_plugin.config import DEFAULT_K
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.forgetting import ForgettingData, ForgettingProbe
+from kappatune_plugin.gain import GAIN
+from kappatune_plugin.gain_run import config_with_gain
 from kappatune_plugin.patterns import DEFAULT_EXCLUDE
 from kappatune_plugin.probes import ChoiceExample, blocks, kl_to_base
 from kappatune_plugin.recipe import Recipe, load_recipe
 from kappatune_plugin.report import KappaReport
-from kappatune_plugin.run import load_data, model_init_kwargs, task_examples
+from kappatune_plugin.run import load_base, load_data, task_examples
 from kappatune_plugin.scan import scan
 from kappatune_plugin.study.arms import Pool
 from kappatune_plugin.units import base_hash
@@ -69,12 +71,15 @@ class Bench:
     hashes: dict[str, str]
 
     @classmethod
-    def load(cls, path: Path, overrides: Iterable[str] = (), validation: float = 0.1) -> "Bench":
+    def load(
+        cls, path: Path, overrides: Iterable[str] = (), validation: float = 0.1, with_gain: bool = False
+    ) -> "Bench":
         """Load all that the recipe at `path` names.
 
         Args:
             overrides: of the recipe, as on the command line.
             validation: the share of the training rows that is held out to choose learning rates on.
+            with_gain: measure gain over forgetting, which some method ranks by though the recipe doesn't.
 
         Raises:
             KappaTuneError: everything that `kappatune sft` would raise, a recipe that measures no forgetting or brings
@@ -84,12 +89,15 @@ class Bench:
         recipe = load_recipe(path, [*overrides, *_flags(SETTINGS)])
         _check(recipe)
         rows, test = load_data(recipe)
-        train, held_out = _split(rows, validation)
+        learned, held_out = _split(rows, validation)
         task = task_examples(recipe.data, test)
         data = ForgettingData.load(recipe.forgetting, task, recipe.folder)
-        base = _load_base(recipe)
-        tokenizer, train, held_out = _prepared(recipe, base, train, held_out)
+        base = load_base(recipe)
+        tokenizer, train, held_out = _prepared(recipe, base, learned, held_out)
         report = _report(recipe, base)
+        if with_gain or recipe.kappatune.rank_by == GAIN:
+            report = config_with_gain(recipe, base, tokenizer, learned, report).report
+            base.cpu()
         texts = [_right_text(example) for example in task[:TASK_TEXTS]]
         hashes = {"base": base_hash(base), "data": _digest([*_rows(train), "held out", *_rows(held_out)])}
         return cls(
@@ -170,16 +178,6 @@ def _split(rows: "Dataset", share: float) -> tuple["Dataset", "Dataset"]:
         raise KappaTuneError(f"validation: {len(rows)} training rows are too few to hold {held_out} out.")
     parts = rows.train_test_split(test_size=held_out, seed=0)
     return parts["train"], parts["test"]
-
-
-def _load_base(recipe: Recipe) -> "nn.Module":
-    from trl.trainer.utils import create_model_from_path
-
-    name = recipe.model_args.model_name_or_path
-    try:
-        return create_model_from_path(name, **model_init_kwargs(recipe))
-    except OSError as error:
-        raise KappaTuneError(f"Can't load the model '{name}': {error}") from error
 
 
 def _prepared(

@@ -1,0 +1,59 @@
+"""`rank_by: gain_over_forgetting` in a run: what it needs of a recipe that no other ranking does."""
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.gain import GAIN, with_gain
+from kappatune_plugin.patterns import DEFAULT_EXCLUDE
+from kappatune_plugin.report import KappaReport
+from kappatune_plugin.scan import scan
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import nn
+
+    from kappatune_plugin.config import KappaTuneConfig
+    from kappatune_plugin.recipe import Recipe
+
+
+def needs_gain(config: "KappaTuneConfig") -> bool:
+    """Whether `config` ranks by gain over forgetting and brings neither a selection nor a report that has it."""
+    if config.rank_by != GAIN or config.selection is not None:
+        return False
+    report = _given_report(config)
+    return report is None or any(GAIN not in row.scores for row in report.units if row.status == "ok")
+
+
+def config_with_gain(
+    recipe: "Recipe", model: "nn.Module", tokenizer: Any, train: "Dataset", report: KappaReport | None = None
+) -> "KappaTuneConfig":
+    """The recipe's config with a kappa report that has the score, measured on `model` and the rows of `train`.
+
+    Args:
+        report: of `model`; None scans it, or takes the recipe's.
+
+    Raises:
+        KappaTuneError: as `with_gain`, or several processes.
+    """
+    if recipe.training_args.world_size > 1:
+        raise KappaTuneError(
+            f"rank_by: {GAIN} is measured in one process, not in {recipe.training_args.world_size}: run the recipe in "
+            "one with `--max_steps 1`, then name its kappa_report.json in kappatune.report."
+        )
+    config = copy.copy(recipe.kappatune)
+    report = report or _given_report(config)
+    # one that was made for the lowest kappa doesn't tell which of the others could be trained
+    if report is None or report.made_for is not None:
+        exclude = DEFAULT_EXCLUDE if config.exclude is None else config.exclude
+        report = scan(model, include=config.include or (), exclude=exclude, rtol=config.rtol)
+    field = recipe.training_args.dataset_text_field
+    model.to(recipe.training_args.device)
+    config.report = with_gain(report, model, tokenizer, train, recipe.gain, field)
+    return config
+
+
+def _given_report(config: "KappaTuneConfig") -> KappaReport | None:
+    if config.report is None or isinstance(config.report, KappaReport):
+        return config.report
+    return KappaReport.load(config.report)
