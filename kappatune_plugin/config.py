@@ -46,6 +46,10 @@ class KappaTuneConfig(PeftConfig):
         metadata={"help": f"Groups or globs never trained. Default: [{', '.join(DEFAULT_EXCLUDE)}]."},
     )
     rtol: float = field(default=1e-3, metadata={"help": "Relative width of the certified interval of kappa."})
+    scan_from: str | None = field(
+        default=None,
+        metadata={"help": "A folder or hub name with this model's unquantized weights, to rank by those."},
+    )
     report: Any = field(
         default=None, metadata={"help": "A kappa report made earlier (path), instead of scanning the model."}
     )
@@ -67,8 +71,8 @@ class KappaTuneConfig(PeftConfig):
             raise KappaTuneError("\n".join(problems))
 
     def to_dict(self) -> dict[str, Any]:
-        """As PEFT saves it; the path of a report means nothing on another machine and is left out."""
-        return {**super().to_dict(), "report": None}
+        """As PEFT saves it; paths mean nothing on another machine and are left out."""
+        return {**super().to_dict(), "report": None, "scan_from": None}
 
 
 # what the block `kappatune:` of a recipe takes; PEFT and TRL set the other fields
@@ -103,6 +107,11 @@ def config_problems(values: dict[str, Any]) -> list[str]:
     rtol = values.get("rtol", 1e-3)
     if isinstance(rtol, bool) or not isinstance(rtol, int | float) or not 0 < rtol < 1:
         problems.append(f"rtol: {rtol!r} is not a number between 0 and 1, such as 0.001.")
+    if values.get("scan_from") is not None and not isinstance(values["scan_from"], str):
+        problems.append(f"scan_from: {values['scan_from']!r} is not a folder or a model's name.")
+    for key in ("report", "selection"):
+        if values.get("scan_from") is not None and values.get(key) is not None:
+            problems.append(f"{key} and scan_from are both given: with a {key} nothing is scanned, remove one.")
     if values.get("report") is not None and values.get("selection") is not None:
         problems.append("report and selection are both given: a selection needs no report, remove one.")
     return problems

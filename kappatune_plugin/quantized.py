@@ -3,16 +3,61 @@
 import math
 from collections.abc import Sequence
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from kappatune_plugin.errors import KappaTuneError
 
+# bitsandbytes keeps these as attributes of its parameters
+FOUR_BIT, EIGHT_BIT = "Params4bit", "Int8Params"
 # what is added to a float8 weight's name for the tensor that scales it: DeepSeek's blocks, and what others store
 SCALES = ("_scale_inv", "_scale")
 
 
 # side of the blocks that share a scale, where the config doesn't say (DeepSeek-V3, arXiv 2412.19437, section 3.3.2)
 FLOAT8_BLOCK = (128, 128)
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def quantized_form(module: nn.Module, parameter: Tensor) -> tuple[str, tuple[int, ...]] | None:
+    """("nf4", "fp4", "int8" or a float8 dtype; the shape of the weight it stands for) of a quantized parameter of
+    `module`; None if it isn't quantized, or in a way that this doesn't know."""
+    kind = type(parameter).__name__
+    if kind == FOUR_BIT and parameter.quant_state is not None:
+        return parameter.quant_state.quant_type, tuple(parameter.quant_state.shape)
+    if kind == EIGHT_BIT and parameter.dtype == torch.int8:
+        return "int8", tuple(parameter.shape)
+    if parameter.dtype in FLOAT8 and parameter.ndim == 2:
+        return str(parameter.dtype).removeprefix("torch."), tuple(parameter.shape)
+    return None
+
+
+def is_scale(name: str) -> bool:
+    """Whether a parameter's name says that it scales a float8 weight."""
+    return name.endswith(SCALES)
+
+
+def dequantized(module: nn.Module, name: str) -> Tensor:
+    """The weight that the parameter `name` of `module` stands for, in its own shape; `module` stays as it is.
+
+    4 bits: by bitsandbytes, in the dtype that was quantized. int8: bitsandbytes' LLM.int8() (arXiv 2208.07339) scales
+    rows: W = q * scale / 127, (out, in), here in float32.
+    """
+    parameter = module._parameters[name].detach()
+    kind = type(module._parameters[name]).__name__
+    if kind == FOUR_BIT:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(parameter.data, module._parameters[name].quant_state)
+    if kind == EIGHT_BIT:
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        # the layer takes the scales to itself when it runs
+        scales = getattr(module._parameters[name], "SCB", None)
+        return int8_vectorwise_dequant(parameter.data, module.state.SCB if scales is None else scales)
+    found = [getattr(module, name + ending) for ending in SCALES if getattr(module, name + ending, None) is not None]
+    block = getattr(module, "block_size", None) or FLOAT8_BLOCK
+    return dequantize_float8(parameter, found[0].detach() if found else None, block)
 
 
 def dequantize_float8(weight: Tensor, scales: Tensor | None, block: Sequence[int] = FLOAT8_BLOCK) -> Tensor:

@@ -157,7 +157,7 @@ def _find_local_paths(arguments: dict[str, Any], blocks: Mapping[str, Any], fold
         arguments["model_name_or_path"] = find_local(arguments["model_name_or_path"], folder)
     kappatune = blocks.get("kappatune")
     if isinstance(kappatune, dict):
-        for key in ("report", "selection"):
+        for key in ("report", "selection", "scan_from"):
             if isinstance(kappatune.get(key), str):
                 kappatune[key] = find_local(kappatune[key], folder)
     data = blocks.get("data")

@@ -16,7 +16,7 @@ from kappatune_plugin.ranking import gain_over_forgetting, how_to_measure
 from kappatune_plugin.report import ABOVE, KappaReport, UnitReport
 from kappatune_plugin.selection import check_settings
 from kappatune_plugin.settle import Above, can_settle, settle
-from kappatune_plugin.sources import Source, open_source
+from kappatune_plugin.sources import ScanFrom, Source, open_source
 from kappatune_plugin.units import WeightUnit
 
 
@@ -32,6 +32,7 @@ def scan(
     order: str = "lowest",
     rank_by: str = "kappa",
     seed: int = 0,
+    scan_from: str | os.PathLike | None = None,
 ) -> KappaReport:
     """Measure every weight matrix of a model that `include` and `exclude` leave.
 
@@ -41,8 +42,9 @@ def scan(
     Where torch.distributed runs, all ranks have to call it: each measures its share, and all get the whole report.
 
     Args:
-        model_or_path: a model, or the folder or hub name of one that transformers can load (in the dtype it was saved
-            in, on the CPU).
+        model_or_path: a model; or the folder or hub name of one, which is read from its safetensors files one tensor
+            at a time, in the dtype it was saved in. Weights that bitsandbytes quantized are ranked as what they stand
+            for.
         include, exclude: groups ("norm", "bias", "embedding", "head", "router") or globs on unit names; an empty
             `include` means all.
         rtol: relative width of the interval of kappa, see `condition_number`.
@@ -52,6 +54,9 @@ def scan(
             also measures that.
         cache: use what earlier scans found, and keep what this one finds; see `cache`.
 
+        scan_from: a folder or hub name with the same model unquantized, whose values are measured in place of its
+            own. The report's `dtype` says what was measured, its `base` is the model.
+
     Raises:
         KappaTuneError: the model can't be loaded, a pattern matches nothing, no weight matrix is left, or `rank_by`
             isn't found by scanning.
@@ -60,6 +65,8 @@ def scan(
     if rank_by == gain_over_forgetting.__name__:
         raise KappaTuneError(f"rank_by: {rank_by}: a scan can't tell. {how_to_measure(rank_by)}")
     source = open_source(model_or_path, trust_remote_code)
+    if scan_from is not None:
+        source = ScanFrom(source, open_source(os.fspath(scan_from), trust_remote_code))
     kept, left_out = filter_units(source.units, include, exclude, source.parameters)
     if not kept:
         raise KappaTuneError(_nothing_left(source.units, source.parameters, include, exclude))

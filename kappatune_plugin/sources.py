@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from kappatune_plugin import distributed
 from kappatune_plugin.dealing import deal, rounds
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.units import WeightUnit, as_matrix, base_hash, find_units, unit_matrix
+from kappatune_plugin.quantized import dequantized, quantized_form
+from kappatune_plugin.units import WeightUnit, as_matrix, base_hash, find_units, fingerprint, sample, unit_matrix
 
 Load = Callable[[], Tensor]
 
@@ -71,21 +72,35 @@ class ModelSource(Source):
 
     def __init__(self, model: nn.Module) -> None:
         self.name = _model_name(model)
-        self.units = find_units(model)
+        self.units = find_units(model, quantized=True)
         self.parameters = [name for name, _ in model.named_parameters()]
         self.contents = {}
         self._model = model
         partitioned = any(distributed.is_partitioned(parameter) for parameter in model.parameters())
         self.divided = partitioned or distributed.first_rank_loads()
+        self._forms = {unit.name: form for unit in self.units if (form := self._form(unit))}
+        if self._forms and self.divided:
+            raise KappaTuneError("A quantized model that is divided over ranks can't be scanned. Use scan_from.")
 
     def dtype(self, unit: WeightUnit) -> str:
-        return dtype_name(self._model.get_parameter(unit.parameter).dtype)
+        form = self._forms.get(unit.name)
+        return f"{form}, dequantized" if form else dtype_name(self._model.get_parameter(unit.parameter).dtype)
 
     def load(self, unit: WeightUnit) -> Tensor:
+        if unit.name in self._forms:
+            owner, _, name = unit.parameter.rpartition(".")
+            return as_matrix(dequantized(self._model.get_submodule(owner), name), unit)
         return unit_matrix(self._model, unit)
 
     def base_hash(self) -> str:
+        if self._forms:
+            return fingerprint(self.units, {unit.name: sample(self.load(unit)) for unit in self.units})
         return base_hash(self._model)
+
+    def _form(self, unit: WeightUnit) -> str | None:
+        owner = self._model.get_submodule(unit.parameter.rpartition(".")[0])
+        form = quantized_form(owner, self._model.get_parameter(unit.parameter))
+        return None if form is None else form[0]
 
     def work(self, units: Sequence[WeightUnit]) -> Iterator[tuple[WeightUnit, Load]]:
         if distributed.first_rank_loads():
@@ -101,6 +116,38 @@ class ModelSource(Source):
         """The unit and its values on the rank `owner`, None elsewhere. Collective."""
         block = distributed.whole_block(self._model.get_parameter(unit.parameter), unit.index, owner)
         return None if block is None else (unit, partial(as_matrix, block, unit))
+
+
+class ScanFrom(Source):
+    """A model whose units are measured by the values that a checkpoint of the same model has: one of the unquantized
+    weights, for a quantized model."""
+
+    def __init__(self, model: Source, values: Source) -> None:
+        self.name, self.units, self.parameters, self.contents = model.name, model.units, model.parameters, {}
+        self._model, self._values = model, values
+        self._theirs = {unit.name: unit for unit in values.units}
+        wrong = [unit.name for unit in self.units if unit.name not in self._theirs]
+        wrong += [unit.name for unit in self.units if unit.name not in wrong and self._shape(unit) != unit.shape]
+        if wrong:
+            raise KappaTuneError(
+                f"scan_from: '{values.name}' lacks {len(wrong)} of the {len(self.units)} weight matrices of "
+                f"'{model.name}', or has them in another shape, such as {wrong[0]}: give the checkpoint it was made of."
+            )
+
+    def dtype(self, unit: WeightUnit) -> str:
+        return f"{self._values.dtype(self._theirs[unit.name])} of {self._values.name}"
+
+    def load(self, unit: WeightUnit) -> Tensor:
+        return self._values.load(self._theirs[unit.name])
+
+    def base_hash(self) -> str:
+        return self._model.base_hash()
+
+    def memory_limit(self) -> int:
+        return self._values.memory_limit()
+
+    def _shape(self, unit: WeightUnit) -> tuple[int, int]:
+        return self._theirs[unit.name].shape
 
 
 def open_source(model_or_path: nn.Module | str | os.PathLike, trust_remote_code: bool = False) -> Source:

@@ -17,7 +17,7 @@ from kappatune_plugin.errors import KappaTuneError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # a file stays open, and what was read of it in memory, for this many bytes
-BYTES_A_MAPPING = 16 * 2**20
+BYTES_A_MAPPING = 4 * 2**20
 
 
 @dataclass(frozen=True)

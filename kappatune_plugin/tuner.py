@@ -176,7 +176,7 @@ class KappaTuneModel(BaseTuner):
         for layer in active:
             layer.write_original()
         wanted = {"k": DEFAULT_K if config.k is None else config.k, "order": config.order}
-        wanted |= {"rank_by": config.rank_by, "seed": config.seed}
+        wanted |= {"rank_by": config.rank_by, "seed": config.seed, "scan_from": config.scan_from}
         report = scan(model, include=config.include or (), exclude=exclude, rtol=config.rtol, **wanted)
         for layer in active:
             layer.write()

@@ -17,6 +17,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from kappatune_plugin import distributed
 from kappatune_plugin.checkpoint_names import CheckpointNames
 from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.quantized import is_scale, quantized_form
 
 FUSED_PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj")}
 # children that the tuner adds to the modules it trains
@@ -48,14 +49,18 @@ class WeightUnit:
     out_axis: int = 0
 
 
-def find_units(model: nn.Module) -> list[WeightUnit]:
+def find_units(model: nn.Module, quantized: bool = False) -> list[WeightUnit]:
     """Every 2-D weight matrix of `model`, in the model's order; weights tied together once, under their first name.
 
     Never units: anything below 2-D (a 1 x n matrix is a vector too), norms, biases, weights that torch computes from
     others (parametrizations).
 
+    Args:
+        quantized: also weights that are stored quantized in a way that `quantized.dequantized` knows, as what they
+            stand for. They can be ranked, but not trained in place.
+
     Raises:
-        KappaTuneError: a weight is quantized: its values can neither be ranked as they are nor trained.
+        KappaTuneError: another weight is quantized.
     """
     names = CheckpointNames(model)
     inputs, outputs = _embedding_modules(model)
@@ -65,13 +70,19 @@ def find_units(model: nn.Module) -> list[WeightUnit]:
             continue
         for short_name, parameter in module.named_parameters(recurse=False):
             whole = distributed.layout(parameter)
+            form = quantized_form(module, parameter) if quantized else None
+            if form is not None:
+                whole = torch.empty(form[1], device="meta")
+            elif quantized and is_scale(short_name):
+                continue
             if whole.ndim < 2 or short_name.endswith("bias"):
                 continue
             full_name = f"{module_name}.{short_name}" if module_name else short_name
             if not whole.is_floating_point() or whole.element_size() < 2:
                 raise KappaTuneError(
                     f"{full_name} is stored as {whole.dtype}: a quantized base can't be trained in place. "
-                    "Load the model in bfloat16, float16 or float32."
+                    "Load the model in bfloat16, float16 or float32 to train it. `scan` ranks weights of bitsandbytes "
+                    "(NF4, FP4, int8) and float8."
                 )
             groups = _groups(model, module_name, module, inputs, outputs)
             if id(parameter) in units:

@@ -1,11 +1,15 @@
 """Scans of checkpoints on disk: the report of the model in memory, without the model."""
 
+import json
+import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
+from transformers import AutoModel, LlamaForCausalLM
 
 from kappatune_plugin import tensor_files
 from kappatune_plugin.errors import KappaTuneError
@@ -181,3 +185,71 @@ def test_bad_values_are_rows(tmp_path):
     assert_same(tmp_path, model)
     statuses = {row.name.split(".")[-2]: row.status for row in quiet(tmp_path).units if ".0.self_attn" in row.name}
     assert statuses == {"q_proj": "nonfinite", "k_proj": "zero", "v_proj": "ok", "o_proj": "ok"}
+
+
+PEAK = """
+import sys, time
+import torch
+from kappatune_plugin import scan
+
+def status(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
+
+torch.set_num_threads(int(sys.argv[3]))
+scan(sys.argv[1], progress=False)
+with open("/proc/self/clear_refs", "w") as file:
+    # the peak starts anew (proc(5))
+    file.write("5")
+before = status("VmRSS")
+times = [time.perf_counter()]
+for _ in range(2):
+    scan(sys.argv[2], progress=False)
+    times.append(time.perf_counter())
+print(status("VmHWM") - before, times[1] - times[0], times[2] - times[1])
+"""
+
+
+def made_checkpoint(folder: Path, layers: int, width: int, inner: int) -> int:
+    """A Llama in bfloat16, written tensor by tensor; values of its largest tensor."""
+    config = tiny_model("llama", hidden_size=32).config
+    changed = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers, "num_key_value_heads": 4}
+    config.update({**changed, "dtype": "bfloat16", "head_dim": width // 4})
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: each.shape for name, each in LlamaForCausalLM(config).state_dict().items()}
+    largest = max(math.prod(shape) for shape in shapes.values())
+    # random numbers take longer than all the rest: each tensor begins at another place of the same ones
+    values, weight_map = torch.randn(largest + 2 * len(shapes)).bfloat16(), {}
+    for layer in range(layers + 1):
+        here = f".{layer}."
+        names = [name for name in shapes if here in name or (layer == layers and ".layers." not in name)]
+        shard = f"model-{layer}.safetensors"
+        starts = {name: 2 * (len(weight_map) + i) for i, name in enumerate(names)}
+        parts = {name: values[start : start + math.prod(shapes[name])] for name, start in starts.items()}
+        save_file({name: part.reshape(shapes[name]).clone() for name, part in parts.items()}, folder / shard)
+        weight_map |= dict.fromkeys(names, shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return largest
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read as Linux tells it")
+@pytest.mark.parametrize(
+    ("layers", "width", "inner", "megabytes", "threads"),
+    [(6, 320, 8192, 90, 1), pytest.param(14, 1024, 10240, 1000, 2, marks=pytest.mark.slow)],
+)
+def test_memory_and_time_of_a_disk_scan(tmp_path, layers, width, inner, megabytes, threads):
+    """At most four copies of the largest tensor in float64, and what is known costs little."""
+    # what the libraries allocate once is no part of it: these matrices are large enough for factors
+    tiny_model("llama", hidden_size=320, intermediate_size=640).save_pretrained(tmp_path / "tiny")
+    largest = made_checkpoint(tmp_path / "large", layers, width, inner)
+    size = sum(path.stat().st_size for path in (tmp_path / "large").glob("*.safetensors"))
+    assert size > 0.9e6 * megabytes
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "tiny"), str(tmp_path / "large"), str(threads)]
+    output = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    assert output.returncode == 0, output.stderr
+    peak, first, second = map(float, output.stdout.split())
+    print(
+        f"{size / 1e6:.0f} MB: peak {peak / 1e6:.0f} MB of {4 * 8 * largest / 1e6:.0f}, {first:.2f} s, {second:.2f} s"
+    )
+    assert peak <= 4 * 8 * largest
+    assert second <= max(0.1 * first, 0.5) and second <= 1
