@@ -13,6 +13,7 @@ from kappatune_plugin.data import TEMPLATES, choice_examples, load_all_rows, pai
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.files import write_text
 from kappatune_plugin.versions import newer_tokenizer
+from kappatune_plugin.watch import together
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -66,10 +67,11 @@ def run_sft(recipe: "Recipe") -> RunResult:
     if recipe.auto is not None:
         counts = forgetting.budget["start"], forgetting.budget["most"]
         out.print("k: auto starts with {} of these {} matrices.".format(*counts))
-    trainer.train(resume_from_checkpoint=resume)
-    if recipe.auto is not None:
-        selection = _settle_budget(trainer, forgetting, output_dir)
-    trainer.save_model(args.output_dir)
+    with together("training", stop_stuck=False):
+        trainer.train(resume_from_checkpoint=resume)
+        if recipe.auto is not None:
+            selection = _settle_budget(trainer, forgetting, output_dir)
+        trainer.save_model(args.output_dir)
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=recipe.script_args.dataset_name)
     if hasattr(trainer, "end"):

@@ -18,8 +18,10 @@ from kappatune_plugin.selection import check_settings
 from kappatune_plugin.settle import Above, can_settle, settle
 from kappatune_plugin.sources import ScanFrom, Source, open_source
 from kappatune_plugin.units import WeightUnit
+from kappatune_plugin.watch import together
 
 
+@together("the scan")
 def scan(
     model_or_path: nn.Module | str | os.PathLike,
     include: Sequence[str] = (),

@@ -3,6 +3,9 @@
 import importlib.util
 import json
 import os
+import signal
+import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -18,7 +21,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from trl import SFTConfig, SFTTrainer
 
 import kappatune_plugin
-from kappatune_plugin import KappaTuneConfig, distributed, measure, safetensors_source
+from kappatune_plugin import KappaTuneConfig, KappaTuneError, distributed, measure, safetensors_source, watch
 from tiny import tiny_tokenizer
 
 if importlib.util.find_spec("deepspeed"):
@@ -161,3 +164,48 @@ def scan_divided(mode: str, model: str, from_disk: bool) -> tuple[str, list[str]
         safetensors_source.same_on_disk = lambda model, source: None
     report = kappatune_plugin.scan(loaded, progress=False, cache=False)
     return json.dumps(asdict(report)), measured, bool(gathered)
+
+
+def die(count: int, rank: int, real: Callable[..., Any]) -> Callable[..., Any]:
+    """`real`, but for its call number `count` on `rank`: kill -9."""
+    calls = []
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if len(calls) == count and distributed.rank() == rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+
+    return dying
+
+
+def error_of(job: Callable[[], Any]) -> tuple[str, float]:
+    """The KappaTuneError that `job` ends with, and after how many seconds."""
+    start = time.monotonic()
+    try:
+        job()
+    except KappaTuneError as error:
+        return str(error), time.monotonic() - start
+    raise AssertionError("it ended without an error")
+
+
+def scan_until_killed(mode: str, model: str) -> tuple[str, float]:
+    measure._row = die(5, 1, measure._row)
+    loaded = load_divided(mode, model)
+    return error_of(lambda: kappatune_plugin.scan(loaded, progress=False, cache=False))
+
+
+def save_until_killed(mode: str, model: str, output: str, config: dict[str, Any], **settings: Any) -> tuple[str, float]:
+    one = make_trainer(mode, model, output, config, save_strategy="steps", save_steps=2, **settings)
+    real = torch.save
+    torch.save = lambda content, path, *rest, **named: (
+        die(1, 1, real)(content, path, *rest, **named)
+        if "checkpoint-4" in str(path)
+        else real(content, path, *rest, **named)
+    )
+
+    def run() -> None:
+        with watch.together("training", stop_stuck=False):
+            one.train()
+
+    return error_of(run)

@@ -43,8 +43,10 @@ def _server() -> Any:
     return context
 
 
-def run_ranks(job: Callable[..., Any], world: int = 2, timeout: float = 120, **arguments: Any) -> list[Any]:
-    """`job(**arguments)` in `world` processes that find each other; what each returns."""
+def run_ranks(
+    job: Callable[..., Any], world: int = 2, timeout: float = 120, dies: int | None = None, **arguments: Any
+) -> list[Any]:
+    """`job(**arguments)` in `world` processes that find each other; what each returns, but for a rank that dies."""
     context = _server()
     results = context.Queue()
     port = free_port()
@@ -57,14 +59,14 @@ def run_ranks(job: Callable[..., Any], world: int = 2, timeout: float = 120, **a
     found: dict[int, Any] = {}
     end = time.monotonic() + timeout
     try:
-        while len(found) < world:
+        while len(found) < world - (dies is not None):
             if time.monotonic() > end:
                 raise AssertionError(f"ranks {set(range(world)) - set(found)} took more than {timeout} s")
             if not results.empty():
                 rank, error, value = results.get()
                 assert not error, f"rank {rank}: {error}"
                 found[rank] = torch.load(io.BytesIO(value), weights_only=False)
-            elif any(process.exitcode not in (None, 0) for process in processes):
+            elif any(process.exitcode not in (None, 0) for rank, process in enumerate(processes) if rank != dies):
                 codes = [process.exitcode for process in processes]
                 raise AssertionError(f"a rank ended with {codes}")
             else:
@@ -73,7 +75,8 @@ def run_ranks(job: Callable[..., Any], world: int = 2, timeout: float = 120, **a
         for process in processes:
             process.join(5 if len(found) == world else 0)
             process.kill()
-    return [found[rank] for rank in range(world)]
+    assert dies not in found
+    return [found[rank] for rank in sorted(found)]
 
 
 def free_port() -> int:
