@@ -1,6 +1,6 @@
 """How much faster two ranks scan than one, one thread each, on the matrices of an OLMoE-shaped stack.
 
-    python benchmarks/scan_ranks.py [--layers 1] [--experts 4] [--rounds 3]
+    python benchmarks/scan_ranks.py [--layers 1] [--experts 16] [--rounds 3]
 
 Each rank holds the whole model, as under DDP. The runs with one and with two ranks alternate; the best of each counts.
 Beside the time it prints the processor time of the busiest rank: on a machine that does something else as well, two
@@ -71,7 +71,7 @@ def measure(world: int, arguments: argparse.Namespace) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=1)
-    parser.add_argument("--experts", type=int, default=4)
+    parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     found: dict[int, list[tuple[float, float]]] = {1: [], 2: []}
