@@ -92,7 +92,7 @@ def decide(
         can_grow: the largest budget isn't reached, and the budget was never shrunk.
         can_shrink: the last measurement within `max_delta` was at a smaller budget.
     """
-    if rise > max_delta:
+    if not rise <= max_delta:
         action = "shrink" if can_shrink else "stop"
         return Decision(action, f"the control loss rose by {rise:.3f} nats, more than max_delta {max_delta:g}")
     losses = [(step, loss) for step, loss in losses if step > since]

@@ -65,7 +65,7 @@ class AutoBudgetCallback(ForgettingCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
         rise = self.report.delta(self.probe.measure(model, quick=True))
-        if rise > self.max_delta:
+        if not rise <= self.max_delta:
             # a run that ends between two measurements
             self._go_back(state, decide(self.settings, (), 0, rise, self.max_delta, can_grow=False))
         self.report.budget["matrices"] = self.matrices
@@ -85,7 +85,8 @@ class AutoBudgetCallback(ForgettingCallback):
             self._go_back(state, decision)
             self._forget_states(optimizer)
             self._shrunk = True
-            control.should_training_stop = decision.action == "stop"
+        if decision.action == "stop":
+            control.should_training_stop = True
         if decision.action in ("grow", "shrink"):
             self._since = state.global_step
             self._log_matrices(model)

@@ -72,9 +72,9 @@ def _early_plateau(losses: Losses, matrices: int, target_loss: float | None) -> 
     if final <= target:
         return []
     return [
-        f"The training loss fell no further after step {start} of {losses[-1][0]}: it stayed at {final:.3f}. With "
-        f"{matrices} matrices the budget is probably too small: raise kappatune.k, or write `k: auto`. If that changes "
-        "nothing, raise learning_rate."
+        f"The training loss fell no further after step {start} of {losses[-1][0]}: it stayed at {final:.3f}. Unless "
+        f"that is as low as this data goes, {matrices} matrices are too small a budget: raise kappatune.k, or write "
+        "`k: auto`. If that changes nothing, raise learning_rate."
     ]
 
 

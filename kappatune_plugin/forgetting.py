@@ -255,10 +255,10 @@ class ForgettingReport:
     def delta(self, measured: Mapping[str, float]) -> float | None:
         """The rise of the control loss in `measured` since before, in nats a token: of the control that rose most.
 
-        None without controls.
+        None without controls, infinite where a loss isn't finite.
         """
         rises = [measured[f"{name}_loss"] - self.before[f"{name}_loss"] for name in self.controls]
-        return max(rises) if rises else None
+        return max(rise if math.isfinite(rise) else math.inf for rise in rises) if rises else None
 
 
 class ForgettingCallback(TrainerCallback):

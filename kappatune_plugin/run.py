@@ -269,10 +269,10 @@ def _auto_callback(
     from kappatune_plugin.auto_callback import AutoBudgetCallback
     from kappatune_plugin.budget import parse_budget
 
-    if trainer.args.world_size > 1:
+    if trainer.args.world_size > 1 or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         raise KappaTuneError(
-            f"kappatune.k: auto runs in one process, not in {trainer.args.world_size}: the ranks would have to agree "
-            "on what is trained. Give a number, such as the one that `k: auto` finds on a smaller run."
+            "kappatune.k: auto runs in one process without DeepSpeed and FSDP, whose optimizers hold what rests too. "
+            "Give a number, such as the one that `k: auto` finds on a smaller run."
         )
     tuner = trainer.model.base_model
     units, report = tuner.selections["default"].units, tuner.reports["default"]
@@ -340,7 +340,7 @@ def _say_findings(
             out.print(f"Step {step['step']}, {step['action']}: {step['reason']}.", highlight=False, soft_wrap=True)
         out.print(f"The adapter holds {len(selection.units)} matrices.", highlight=False)
     losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    target = recipe.auto.target_loss if recipe.auto else None
+    target = (recipe.auto.target_loss or None) if recipe.auto else None
     max_delta = recipe.forgetting.max_delta if recipe.forgetting else None
     report = trainer.model.base_model.reports["default"]
     for finding in findings(losses, selection, report, forgetting, max_delta, target):

@@ -1,6 +1,7 @@
 """`k: auto`: the rule on made-up curves, and runs that grow, go back and resume."""
 
 import json
+import math
 import shutil
 from fractions import Fraction
 
@@ -51,6 +52,7 @@ LEARNED = [(step, 0.4) for step in range(1, 41)]
         (FLAT[9::10], 0, 0.0, True, "grow", "stays"),
         ([], 0, 0.0, True, "keep", "fewer than 20 steps"),
         ([], 0, 1.0, True, "stop", "more than max_delta"),
+        (FALLING, 0, math.inf, True, "stop", "rose by inf nats"),
     ],
 )
 def test_the_rule(losses, since, rise, can_grow, action, words):
@@ -225,6 +227,14 @@ def test_resumed_equals_uninterrupted(saved_olmoe, tmp_path, save_steps, max_del
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     budgets = [json.loads((each / "out" / "forgetting.json").read_text())["budget"] for each in (whole, parts)]
     assert budgets[0] == budgets[1] and budgets[0]["matrices"] == matrices
+
+
+def test_several_processes_are_refused(saved_olmoe, tmp_path, monkeypatch):
+    from trl import SFTConfig
+
+    monkeypatch.setattr(SFTConfig, "world_size", property(lambda self: 2))
+    with pytest.raises(KappaTuneError, match="k: auto runs in one process"):
+        train(tmp_path, saved_olmoe)
 
 
 @pytest.mark.parametrize(

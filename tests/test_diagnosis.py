@@ -33,7 +33,7 @@ def test_an_early_plateau_asks_for_more_matrices():
     selection = select(twelve_units(), k=4)
     (found,) = findings(EARLY, selection)
     assert "fell no further after step" in found and "stayed at 1.5" in found
-    assert "4 matrices" in found and "raise kappatune.k" in found
+    assert "4 matrices are too small a budget" in found and "raise kappatune.k" in found
     for losses in (LATE, LEARNED, FALLING, []):
         assert findings(losses, selection) == []
     # learned by the target that the recipe gave, or not

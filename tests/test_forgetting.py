@@ -165,6 +165,7 @@ def test_table_shows_before_after_and_change(saved_olmoe, tmp_path):
     for kl in (("control: KL", "0.1250"), ("task: KL", "1.5000")):
         assert any(all(word in row for word in kl) for row in shown.splitlines()), kl
     assert callback.report.delta(callback.report.after) == 0.25
+    assert callback.report.delta({"control_loss": math.nan}) == math.inf
 
 
 def test_a_task_without_labels_is_measured_by_its_loss(saved_olmoe, tmp_path):

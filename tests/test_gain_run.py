@@ -49,6 +49,14 @@ def test_its_report_needs_no_measurement_again(saved_olmoe, tmp_path, monkeypatc
     assert select(report, k=6, rank_by=GAIN, order="highest").units == first.selection.units
 
 
+def test_several_processes_are_refused(saved_olmoe, tmp_path, monkeypatch):
+    from trl import SFTConfig
+
+    monkeypatch.setattr(SFTConfig, "world_size", property(lambda self: 2))
+    with pytest.raises(KappaTuneError, match="measured in one process, not in 2.*kappatune.report"):
+        train(tmp_path, saved_olmoe)
+
+
 def test_what_knows_no_rows_says_who_does(saved_olmoe, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(saved_olmoe, dtype="float32")
     with pytest.raises(KappaTuneError, match="a scan can't tell.*measured on a task's rows"):
