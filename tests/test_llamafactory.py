@@ -164,6 +164,8 @@ def test_settings_from_the_command_line(installed):
     line = ["--finetuning_type", "kappatune", "--kappatune_k", "5", "--kappatune_include", "*.q_proj.weight"]
     _, arguments = HfArgumentParser(installed().parser._TRAIN_ARGS).parse_args_into_dataclasses(line)
     assert arguments.kappatune == {"k": 5, "include": ["*.q_proj.weight"]}
+    with pytest.raises(KappaTuneError, match="lora_rank: another"):
+        HfArgumentParser(installed().parser._TRAIN_ARGS).parse_args_into_dataclasses([*line, "--lora_rank", "4"])
 
 
 @pytest.mark.parametrize(
@@ -171,7 +173,8 @@ def test_settings_from_the_command_line(installed):
     [
         ({"kappatune_k": 0}, "kappatune_k"),
         ({"kappatune_order": "lowst"}, "kappatune_order: 'lowst' is none of"),
-        ({"lora_rank": 4, "lora_target": "q_proj"}, "lora_rank, lora_target: another method's"),
+        # LLaMA-Factory's defaults, but written
+        ({"lora_rank": 8, "lora_target": "all"}, "lora_rank, lora_target: another method's"),
         ({"use_llama_pro": True}, "use_llama_pro: another method's"),
         ({"additional_target": "lm_head", "kappatune_modules_to_save": ["lm_head"]}, "say the same"),
         ({"finetuning_type": "lora", "kappatune_k": 5}, "kappatune_k: ignored with finetuning_type: lora"),

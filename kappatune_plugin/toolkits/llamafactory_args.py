@@ -1,5 +1,6 @@
 """The `kappatune_*` keys of a LLaMA-Factory YAML, as the dataclass that its parser fills. Needs no LLaMA-Factory."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import MISSING, Field, field, fields, make_dataclass
 from typing import Any, Literal, get_args, get_type_hints
@@ -38,7 +39,24 @@ def arguments_class(base: type) -> type:
     for key in KAPPATUNE_KEYS:
         help_text = {"help": declared[key].metadata["help"]}
         ours.append((PREFIX + key, ONE_TYPE.get(key, types[key]) | None, field(default=None, metadata=help_text)))
-    return make_dataclass(base.__name__, ours, bases=(base,), namespace={"__post_init__": _post_init(base)})
+    combined = make_dataclass(base.__name__, ours, bases=(base,), namespace={"__post_init__": _post_init(base)})
+    combined.__init__ = _noting_what_is_given(combined.__init__)
+    return combined
+
+
+def _noting_what_is_given(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def __init__(self: Any, **values: Any) -> None:
+        # from the command line come all keys, at their defaults; from a YAML those that it has
+        everything = len(values) == len(fields(self))
+        self.explicit = {
+            each.name
+            for each in fields(self)
+            if each.name in values and not (everything and values[each.name] == _default(each))
+        }
+        original(self, **values)
+
+    return __init__
 
 
 def _post_init(base: type) -> Callable[[Any], None]:
@@ -65,9 +83,8 @@ def _post_init(base: type) -> Callable[[Any], None]:
 def _problems(base: type, values: Any, given: dict[str, Any]) -> list[str]:
     problems = [PREFIX + problem for problem in config_problems(given)]
     groups = [group for group in base.__mro__ if group.__name__ in OTHER_GROUPS]
-    of_others = {each.name: each for group in groups for each in fields(group)}
-    of_others |= {name: each for name, each in base.__dataclass_fields__.items() if name in OTHER_KEYS}
-    other = [name for name, each in of_others.items() if name not in SHARED and getattr(values, name) != _default(each)]
+    of_others = [*dict.fromkeys(each.name for group in groups for each in fields(group)), *OTHER_KEYS]
+    other = [name for name in of_others if name in values.explicit and name not in SHARED and getattr(values, name)]
     if other:
         problems.append(f"{', '.join(other)}: another method's, and ignored here. Delete these lines.")
     if values.additional_target and "modules_to_save" in given:

@@ -87,7 +87,7 @@ yaml ddp tiny-olmoe 12
 FORCE_TORCHRUN=1 NPROC_PER_NODE=2 train ddp per_device_train_batch_size=1
 merged ddp tiny-olmoe
 
-yaml conflicts tiny-llama 5 "lora_rank: 8" "quantization_bit: 4"
+yaml conflicts tiny-llama 5 "lora_rank: 8"
 refused "lora_rank: another method's" kappatune llamafactory train conflicts.yaml
 yaml misspelt tiny-llama 5 "kappatune_odrer: lowest"
 refused "kappatune_odrer" kappatune llamafactory train misspelt.yaml
