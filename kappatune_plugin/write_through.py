@@ -6,9 +6,11 @@ running, and its `on_optimizer_step` comes after.
 """
 
 import weakref
+from importlib.metadata import version
 from typing import Any, Protocol
 
 import torch
+from packaging.version import Version
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -48,14 +50,32 @@ def _finds_unused(args: Any) -> bool:
     return ddp and not distributed.shards_with_fsdp()
 
 
-def _check_not_reentrant(model: nn.Module) -> None:
+def _checkpointing_problem(model: nn.Module, finds_unused: bool, deepspeed: str | None) -> str | None:
+    """Why the gradient checkpointing of `model` would fail; `deepspeed` is its version if ZeRO-3 divides the model."""
     functions = (getattr(module, "_gradient_checkpointing_func", None) for module in model.modules())
-    if any(function is not None and function.keywords.get("use_reentrant") for function in functions):
-        raise KappaTuneError(
+    reentrant = {getattr(function, "keywords", {}).get("use_reentrant") for function in functions}
+    if True in reentrant and finds_unused:
+        return (
             "Re-entrant gradient checkpointing fails under DDP while it looks for unused parameters: write "
             "`gradient_checkpointing_kwargs: {use_reentrant: false}` (TRL's default), or "
             "`ddp_find_unused_parameters: false`."
         )
+    if False in reentrant and deepspeed is not None and Version(deepspeed) < Version("0.19"):
+        return (
+            f"Gradient checkpointing that isn't re-entrant fails under ZeRO-3 of DeepSpeed {deepspeed} where weights "
+            "are frozen: write `gradient_checkpointing_kwargs: {use_reentrant: true}`, or install deepspeed>=0.19."
+        )
+    return None
+
+
+def _check_checkpointing(model: nn.Module, args: Any) -> None:
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    problem = _checkpointing_problem(
+        model, _finds_unused(args), version("deepspeed") if is_deepspeed_zero3_enabled() else None
+    )
+    if problem:
+        raise KappaTuneError(problem)
 
 
 def _add_trainer_callback() -> None:
@@ -77,8 +97,7 @@ def _add_trainer_callback() -> None:
         def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any):
             tuner = getattr(model, "base_model", None)
             if tuner in _followed:
-                if _finds_unused(args):
-                    _check_not_reentrant(model)
+                _check_checkpointing(model, args)
                 # DeepSpeed loads a checkpoint into its own copies, past load_state_dict
                 tuner.write_through(everything=True)
 

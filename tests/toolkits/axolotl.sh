@@ -1,4 +1,4 @@
-# Axolotl 0.19: SFT, resume, two ranks, DPO, merge-lora, inference, and what has to be refused.
+# Axolotl 0.19: SFT, resume, two ranks, ZeRO-3, DPO, merge-lora, inference, and what has to be refused.
 
 install() {
     "$venv/bin/pip" install -q "torch==2.13.0"
@@ -51,9 +51,7 @@ PYTHON
 
 train() { quietly "$1.log" axolotl train "$1.yaml" --launcher python "${@:2}"; }
 
-train_on_two() {
-    quietly "$1.log" env PYTHONPATH="$here" torchrun --standalone --nproc_per_node 2 -m axolotl.cli.train "$1.yaml"
-}
+on_two() { PYTHONPATH=$here torchrun --standalone --nproc_per_node 2 -m axolotl.cli.train "$1.yaml"; }
 
 # merged NAME MODEL: merge-lora and our own merge agree, and nothing but the selected changed
 merged() {
@@ -93,9 +91,18 @@ train dpo
 merged dpo tiny-llama
 
 ranks='plugins: [kappatune_plugin.toolkits.axolotl.KappaTunePlugin, axolotl_cpu_ranks.CpuRanks]'
+zero3='deepspeed: ./zero3.json'
 yaml ddp tiny-olmoe 12 "$ranks" "micro_batch_size: 1"
-train_on_two ddp
-PYTHONPATH=$here merged ddp tiny-olmoe
+quietly ddp.log on_two ddp
+yaml ddp tiny-olmoe 12
+merged ddp tiny-olmoe
+yaml zero3 tiny-olmoe 12 "$ranks" "micro_batch_size: 1" "$zero3" "gradient_checkpointing: true"
+quietly zero3.log on_two zero3
+yaml zero3 tiny-olmoe 12
+merged zero3 tiny-olmoe
+yaml crash tiny-llama 5 "$ranks" "micro_batch_size: 1" "$zero3" "gradient_checkpointing: true" \
+    "gradient_checkpointing_kwargs: {use_reentrant: false}"
+refused "ZeRO-3 of DeepSpeed 0.18.9" on_two crash
 
 yaml conflicts tiny-llama 5 "unfrozen_parameters: [lm_head]" "lora_r: 8" "load_in_4bit: true"
 refused "lora_r: another method's" axolotl train conflicts.yaml --launcher python

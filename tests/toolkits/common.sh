@@ -3,6 +3,7 @@ repository=$(cd "$here/../.." && pwd)
 venv=$folder/$name
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
+export DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$folder/extensions-$name
 export HF_HUB_OFFLINE=1 HF_DATASETS_CACHE=$work/.datasets TOKENIZERS_PARALLELISM=false CUDA_VISIBLE_DEVICES=
 
 # environment PYTHON INSTALL: a virtual environment made by the function INSTALL, once for each text of that function
@@ -20,6 +21,8 @@ environment() {
     export PATH=$venv/bin:$PATH
     python "$here/make_tiny.py" "$work"
     cd "$work"
+    echo '{"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}' \
+        > zero3.json
 }
 
 # quietly LOG COMMAND...: its output goes to LOG, and to the terminal if it fails

@@ -1,5 +1,5 @@
 # LLaMA-Factory 0.9.5 with the newest transformers it takes, or as llamafactory-4 with transformers 4: SFT, resume,
-# two ranks, DPO, export, and what has to be refused.
+# two ranks, ZeRO-3, DPO, export, and what has to be refused.
 
 install() {
     local transformers=5.6.0
@@ -39,7 +39,6 @@ YAML
     printf '%s\n' "${@:4}" >> "$1.yaml"
 }
 
-# the later of two equal keys would be an error in YAML, so what changes is given on the command line
 train() { quietly "$1.log" kappatune llamafactory train "$1.yaml" "${@:2}"; }
 
 # merged NAME MODEL: our merge, and LLaMA-Factory's export, and nothing but the selected changed
@@ -86,6 +85,9 @@ merged dpo tiny-llama
 yaml ddp tiny-olmoe 12
 FORCE_TORCHRUN=1 NPROC_PER_NODE=2 train ddp per_device_train_batch_size=1
 merged ddp tiny-olmoe
+yaml zero3 tiny-olmoe 12 "deepspeed: ./zero3.json"
+FORCE_TORCHRUN=1 NPROC_PER_NODE=2 train zero3 per_device_train_batch_size=1
+merged zero3 tiny-olmoe
 
 yaml conflicts tiny-llama 5 "lora_rank: 8"
 refused "lora_rank: another method's" kappatune llamafactory train conflicts.yaml

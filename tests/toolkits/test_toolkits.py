@@ -1,4 +1,4 @@
-"""The toolkits' own commands on tiny models: `pytest -m toolkit`. Each makes an environment the first time (minutes)."""
+"""The toolkits' own commands on tiny models: `pytest -m toolkit`. Each first makes an environment, in minutes."""
 
 import subprocess
 from pathlib import Path
