@@ -35,7 +35,7 @@ class Toolkit:
         gone: key -> why it is taken out.
         prefixes: keys that begin so are taken out too.
         kept: keys with such a prefix that mean the same for KappaTune.
-        saved: the key of modules trained whole.
+        saved: the key of modules trained whole that has to become KappaTune's.
         refusal: content -> why it is no LoRA recipe; "" if it is one.
         options: content -> the keywords of a peft.LoraConfig of the same size.
     """
@@ -49,7 +49,7 @@ class Toolkit:
     gone: dict[str, str]
     prefixes: tuple[str, ...]
     kept: tuple[str, ...]
-    saved: str
+    saved: str | None
     refusal: Callable[[Mapping[str, Any]], str]
     options: Callable[[Mapping[str, Any]], dict[str, Any]]
 
@@ -61,7 +61,7 @@ class Toolkit:
 
     def saved_modules(self, content: Mapping[str, Any]) -> list[str]:
         """The modules that are trained whole beside LoRA."""
-        return names(content.get(self.saved))
+        return names(content.get(self.saved)) if self.saved else []
 
 
 def names(value: Any) -> list[str]:
@@ -164,7 +164,6 @@ AXOLOTL = Toolkit(
         **_all(DROPOUT, "lora_dropout"),
         **_all(WHERE, "lora_target_linear", "lora_target_modules", "lora_target_parameters", "lora_fan_in_fan_out"),
         **_all(WHERE, "peft_layers_to_transform", "peft_layers_pattern", "peft_layer_replication"),
-        **_all(SAVED, "lora_modules_to_save"),
         **_all(DORA, "peft_use_dora"),
         **_all(QUANTIZED, "load_in_4bit", "load_in_8bit", "gptq", "bnb_config_kwargs", "quantize_moe_experts"),
         **_all(QUANTIZED, "qlora_sharded_model_loading"),
@@ -175,8 +174,9 @@ AXOLOTL = Toolkit(
         **_all(UNSLOTH, "unsloth_lora_mlp", "unsloth_lora_qkv", "unsloth_lora_o"),
     },
     prefixes=("lora_", "peft_", "qlora_", "relora", "unsloth_"),
-    kept=("lora_on_cpu", "peft_autocast_adapter_dtype"),
-    saved="lora_modules_to_save",
+    # Axolotl itself asks for lora_modules_to_save where tokens are added
+    kept=("lora_on_cpu", "peft_autocast_adapter_dtype", "lora_modules_to_save"),
+    saved=None,
     refusal=_axolotl_refusal,
     options=_axolotl_options,
 )

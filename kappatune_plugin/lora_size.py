@@ -38,9 +38,18 @@ def lora_size(model: str, options: dict[str, Any], trust_remote_code: bool = Fal
     Raises:
         KappaTuneError: the model's config is out of reach, or PEFT can't attach that LoRA.
     """
-    empty = empty_model(model, trust_remote_code)
+    try:
+        empty = empty_model(model, trust_remote_code)
+    except KappaTuneError:
+        raise
+    except Exception as error:
+        # transformers and remote code raise anything where a model can't be built without memory
+        reason = f"{type(error).__name__}: {error}"
+        raise KappaTuneError(f"the architecture of '{model}' can't be built without its weights ({reason})") from error
     kept, _ = filter_units(find_units(empty))
     sizes = [math.prod(unit.shape) for unit in kept]
+    if not sizes:
+        raise KappaTuneError(f"'{model}' has no weight matrix to train.")
     total = sum(parameter.numel() for parameter in empty.parameters())
     return LoraSize(_trained(empty, options), total, min(sizes), max(sizes))
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Run a toolkit's own commands on tiny models and compare the checkpoints they leave:
 #     tests/toolkits/run.sh NAME [FOLDER]
-# NAME is axolotl, llamafactory or llamafactory-4. FOLDER keeps the environments, so that only the first run installs
-# anything (minutes); default: kappatune-toolkits in the cache folder. On a machine without a GPU,
+# NAME is axolotl, llamafactory, llamafactory-4, trl-old, trl-mid or trl-latest. FOLDER keeps the environments, so that
+# only the first run installs anything (minutes); default: kappatune-toolkits in the cache folder. Without a GPU,
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu spares the gigabytes of CUDA.
 set -euo pipefail
 
@@ -13,3 +13,4 @@ script=$here/${name%%-*}.sh
 [ -f "$script" ] && [ "$name" != run ] || { echo "no toolkit is called '$name'" >&2; exit 2; }
 . "$here/common.sh"
 . "$script"
+python "$here/results.py" "$name" "$work/tests.xml"

@@ -1,0 +1,58 @@
+"""The same units and the same selection whichever version of transformers holds the experts.
+
+transformers 4 keeps each expert in modules of its own, transformers 5 a layer's experts in two parameters. Both are
+compared with the checkpoint's files here, so with each other.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from kappatune_plugin import scan, select
+from kappatune_plugin.units import find_units, unit_matrix
+
+sys.path.insert(0, str(Path(__file__).parent / "toolkits"))
+
+import matrix
+
+MODEL = Path(__file__).parents[1] / "recipes" / "quickstart" / "model"
+K = 75
+
+
+def checkpoint() -> dict[str, torch.Tensor]:
+    """The weight matrices of the quickstart's model, 16 experts in each of 4 layers, as its file holds them."""
+    return {name: tensor for name, tensor in load_file(MODEL / "model.safetensors").items() if tensor.ndim == 2}
+
+
+def test_units_are_the_checkpoints_tensors():
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16)
+    expected = checkpoint()
+    units = {unit.name: unit for unit in find_units(model)}
+    assert units.keys() == expected.keys() and len(units) > 16 * 4 * 3
+    assert all(torch.equal(unit_matrix(model, unit), expected[name]) for name, unit in units.items())
+
+
+def test_the_selection_is_that_of_the_checkpoint():
+    expected = {}
+    for name, tensor in checkpoint().items():
+        if not name.startswith(("model.embed_tokens", "lm_head")):
+            sigma = np.linalg.svd(tensor.double().numpy(), compute_uv=False)
+            expected[name] = sigma[0] / sigma[-1]
+    lowest = sorted(expected, key=expected.__getitem__)[:K]
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16)
+    for source in (model, str(MODEL)):
+        selection = select(scan(source, progress=False), k=K)
+        assert [row.name for row in selection.units] == lowest
+        assert all(abs(row.kappa / expected[row.name] - 1) < 1e-3 for row in selection.units)
+
+
+def test_readmes_table_is_what_was_recorded():
+    results = matrix.load()
+    readme = matrix.README.read_text(encoding="utf-8")
+    assert results and matrix.updated(readme, results) == readme
+    versions = {result["name"]: result["versions"]["transformers"] for result in results}
+    assert versions["trl-old"].startswith("4.") and versions["trl-latest"].startswith("5.")
