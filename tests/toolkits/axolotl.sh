@@ -110,3 +110,7 @@ yaml misspelt tiny-llama 5 "kapatune: {k: 3}" "kappatune: null"
 refused "Did you mean 'kappatune'?" axolotl train misspelt.yaml --launcher python
 yaml unknown tiny-llama 5 "kappatune: {k: 3, odrer: lowest}"
 refused "odrer" axolotl train unknown.yaml --launcher python
+
+# LoRA recipes that `kappatune convert` turned into KappaTune's
+mkdir converted
+quietly converted.log python "$here/parse_examples.py" axolotl "$work/tiny-llama" converted

@@ -96,3 +96,7 @@ refused "kappatune_odrer" kappatune llamafactory train misspelt.yaml
 refused "no trained adapter" kappatune llamafactory export llama.yaml do_train=false
 # the launcher that doesn't know the method refuses it too
 refused "kappatune" llamafactory-cli train llama.yaml
+
+# LoRA recipes that `kappatune convert` turned into KappaTune's
+mkdir converted
+quietly converted.log python "$here/parse_examples.py" llamafactory "$work/tiny-llama" converted
