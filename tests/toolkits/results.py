@@ -1,9 +1,10 @@
 """Records that a toolkit's script ran to its end: `python results.py NAME [JUNIT_XML]`, in its environment.
 
-Writes results/NAME.json beside this file: the versions that ran, what ran (the first line of the script), and how many
-tests passed.
+Writes results/NAME.json beside this file: the versions that ran, what ran (the comment that the script begins with), and
+how many tests passed.
 """
 
+import itertools
 import json
 import platform
 import sys
@@ -46,12 +47,18 @@ def tests(junit: Path) -> dict[str, int]:
     return {"passed": total["tests"] - total["skipped"], "skipped": total["skipped"]}
 
 
+def header(script: str) -> str:
+    """The comment that a script begins with, as one line."""
+    lines = itertools.takewhile(lambda line: line.startswith("# "), script.splitlines())
+    return " ".join(line.removeprefix("# ") for line in lines)
+
+
 def main(name: str, junit: Path | None) -> None:
     script = HERE / f"{name.partition('-')[0]}.sh"
     result = {
         "format": 1,
         "name": name,
-        "ran": script.read_text(encoding="utf-8").splitlines()[0].removeprefix("# "),
+        "ran": header(script.read_text(encoding="utf-8")),
         "python": platform.python_version(),
         "versions": versions(),
         "tests": tests(junit) if junit and junit.is_file() else None,
