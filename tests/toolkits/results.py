@@ -1,7 +1,7 @@
 """Records that a toolkit's script ran to its end: `python results.py NAME [JUNIT_XML]`, in its environment.
 
-Writes results/NAME.json beside this file: the versions that ran, what ran (the comment that the script begins with), and
-how many tests passed.
+Writes results/NAME.json beside this file: the versions that ran, what ran (the comment that the script begins with),
+and how many tests passed.
 """
 
 import itertools
