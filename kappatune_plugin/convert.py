@@ -18,6 +18,7 @@ from kappatune_plugin.lora_size import DEFAULT_SHARE, LoraSize, lora_size, match
 from kappatune_plugin.peft_method import NAME
 from kappatune_plugin.recipe_yaml import read_yaml
 from kappatune_plugin.units import FUSED_PROJECTIONS
+from kappatune_plugin.versions import gone_key
 from kappatune_plugin.yaml_edit import YamlText
 
 MATCHES = ("params", "share")
@@ -236,9 +237,11 @@ def _other_trainer(content: Mapping[str, Any]) -> list[str]:
     from kappatune_plugin.trl_keys import trl_keys
 
     unknown = [key for key in content if key not in trl_keys() and key not in BLOCKS and TRL.reason(key) is None]
-    if not unknown:
-        return []
-    return [
-        f"{', '.join(unknown)}: no keys of `trl sft`, the one script that `kappatune sft` runs. For other trainers of "
-        "TRL pass peft_config=KappaTuneConfig(...) in Python."
-    ]
+    notes = [f"{key}: {gone}." for key in unknown if (gone := gone_key(key))]
+    unknown = [key for key in unknown if gone_key(key) is None]
+    if unknown:
+        notes.append(
+            f"{', '.join(unknown)}: no keys of `trl sft`, the one script that `kappatune sft` runs. For other trainers "
+            "of TRL pass peft_config=KappaTuneConfig(...) in Python."
+        )
+    return notes

@@ -12,6 +12,7 @@ from kappatune_plugin.data import TEMPLATES, all_spec_problems, find_local, loca
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.recipe_yaml import BLOCKS, FLAT, apply_overrides, nest_flat_keys, read_yaml
 from kappatune_plugin.templates import did_you_mean, parse_template
+from kappatune_plugin.versions import gone_key
 
 if TYPE_CHECKING:
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
@@ -112,7 +113,8 @@ def _trl_arguments(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
         if key not in trl_keys():
             if is_launch_key(str(key)):
                 continue
-            problems.append(f"unknown key {_unknown(key, known)}")
+            gone = gone_key(key)
+            problems.append(f"{key}: {gone}." if gone else f"unknown key {_unknown(key, known)}")
             continue
         try:
             arguments[key] = convert(key, value)

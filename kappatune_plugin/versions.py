@@ -2,6 +2,25 @@
 
 from importlib.metadata import version
 
+# keys of TRL's YAML that came and went between the versions which this package works with, and what to write today
+GONE_KEYS = {
+    "warmup_ratio": "give the share as warmup_steps: 0.1",
+    "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR",
+    "overwrite_output_dir": "delete it, a run writes over what is in output_dir",
+    "save_safetensors": "delete it, safetensors is the only format",
+    "evaluation_strategy": "it is called eval_strategy",
+    "max_seq_length": "it is called max_length",
+    "torch_dtype": "it is called dtype",
+    "no_cuda": "write use_cpu: true",
+}
+
+
+def gone_key(key: str) -> str | None:
+    """What to do about a key that the installed versions of TRL and transformers don't know; None if nobody did."""
+    if key not in GONE_KEYS:
+        return None
+    return f"transformers {version('transformers')} and TRL {version('trl')} don't have it: {GONE_KEYS[key]}"
+
 
 def newer_tokenizer(error: Exception) -> str | None:
     """What to do if `error` says that a tokenizer is of transformers 5 and this is transformers 4; else None."""

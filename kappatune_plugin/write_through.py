@@ -57,7 +57,7 @@ def _checkpointing_problem(model: nn.Module, finds_unused: bool, deepspeed: str 
     if True in reentrant and finds_unused:
         return (
             "Re-entrant gradient checkpointing fails under DDP while it looks for unused parameters: write "
-            "`gradient_checkpointing_kwargs: {use_reentrant: false}` (TRL's default), or "
+            "`gradient_checkpointing_kwargs: {use_reentrant: false}`, or "
             "`ddp_find_unused_parameters: false`."
         )
     if False in reentrant and deepspeed is not None and Version(deepspeed) < Version("0.19"):

@@ -5,6 +5,8 @@ import yaml
 
 from kappatune_plugin import KappaTuneError
 from kappatune_plugin.recipe import load_recipe
+from kappatune_plugin.trl_keys import trl_keys
+from kappatune_plugin.versions import GONE_KEYS
 from recipes import tiny_recipe, write_recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
@@ -135,6 +137,17 @@ def test_each_mistake_is_named(load, changes, words):
     message = refused(load, **changes)
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize("key", list(GONE_KEYS))
+def test_keys_that_came_and_went_between_versions(load, key):
+    """They pass where the installed versions have them, and are explained where not."""
+    value = 0.1 if key == "warmup_ratio" else True
+    if key in trl_keys():
+        assert load(**{key: value}).resolved[key] is not None
+    else:
+        message = refused(load, **{key: value})
+        assert "1 problem" in message and f"{key}: transformers " in message and GONE_KEYS[key] in message
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ dtype: float32
 bf16: false
 use_cpu: true
 gradient_checkpointing: true
+gradient_checkpointing_kwargs: {use_reentrant: false}
 learning_rate: 1.0e-2
 weight_decay: 0.1
 max_steps: 3
