@@ -119,10 +119,15 @@ def with_gain(
         rows: to train on, in one of TRL's formats: columns `prompt` and `completion`, or `text_field`, of text.
 
     Raises:
-        KappaTuneError: as `gain_over_forgetting`, and rows in another format.
+        KappaTuneError: as `gain_over_forgetting`; rows in another format, or a report of another model.
     """
     names = {row.name for row in report.units}
     units = [unit for unit in find_units(model) if unit.name in names]
+    missing = sorted(names - {unit.name for unit in units})
+    if missing:
+        raise KappaTuneError(
+            f"{len(missing)} matrices of the kappa report are not in this model, such as {missing[0]}: scan it anew."
+        )
     pairs = training_pairs(rows, tokenizer.eos_token or "", text_field)
     found = gain_over_forgetting(model, tokenizer, pairs, config, units)
     scored = [replace(row, scores={**row.scores, GAIN: found[row.name]}) for row in report.units]

@@ -3,6 +3,7 @@
 import copy
 from typing import TYPE_CHECKING, Any
 
+from kappatune_plugin.distributed import is_partitioned
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.gain import GAIN, with_gain
 from kappatune_plugin.patterns import DEFAULT_EXCLUDE
@@ -34,11 +35,11 @@ def config_with_gain(
         report: of `model`; None scans it, or takes the recipe's.
 
     Raises:
-        KappaTuneError: as `with_gain`, or several processes.
+        KappaTuneError: as `with_gain`, several processes, or a model that is divided.
     """
-    if recipe.training_args.world_size > 1:
+    if recipe.training_args.world_size > 1 or any(is_partitioned(parameter) for parameter in model.parameters()):
         raise KappaTuneError(
-            f"rank_by: {GAIN} is measured in one process, not in {recipe.training_args.world_size}: run the recipe in "
+            f"rank_by: {GAIN} is measured in one process that holds the whole model, without ZeRO-3: run the recipe in "
             "one with `--max_steps 1`, then name its kappa_report.json in kappatune.report."
         )
     config = copy.copy(recipe.kappatune)

@@ -217,10 +217,10 @@ def test_a_limit_passed_at_the_end_or_at_once_is_kept_too(saved_olmoe, tmp_path)
 def test_resumed_equals_uninterrupted(saved_olmoe, tmp_path, save_steps, max_delta, matrices):
     """After it grew, and after it shrank."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    whole.mkdir(), parts.mkdir()
+    whole.mkdir()
     settings = {"save_strategy": "steps", "save_steps": save_steps, "max_delta": max_delta}
     train(whole, saved_olmoe, **settings)
-    train(parts, saved_olmoe, **settings)
+    shutil.copytree(whole, parts)
     shutil.rmtree(parts / "out" / "checkpoint-14")
     train(parts, saved_olmoe, "--resume_from_checkpoint", "true", **settings)
     one, other = (load_file(folder / "out" / "adapter_model.safetensors") for folder in (whole, parts))
