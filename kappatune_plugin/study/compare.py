@@ -1,7 +1,7 @@
 """A comparison: every method at its best learning rate, on the same data order, at the same training loss."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -61,14 +61,14 @@ class Tried:
 
     Attributes:
         runs: one a seed, as `train_run` gives them.
-        validation: learning rate -> validation loss of the first seed's run; None where it wasn't finite.
+        grid: learning rate -> the first seed's run.
         matched: the measurements at the target, one a seed; None where a run doesn't reach it.
     """
 
     method: Method
     learning_rate: float
     runs: list[dict[str, Any]]
-    validation: dict[str, float | None]
+    grid: dict[float, dict[str, Any]]
     matched: list[dict[str, Any] | None]
 
 
@@ -120,12 +120,12 @@ class _Runner:
     def best(self, method: Method) -> Tried:
         """`method` at the learning rate of lowest validation loss with the first seed, and there with all seeds."""
         seeds, rates = self.settings.seeds, sorted(self.settings.learning_rates)
-        tries = {rate: self._run(method, rate, seeds[0]) for rate in rates}
-        losses = {rate: run["validation_loss"] for rate, run in tries.items()}
+        grid = {rate: self._run(method, rate, seeds[0]) for rate in rates}
+        losses = {rate: run["validation_loss"] for rate, run in grid.items()}
         finite = [rate for rate in rates if losses[rate] is not None]
         chosen = min(finite, key=lambda rate: losses[rate]) if finite else rates[0]
-        runs = [tries[chosen], *(self._run(method, chosen, seed) for seed in seeds[1:])]
-        return Tried(method, chosen, runs, {f"{rate:g}": losses[rate] for rate in rates}, [None] * len(seeds))
+        runs = [grid[chosen], *(self._run(method, chosen, seed) for seed in seeds[1:])]
+        return Tried(method, chosen, runs, grid, [None] * len(seeds))
 
     def at_target(self, tried: Tried, target: float | None) -> Tried:
         """`tried` with what is measured right after the step at which each run first reaches `target`."""
@@ -134,7 +134,7 @@ class _Runner:
             curve = smoothed(run["losses"], self.settings.smooth)
             step = None if target is None else first_crossing(curve, target)
             matched.append(None if step is None else self._state_at(tried, run, seed, step))
-        return Tried(tried.method, tried.learning_rate, tried.runs, tried.validation, matched)
+        return replace(tried, matched=matched)
 
     def _state_at(self, tried: Tried, run: dict[str, Any], seed: int, step: int) -> dict[str, Any]:
         """The measurements of `run` after `step`: its own, or those of the same run done again up to there."""

@@ -25,13 +25,13 @@ def summarize(tried: "Tried", before: Mapping[str, float], settings: "Settings")
         "name": tried.method.name,
         "learning_rate": tried.learning_rate,
         "at_edge_of_grid": len(rates) > 1 and tried.learning_rate in (rates[0], rates[-1]),
-        "validation_loss": tried.validation,
+        "grid": {f"{rate:g}": _try(run, before) for rate, run in tried.grid.items()},
         "trainable": over_seeds([run["trainable"] for run in tried.runs]),
         "seconds": over_seeds([run["seconds"] for run in tried.runs]),
         "training_mib": over_seeds([run["training_bytes"] / MIB for run in tried.runs]),
         "peak_mib": over_seeds([run["peak_bytes"] and run["peak_bytes"] / MIB for run in tried.runs]),
         "lowest_loss": over_seeds([_lowest(run, settings.smooth) for run in tried.runs]),
-        "matched": _at([point for point in tried.matched], before),
+        "matched": _at(tried.matched, before),
         "final": _at([run["points"][-1] for run in tried.runs], before),
         "course": [_at([run["points"][i] for run in tried.runs], before) for i in range(len(first["points"]))],
     }
@@ -72,6 +72,12 @@ def _at(points: Sequence[Mapping[str, Any] | None], before: Mapping[str, float])
     if keys is None:
         return None
     return {key: over_seeds([None if row is None else row[key] for row in rows]) for key in keys}
+
+
+def _try(run: Mapping[str, Any], before: Mapping[str, float]) -> dict[str, Any]:
+    """One learning rate with the first seed; "at_target" only for a target that was given beforehand."""
+    point = run["at_target"]
+    return {"validation_loss": run["validation_loss"], "at_target": None if point is None else changes(point, before)}
 
 
 def _lowest(run: Mapping[str, Any], window: int) -> float | None:
