@@ -15,7 +15,6 @@ import json
 import random
 from pathlib import Path
 
-from kappatune_plugin.study.methods import DEFAULT_METHODS
 from kappatune_plugin.study.session import Asked, compare_session
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -26,12 +25,21 @@ TASKS = {
     "subj": ("subj.all", ("told", "felt"), "{sentence}\nThis was "),
 }
 LONGEST, TRAIN, TEST, STORIES, SMOOTH = 14, 1000, 120, 10, 8
-# learning rates, steps, steps between measurements, target of the training loss (None: the worst run's best)
+# lowest_mlp is not among them: all that lowest takes here are experts
+ALL = "lowest,highest,random,shape_matched_random,random_mlp,attention_only,lora,lora_mlp,osf,full"
+HYPOTHESES = (
+    "lowest_per_type,lowest:rank_by=kappa_over_null,highest:rank_by=log_volume,highest:rank_by=gain_over_forgetting,"
+    "highest_mlp"
+)
+FEWER = "lowest,highest,random,lowest_mlp,random_mlp,attention_only,lora,full"
+# methods, learning rates, steps, steps between measurements, target of the training loss (None: the worst run's best)
 RUNS = {
-    "quickstart": ("1e-3,3e-3", 100, 50, 0.3),
-    # for methods that need longer to get there, at the rate that they were best at
-    "quickstart-long": ("1e-3", 400, 200, 0.3),
-    "pretrained": ("1e-3,3e-3", 64, 32, None),
+    "quickstart": (ALL, "1e-3,3e-3", 100, 50, 0.3),
+    # every method at the lower rate, and other ways to choose
+    "quickstart-low-rate": (f"{ALL},{HYPOTHESES}", "1e-3", 100, 50, 0.3),
+    # for what needs longer to get there, at the rate that it was best at
+    "quickstart-long": ("lowest", "1e-3", 400, 200, 0.3),
+    "pretrained": (FEWER, "1e-3,3e-3", 64, 32, None),
 }
 
 
@@ -98,18 +106,19 @@ def publish(source: Path, target: Path, data: Path, output: Path) -> None:
 
 
 def main() -> None:
-    names = ["quickstart", "quickstart-long", *(f"{model}-{task}" for task in TASKS for model in MODELS)]
+    names = [*list(RUNS)[:-1], *(f"{model}-{task}" for task in TASKS for model in MODELS)]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=REPOSITORY.parent / "shared" / "data")
     parser.add_argument("--settings", nargs="+", default=names, choices=names)
-    parser.add_argument("--methods", default=DEFAULT_METHODS)
+    parser.add_argument("--methods", default=None, help="in the place of each setting's own")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("outputs/study"))
     parser.add_argument("--results", type=Path, default=None, help="a folder to copy each compare.json to, by setting")
     args = parser.parse_args()
     for name in args.settings:
-        folder = args.output / name
-        rates, steps, every, target = RUNS[name if name in RUNS else "pretrained"]
+        # the runs of the lower rate are runs of the grid too
+        folder = args.output / name.removesuffix("-low-rate")
+        methods, rates, steps, every, target = RUNS[name if name in RUNS else "pretrained"]
         if name in RUNS:
             recipe, changes = quickstart()
         else:
@@ -117,7 +126,7 @@ def main() -> None:
         changes["max_steps"] = steps
         overrides = [word for key, value in changes.items() for word in (f"--{key}", str(value))]
         asked = Asked(recipe, overrides, args.seeds, rates, every, SMOOTH, target, output_dir=folder)
-        compare_session(asked, args.methods)
+        compare_session(asked, args.methods or methods)
         if args.results is not None:
             publish(folder / "compare.json", args.results / f"{name}.json", args.data, args.output)
 

@@ -113,6 +113,8 @@ def test_each_method_has_its_best_learning_rate(whole):
         losses = {float(rate): each["validation_loss"] for rate, each in entry["grid"].items()}
         assert losses[entry["learning_rate"]] == min(losses.values()) and len(losses) == 2
         assert entry["at_edge_of_grid"]
+    lowest, lora, full = (entry["trains"] for entry in content["methods"])
+    assert sum(lowest.values()) == 7 and lora is full is None
 
 
 def test_what_was_forgotten_is_measured_against_the_base(bench):

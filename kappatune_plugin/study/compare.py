@@ -1,5 +1,6 @@
 """A comparison: every method at its best learning rate, on the same data order, at the same training loss."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -10,13 +11,16 @@ import yaml
 from tqdm import tqdm
 
 from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.report_table import layer_and_type
 from kappatune_plugin.run import public_yaml
+from kappatune_plugin.study.arms import choose
 from kappatune_plugin.study.bench import Bench
 from kappatune_plugin.study.methods import Method
 from kappatune_plugin.study.statistics import first_crossing, smoothed
 from kappatune_plugin.study.store import RunStore
 from kappatune_plugin.study.summary import summarize
 from kappatune_plugin.study.training import train_run
+from kappatune_plugin.units import find_units
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "kappatune-plugin")
 
@@ -100,7 +104,7 @@ def compare(bench: Bench, methods: Sequence[Method], settings: Settings, output_
         "parameters": sum(parameter.numel() for parameter in bench.base.parameters()),
         "matched_parameters": bench.pool.values,
         "before": runner.before(),
-        "methods": [summarize(each, runner.before(), settings) for each in tried],
+        "methods": [{**summarize(each, runner.before(), settings), "trains": runner.trains(each)} for each in tried],
     }
 
 
@@ -116,6 +120,13 @@ class _Runner:
         return self.store.get(
             "before", {**self._identity, "what": "before"}, lambda: self.bench.measure(self.bench.base)
         )
+
+    def trains(self, tried: Tried) -> dict[str, int] | None:
+        """Type of matrix -> how many of it a KappaTune method trains with the first seed; None for other methods."""
+        if tried.method.kind != "kappatune":
+            return None
+        selection = choose(tried.method, self.bench.pool, find_units(self.bench.base), self.settings.seeds[0])
+        return dict(Counter(layer_and_type(unit.name)[1] for unit in selection.units))
 
     def best(self, method: Method) -> Tried:
         """`method` at the learning rate of lowest validation loss with the first seed, and there with all seeds."""
