@@ -17,7 +17,8 @@ from kappatune_plugin.study.tables import MEASURES, shown
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 REFERENCE = "lora"
 SETTINGS = {
-    "quickstart": "Quickstart: a mixture of experts (4 layers, 16 experts) learns the tone of letters",
+    "quickstart": "Quickstart, 100 steps: a mixture of experts (4 layers, 16 experts) learns the tone of letters",
+    "quickstart-target": "Quickstart, every method at one rate until it is there (400 steps at most)",
     "dense-subj": "tinystories-656k, dense: is a sentence a plot or an opinion (Subj)",
     "moe-subj": "tinystories-656k upcycled to 4 experts: Subj",
     "dense-sst2": "tinystories-656k, dense: sentiment (SST-2)",
@@ -33,7 +34,8 @@ Written by `python benchmarks/results.py` from the comparisons in [results](resu
 def main() -> None:
     contents = committed()
     for name, content in contents.items():
-        frontier_plot(content, DOCS / "results" / f"{name}-frontier.png")
+        if not content["settings"]["stop_at_target"]:
+            frontier_plot(content, DOCS / "results" / f"{name}-frontier.png")
         matched_plot(content, DOCS / "results" / f"{name}-matched.png")
     (DOCS / "RESULTS.md").write_text(text(contents), encoding="utf-8")
 
@@ -82,19 +84,32 @@ after equal steps. ± is the 95% interval of Student's t over seeds; intervals o
 
 
 def setting(name: str, content: Mapping[str, Any]) -> str:
-    """A section: both tables and both pictures."""
+    """A section: tables, what the KappaTune methods chose, and pictures."""
     target = content["target_loss"]
     parts = [
         f"## {SETTINGS[name]}\n",
         f"Before training: {before(content)}.\n",
         f"When the smoothed training loss first reaches {target:.3f}:\n",
         table(content, "matched"),
-        f"\nAfter {content['steps']} steps:\n",
-        table(content, "final"),
         f"\n![forgotten at the target](results/{name}-matched.png)\n",
-        f"![learned against forgotten](results/{name}-frontier.png)\n",
     ]
-    return "\n".join(parts)
+    if not content["settings"]["stop_at_target"]:
+        parts += [
+            f"After {content['steps']} steps:\n",
+            table(content, "final"),
+            f"\n![learned against forgotten](results/{name}-frontier.png)\n",
+        ]
+    return "\n".join([*parts, "What they train (first seed), of each type of matrix:\n", choices(content), ""])
+
+
+def choices(content: Mapping[str, Any]) -> str:
+    """A Markdown list of what each KappaTune method chose."""
+    lines = []
+    for method in content["methods"]:
+        if method["trains"]:
+            each = ", ".join(f"{count} {kind}" for kind, count in sorted(method["trains"].items()))
+            lines.append(f"- `{method['name']}`: {each}")
+    return "\n".join(lines)
 
 
 def before(content: Mapping[str, Any]) -> str:
@@ -106,7 +121,7 @@ def before(content: Mapping[str, Any]) -> str:
 
 def table(content: Mapping[str, Any], where: str) -> str:
     """A Markdown table of the measures, with the difference from LoRA of what was forgotten, paired by seed."""
-    keys = [key for key in MEASURES if any(key in method["final"] for method in content["methods"])]
+    keys = [key for key in MEASURES if any(key in (method[where] or {}) for method in content["methods"])]
     headings = [MEASURES[key][0].replace("\n", " ") for key in keys]
     heading = ["method", "rate", "trained", "steps", *headings, f"control loss against {REFERENCE}"]
     rows = ["| " + " | ".join(heading) + " |", "|---" * len(heading) + "|"]

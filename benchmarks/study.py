@@ -13,6 +13,7 @@ On a GPU the same with a larger pretrained mixture of experts: `kappatune compar
 import argparse
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 from kappatune_plugin.study.session import Asked, compare_session
@@ -35,10 +36,8 @@ FEWER = "lowest,highest,random,lowest_mlp,random_mlp,attention_only,lora,full"
 # methods, learning rates, steps, steps between measurements, target of the training loss (None: the worst run's best)
 RUNS = {
     "quickstart": (ALL, "1e-3,3e-3", 100, 50, 0.3),
-    # every method at the lower rate, and other ways to choose
-    "quickstart-low-rate": (f"{ALL},{HYPOTHESES}", "1e-3", 100, 50, 0.3),
-    # for what needs longer to get there, at the rate that it was best at
-    "quickstart-long": ("lowest", "1e-3", 400, 200, 0.3),
+    # every method at the lower rate until it is there, and other ways to choose
+    "quickstart-target": (f"{ALL},{HYPOTHESES}", "1e-3", 400, 400, 0.3),
     "pretrained": (FEWER, "1e-3,3e-3", 64, 32, None),
 }
 
@@ -116,8 +115,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=None, help="a folder to copy each compare.json to, by setting")
     args = parser.parse_args()
     for name in args.settings:
-        # the runs of the lower rate are runs of the grid too
-        folder = args.output / name.removesuffix("-low-rate")
+        folder = args.output / name
         methods, rates, steps, every, target = RUNS[name if name in RUNS else "pretrained"]
         if name in RUNS:
             recipe, changes = quickstart()
@@ -126,6 +124,7 @@ def main() -> None:
         changes["max_steps"] = steps
         overrides = [word for key, value in changes.items() for word in (f"--{key}", str(value))]
         asked = Asked(recipe, overrides, args.seeds, rates, every, SMOOTH, target, output_dir=folder)
+        asked = replace(asked, stop_at_target=name == "quickstart-target")
         compare_session(asked, args.methods or methods)
         if args.results is not None:
             publish(folder / "compare.json", args.results / f"{name}.json", args.data, args.output)

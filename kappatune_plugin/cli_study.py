@@ -47,6 +47,9 @@ def compare(
     target_loss: TargetLoss = None,
     every: Every = None,
     smooth: Smooth = 10,
+    stop_at_target: Annotated[
+        bool, typer.Option("--stop_at_target", "--stop-at-target", help="End every run at --target_loss.")
+    ] = False,
     validation: Validation = 0.1,
     output_dir: OutputDir = None,
 ) -> None:
@@ -56,7 +59,18 @@ def compare(
     """
     from kappatune_plugin.study.session import Asked, compare_session
 
-    asked = Asked(config, context.args, seeds, learning_rates, every, smooth, target_loss, validation, output_dir)
+    asked = Asked(
+        config,
+        context.args,
+        seeds,
+        learning_rates,
+        every,
+        smooth,
+        target_loss,
+        validation,
+        output_dir,
+        stop_at_target,
+    )
     compare_session(asked, methods)
 
 

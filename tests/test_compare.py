@@ -190,12 +190,27 @@ def test_a_target_given_beforehand_is_measured_on_the_way(bench, whole, tmp_path
     assert not list((tmp_path / "runs").glob("*-to*")) and list((whole[0] / "runs").glob("*-to*"))
 
 
+def test_runs_that_stop_at_the_target(bench, whole, tmp_path):
+    given = Settings(**{**vars(SETTINGS), "target_loss": whole[1]["target_loss"], "stop_at_target": True})
+    found = compare(bench, METHODS[:1], given, tmp_path)["methods"][0]
+    assert found["final"] is None and not list((tmp_path / "runs").glob("*-to*"))
+    for path in (tmp_path / "runs").glob("lowest*"):
+        run = json.loads(path.read_text())["run"]
+        reached = None if run["at_target"] is None else run["at_target"]["step"]
+        assert len(run["losses"]) == (6 if reached is None else reached)
+    # its rate may be another: validation loss is that of the step it stopped at
+    if found["learning_rate"] == whole[1]["methods"][0]["learning_rate"]:
+        assert found["matched"] == whole[1]["methods"][0]["matched"]
+    with pytest.raises(KappaTuneError, match="give target_loss"):
+        Settings(**{**vars(SETTINGS), "stop_at_target": True})
+
+
 def test_compare_as_typed(recipe, tmp_path):
     words = ["compare", "--config", recipe, "--methods", "lowest,lora", "--seeds", 2, "--learning_rates", "1e-2"]
     words += ["--smooth", 2, "--every", 3, "--validation", 0.25, "--output_dir", tmp_path / "out"]
     code, out, _ = kappatune(*words)
     assert code == 0
-    for shown in ("first reaches", "After 6 steps", "± 95% interval over 2 seeds", "facts", str(tmp_path / "out")):
+    for shown in ("first reaches", "After 6 steps", "± 95% interval over 2 seeds", "recall", str(tmp_path / "out")):
         assert shown in " ".join(out.split()) or shown in out
     content = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert content["format"] == 1 and content["settings"]["learning_rates"] == [1e-2]

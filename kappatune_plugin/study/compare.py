@@ -35,6 +35,7 @@ class Settings:
         every: steps between measurements.
         smooth: steps that the smoothed training loss is the mean of.
         target_loss: smoothed training loss to compare at; None for the highest of the runs' lowest, which all reach.
+        stop_at_target: end every run there: nothing is compared after equal steps then.
 
     Raises:
         KappaTuneError: numbers that can't be right.
@@ -45,6 +46,7 @@ class Settings:
     every: int
     smooth: int
     target_loss: float | None = None
+    stop_at_target: bool = False
 
     def __post_init__(self) -> None:
         problems = []
@@ -55,6 +57,8 @@ class Settings:
         for key in ("every", "smooth"):
             if getattr(self, key) < 1:
                 problems.append(f"{key}: {getattr(self, key)} is not a number of steps from 1 on.")
+        if self.stop_at_target and self.target_loss is None:
+            problems.append("stop_at_target: the target has to be known beforehand: give target_loss.")
         if problems:
             raise KappaTuneError("\n  - ".join(["compare:", *problems]))
 
@@ -171,11 +175,13 @@ class _Runner:
         }
         title = f"{method.name}-lr{rate:g}-seed{seed}" + (f"-to{stop_at}" if stop_at else "")
         self.bar.set_postfix_str(title)
-        target = self.settings.target_loss
-        # a target that is known beforehand is measured on the way; it doesn't change the run
+        target, stops = self.settings.target_loss, self.settings.stop_at_target
+        # a target that is known beforehand is measured on the way; unless it ends the run, it doesn't change it
         crossing = None if target is None or stop_at else (self.settings.smooth, target)
+        if stops:
+            identity["stops"] = crossing
         run = self.store.get(
-            title, identity, lambda: train_run(self.bench, method, rate, seed, every, stop_at, crossing)
+            title, identity, lambda: train_run(self.bench, method, rate, seed, every, stop_at, crossing, stops)
         )
         self.bar.update()
         return run

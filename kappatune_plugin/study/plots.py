@@ -116,7 +116,7 @@ def _style(i: int) -> dict[str, Any]:
 
 
 def _title(content: Mapping[str, Any], text: str) -> str:
-    name = Path(str(content["recipe"]["model_name_or_path"])).name
+    name = "/".join(Path(str(content["recipe"]["model_name_or_path"])).parts[-2:])
     seeds = len(content["settings"]["seeds"])
     return f"{text}\n{name}, {seeds} seed{'s' if seeds > 1 else ''}"
 

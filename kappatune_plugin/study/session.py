@@ -32,7 +32,7 @@ class Asked:
         config, overrides: the recipe.
         seeds: how many, from the recipe's on.
         learning_rates: the grid as written; None for the command's default.
-        every, smooth, target_loss: as in `Settings`; `every` None for a tenth of the run.
+        every, smooth, target_loss, stop_at_target: as in `Settings`; `every` None for a tenth of the run.
         validation: share of the training rows to hold out.
         output_dir: None for the recipe's with the command's name behind.
     """
@@ -46,6 +46,7 @@ class Asked:
     target_loss: float | None = None
     validation: float = 0.1
     output_dir: Path | None = None
+    stop_at_target: bool = False
 
 
 def compare_session(asked: Asked, methods: str) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def compare_session(asked: Asked, methods: str) -> dict[str, Any]:
     write_json(folder / "compare.json", content)
     _show(comparison_tables(content))
     pictures = []
-    if task_measure(content) and _has_controls(content):
+    if task_measure(content) and _has_controls(content) and not settings.stop_at_target:
         frontier_plot(content, folder / "frontier.png")
         pictures.append("frontier.png")
     if content["target_loss"] is not None and _has_controls(content):
@@ -107,7 +108,7 @@ def _prepare(asked: Asked, grid: Sequence[float], what: str, with_gain: bool = F
     rates = _rates(asked.learning_rates, args.learning_rate, grid)
     every = max(1, bench.steps // MEASUREMENTS) if asked.every is None else asked.every
     seeds = tuple(range(args.seed, args.seed + asked.seeds))
-    return bench, Settings(seeds, rates, every, asked.smooth, asked.target_loss), folder
+    return bench, Settings(seeds, rates, every, asked.smooth, asked.target_loss, asked.stop_at_target), folder
 
 
 def _rates(text: str | None, recipes: float, grid: Sequence[float]) -> tuple[float, ...]:

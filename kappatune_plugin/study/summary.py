@@ -20,7 +20,6 @@ def summarize(tried: "Tried", before: Mapping[str, float], settings: "Settings")
     the run has none)}.
     """
     rates = sorted(settings.learning_rates)
-    first = tried.runs[0]
     return {
         "name": tried.method.name,
         "learning_rate": tried.learning_rate,
@@ -32,8 +31,9 @@ def summarize(tried: "Tried", before: Mapping[str, float], settings: "Settings")
         "peak_mib": over_seeds([run["peak_bytes"] and run["peak_bytes"] / MIB for run in tried.runs]),
         "lowest_loss": over_seeds([_lowest(run, settings.smooth) for run in tried.runs]),
         "matched": _at(tried.matched, before),
-        "final": _at([run["points"][-1] for run in tried.runs], before),
-        "course": [_at([run["points"][i] for run in tried.runs], before) for i in range(len(first["points"]))],
+        # runs that end at the target have no last step in common
+        "final": None if settings.stop_at_target else _at([run["points"][-1] for run in tried.runs], before),
+        "course": [_at(points, before) for points in zip(*(run["points"] for run in tried.runs), strict=False)],
     }
 
 

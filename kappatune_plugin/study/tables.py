@@ -15,10 +15,10 @@ MEASURES = {
     "task_answer_accuracy": ("written\nanswers", "{:.1%}"),
     "task_loss": ("task\nloss", "{:.3f}"),
     "control_loss_change": ("control\nloss", "{:+.3f}"),
-    "control_ppl_change": ("control\nperplexity", "{:+.2f}"),
-    "control_kl": ("KL to base\non control", "{:.3f}"),
-    "task_text_kl": ("KL to base\non task text", "{:.2f}"),
-    "recall": ("facts\nrecalled", "{:.1%}"),
+    "control_ppl_change": ("control\npplx", "{:+.2f}"),
+    "control_kl": ("KL on\ncontrol", "{:.3f}"),
+    "task_text_kl": ("KL on\ntask text", "{:.2f}"),
+    "recall": ("recall", "{:.1%}"),
 }
 
 
@@ -28,16 +28,17 @@ def comparison_tables(content: Mapping[str, Any]) -> list[Table | Text]:
     spread = f"mean ± 95% interval over {seeds} seeds" if seeds > 1 else "one seed: no interval"
     target = content["target_loss"]
     named = "no run has a smoothed training loss" if target is None else f"{target:.4g}"
+    at_the_end = [_measures(content, "final", f"After {content['steps']} steps ({spread})")]
     return [
         _measures(content, "matched", f"When the smoothed training loss first reaches {named} ({spread})"),
-        _measures(content, "final", f"After {content['steps']} steps ({spread})"),
+        *(at_the_end if any(method["final"] for method in content["methods"]) else []),
         _costs(content),
         *_notes(content),
     ]
 
 
-def shown(measure: Mapping[str, Any] | None, form: str) -> str:
-    """ "97.0% ± 1.2", "0.053 ± .012" or "-"."""
+def shown(measure: Mapping[str, Any] | None, form: str, gap: str = " ") -> str:
+    """ "97.0% ± 1.2", "0.053 ± .012" or "-", with `gap` before the sign."""
     if measure is None:
         return "-"
     text = form.format(measure["mean"])
@@ -45,28 +46,28 @@ def shown(measure: Mapping[str, Any] | None, form: str) -> str:
         return text
     share = form.endswith("%}")
     half = form.replace("+", "").format(measure["half"]).removesuffix("%")
-    return f"{text} ± {half}" if share else f"{text} ± {half.lstrip('0') or '0'}"
+    return f"{text}{gap}± {half if share else half.lstrip('0') or '0'}"
 
 
 def _measures(content: Mapping[str, Any], where: str, title: str) -> Table:
     table = _table(title)
-    table.add_column("method", overflow="fold")
-    table.add_column("steps", justify="right")
-    keys = [key for key in MEASURES if any(key in (method["final"] or {}) for method in content["methods"])]
+    table.add_column("method", no_wrap=True)
+    table.add_column("steps", justify="right", no_wrap=True)
+    keys = [key for key in MEASURES if any(key in (method[where] or {}) for method in content["methods"])]
     for key in keys:
         table.add_column(MEASURES[key][0], justify="right", no_wrap=True)
     for method in content["methods"]:
         found = method[where]
         if found is None:
             lowest = method["lowest_loss"]
-            best = f"lowest {min(_there(lowest)):.3g}" if lowest else "diverged"
-            table.add_row(method["name"], f"not reached\n({best})", *("" for _ in keys))
+            best = f"(lowest {min(_there(lowest)):.3g})" if lowest else "(diverged)"
+            table.add_row(method["name"], f"not reached\n{best}", *("" for _ in keys))
             continue
         reached = len(_there(found["step"]))
         steps = f"{found['step']['mean']:.0f}"
         if reached < len(content["settings"]["seeds"]):
-            steps += f"\n({reached} of {len(content['settings']['seeds'])} seeds)"
-        table.add_row(method["name"], steps, *(shown(found.get(key), MEASURES[key][1]) for key in keys))
+            steps += f"\n{reached} of {len(content['settings']['seeds'])} seeds"
+        table.add_row(method["name"], steps, *(shown(found.get(key), MEASURES[key][1], "\n") for key in keys))
     return table
 
 

@@ -36,6 +36,7 @@ def train_run(
     every: int,
     stop_at: int | None = None,
     crossing: tuple[int, float] | None = None,
+    stop_at_crossing: bool = False,
 ) -> dict[str, Any]:
     """Train a copy of the base by `method`.
 
@@ -44,6 +45,7 @@ def train_run(
             end.
         stop_at: end after this step, with the schedule and the data order of the whole run. Measured there only.
         crossing: (window, target): measure where the loss, smoothed over `window` steps, first reaches `target` too.
+        stop_at_crossing: and end there.
 
     Returns:
         "losses" after each step (None where not finite), "points" ({"step", and `Bench.measure`}), "at_target" (a
@@ -60,7 +62,7 @@ def train_run(
         trainer = _trainer(bench, method, learning_rate, seed, Path(folder))
         order = _BatchOrder(trainer.data_collator)
         trainer.data_collator = order
-        course = _Course(bench, every, stop_at, crossing)
+        course = _Course(bench, every, stop_at, crossing, stop_at_crossing)
         trainer.add_callback(course)
         trainer.train()
         steps = trainer.state.global_step
@@ -139,8 +141,16 @@ def _base_in_place(model: nn.Module, base: nn.Module) -> Iterator[None]:
 class _Course(TrainerCallback):
     """Writes down a run's course, and stops it where that is wished."""
 
-    def __init__(self, bench: "Bench", every: int, stop_at: int | None, crossing: tuple[int, float] | None) -> None:
-        self.bench, self.every, self.stop_at, self.crossing = bench, every, stop_at, crossing
+    def __init__(
+        self,
+        bench: "Bench",
+        every: int,
+        stop_at: int | None,
+        crossing: tuple[int, float] | None,
+        stop_at_crossing: bool,
+    ) -> None:
+        self.bench, self.every, self.stop_at = bench, every, stop_at
+        self.crossing, self.stop_at_crossing = crossing, stop_at_crossing
         self.losses: list[float | None] = []
         self.points: list[dict[str, float | None]] = []
         self.at_target: dict[str, float | None] | None = None
@@ -174,6 +184,7 @@ class _Course(TrainerCallback):
             window, target = self.crossing
             if first_crossing(smoothed(self.losses, window), target) == len(self.losses):
                 self.at_target = self._measured(model, state.global_step)
+                control.should_training_stop = control.should_training_stop or self.stop_at_crossing
 
     def _measured(self, model: nn.Module, step: int, quick: bool = False) -> dict[str, float | None]:
         measured = self.bench.measure(model, quick)
