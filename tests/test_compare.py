@@ -59,7 +59,7 @@ def test_rows_are_held_out_and_none_is_lost(bench):
 
 def test_a_method_may_rank_by_what_is_measured_on_the_rows(recipe):
     settings = ["--kappatune.gain", "{examples: 4, samples: 2, max_length: 16}"]
-    bench = Bench.load(recipe, settings, validation=0.25, with_gain=True)
+    bench = Bench.load(recipe, settings, validation=0.25, ranks=["gain_over_forgetting"])
     scores = {unit.name: unit.scores[GAIN] for unit in bench.pool.report.units}
     (method,) = parse_methods(f"highest:rank_by={GAIN}:k=3")
     chosen = choose(method, bench.pool, find_units(bench.base), seed=0).units

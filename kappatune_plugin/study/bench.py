@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,14 +72,14 @@ class Bench:
 
     @classmethod
     def load(
-        cls, path: Path, overrides: Iterable[str] = (), validation: float = 0.1, with_gain: bool = False
+        cls, path: Path, overrides: Iterable[str] = (), validation: float = 0.1, ranks: Collection[str] = ()
     ) -> "Bench":
         """Load all that the recipe at `path` names.
 
         Args:
             overrides: of the recipe, as on the command line.
             validation: the share of the training rows that is held out to choose learning rates on.
-            with_gain: measure gain over forgetting, which some method ranks by though the recipe doesn't.
+            ranks: what methods rank by beside the recipe.
 
         Raises:
             KappaTuneError: everything that `kappatune sft` would raise, a recipe that measures no forgetting or brings
@@ -94,8 +94,9 @@ class Bench:
         data = ForgettingData.load(recipe.forgetting, task, recipe.folder)
         base = load_base(recipe)
         tokenizer, train, held_out = _prepared(recipe, base, learned, held_out)
-        report = _report(recipe, base)
-        if with_gain or recipe.kappatune.rank_by == GAIN:
+        ranks = {*ranks, recipe.kappatune.rank_by}
+        report = _report(recipe, base, with_snr="snr" in ranks)
+        if GAIN in ranks:
             report = config_with_gain(recipe, base, tokenizer, learned, report).report
             base.cpu()
         texts = [_right_text(example) for example in task[:TASK_TEXTS]]
@@ -191,15 +192,17 @@ def _prepared(
     return trainer.processing_class, trainer.train_dataset, trainer.eval_dataset
 
 
-def _report(recipe: Recipe, base: "nn.Module") -> KappaReport:
+def _report(recipe: Recipe, base: "nn.Module", with_snr: bool) -> KappaReport:
+    """Of all that may be trained: one that was made for the lowest doesn't tell the others."""
     config = recipe.kappatune
+    exclude = DEFAULT_EXCLUDE if config.exclude is None else config.exclude
+    settings = {"include": config.include or (), "exclude": exclude, "rtol": config.rtol}
     if config.report is None:
-        exclude = DEFAULT_EXCLUDE if config.exclude is None else config.exclude
-        return scan(base, include=config.include or (), exclude=exclude, rtol=config.rtol)
+        return scan(base, rank_by="snr" if with_snr else "kappa", **settings)
     report = KappaReport.load(config.report)
     if report.base["hash"] != base_hash(base):
         raise KappaTuneError(f"kappatune.report is of '{report.base['name']}', not of this base: delete the line.")
-    return report
+    return report if report.made_for is None else scan(base, **settings)
 
 
 def _right_text(example: ChoiceExample | tuple[str, str]) -> str:

@@ -11,7 +11,6 @@ from kappatune_plugin.budget import parse_budget
 from kappatune_plugin.console import console
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.files import write_json
-from kappatune_plugin.gain import GAIN
 from kappatune_plugin.run import check_writable
 from kappatune_plugin.study.bench import Bench
 from kappatune_plugin.study.compare import Settings, compare
@@ -56,8 +55,8 @@ def compare_session(asked: Asked, methods: str) -> dict[str, Any]:
         The content of compare.json.
     """
     chosen = parse_methods(methods)
-    with_gain = any(method.settings.get("rank_by") == GAIN for method in chosen)
-    bench, settings, folder = _prepare(asked, GRID, "compare", with_gain)
+    ranks = [method.settings["rank_by"] for method in chosen if "rank_by" in method.settings]
+    bench, settings, folder = _prepare(asked, GRID, "compare", ranks)
     content = compare(bench, chosen, settings, folder)
     write_json(folder / "compare.json", content)
     _show(comparison_tables(content))
@@ -100,8 +99,8 @@ def sweep_session(asked: Asked, budgets: str) -> dict[str, Any]:
     return content
 
 
-def _prepare(asked: Asked, grid: Sequence[float], what: str, with_gain: bool = False) -> tuple[Bench, Settings, Path]:
-    bench = Bench.load(asked.config, asked.overrides, asked.validation, with_gain)
+def _prepare(asked: Asked, grid: Sequence[float], what: str, ranks: Sequence[str] = ()) -> tuple[Bench, Settings, Path]:
+    bench = Bench.load(asked.config, asked.overrides, asked.validation, ranks)
     args = bench.recipe.training_args
     folder = asked.output_dir or Path(f"{args.output_dir}-{what}")
     check_writable(folder)
