@@ -48,8 +48,149 @@ def committed() -> dict[str, Any]:
 
 def text(contents: Mapping[str, Any]) -> str:
     """docs/RESULTS.md."""
-    conclusions = (DOCS / "results" / "conclusions.md").read_text(encoding="utf-8")
-    return "\n".join([HEAD, conclusions, how(contents), *(setting(name, each) for name, each in contents.items())])
+    earlier = (DOCS / "results" / "earlier.md").read_text(encoding="utf-8")
+    sections = [setting(name, each) for name, each in contents.items()]
+    return "\n".join([HEAD, conclusions(contents), how(contents), *sections, earlier])
+
+
+def conclusions(contents: Mapping[str, Any]) -> str:
+    """What the numbers say, in words; every figure is read from the files."""
+    target, grid = contents["quickstart-target"], contents["quickstart"]
+    ratios, fastest = rate_ratios(grid), max(grid["settings"]["learning_rates"])
+    higher = sum(method["learning_rate"] == fastest for method in grid["methods"])
+    lines = [
+        "## In short",
+        "",
+        "These models have 0.7 to 4.5 million parameters, and were trained for a few hundred steps at most, with three "
+        "seeds. What holds for them need not hold for a model a thousand times as large. Differences whose interval "
+        "leaves out zero are in bold; the others may be chance.",
+        "",
+        f"- **On the quickstart the κ-lowest selection forgets least of the tools people would use, and learns "
+        f"slowest.** At one learning rate ({target['settings']['learning_rates'][0]:g}), when the training loss first "
+        f"reaches {target['target_loss']:g}, the control loss has risen by {rise(target, 'lowest')} nats a token; with "
+        f"LoRA by {rise(target, 'lora')}, OSF {rise(target, 'osf')}, full fine-tuning {rise(target, 'full')}. Against "
+        f"LoRA that is {difference(target, 'lowest', 'lora')}. It takes {steps(target, 'lowest')} steps, LoRA "
+        f"{steps(target, 'lora')}, full fine-tuning {steps(target, 'full')}.",
+        "- **It comes from training experts; that κ chooses well among them can't be told.** All that it selects there "
+        f"are expert matrices. Random ones (`random_mlp`, another draw a seed) forget {rise(target, 'random_mlp')}, in "
+        f"{steps(target, 'random_mlp')} steps; {less_than(target, 'random_mlp', 'lowest')} draws forget less than any "
+        f"κ-lowest run, and the difference is {difference(target, 'lowest', 'random_mlp')}. Random matrices of "
+        f"the same shapes forget {rise(target, 'shape_matched_random')}. κ-highest takes every attention matrix first, "
+        f"and forgets {rise(target, 'highest')}, attention alone {rise(target, 'attention_only')}. Why κ falls that "
+        "way: attention is square here and experts are not, and a square matrix has a large κ whatever was learned "
+        "(`kappatune scan` prints it beside that of a random matrix of the shape).",
+        f"- **The learning rate matters as much.** With 3e-3 in the place of 1e-3, the same method "
+        f"forgets {min(ratios.values()):.1f} to {max(ratios.values()):.1f} times as much at the same training loss "
+        f"({len(ratios)} methods, one seed each). Held-out task loss, by which rates are usually chosen, prefers the "
+        f"higher one for {higher} of {len(grid['methods'])} methods: what a choice of matrices saves, a rate that is "
+        "chosen by the task alone can cost again.",
+        f"- **After equal steps it looks better than it is.** After {grid['steps']} steps κ-lowest has forgotten "
+        f"{rise(grid, 'lowest', 'final')} against LoRA's {rise(grid, 'lora', 'final')}, but it has hardly learned: "
+        f"{accuracy(grid, 'lowest')} against {accuracy(grid, 'lora')}.",
+        *others(contents),
+        "",
+        "So: the default stays the paper's criterion. If you want less forgetting, first lower the learning rate; in a "
+        "mixture of experts then train within the experts (`include: [mlp]`), and measure random choices beside κ "
+        "(`kappatune compare`).",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def others(contents: Mapping[str, Any]) -> list[str]:
+    """What other ways to choose gave, and the pretrained models, where they were run."""
+    target, lines = contents["quickstart-target"], []
+    tried = [
+        ("lowest:rank_by=kappa_over_null", "κ over that of a random matrix of the shape"),
+        ("highest:rank_by=gain_over_forgetting", "measured gain over forgetting"),
+        ("lowest_per_type", "κ-lowest with a share of each type of matrix"),
+    ]
+    names = [method["name"] for method in target["methods"]]
+    found = [
+        f"{words} (`{name}`) {rise(target, name)} in {steps(target, name)} steps"
+        for name, words in tried
+        if name in names
+    ]
+    if found:
+        lines.append(f"- Other ways to choose, at the same point: {'; '.join(found)}.")
+    for name in ("dense-subj", "moe-subj", "dense-sst2", "moe-sst2"):
+        if name in contents:
+            each = contents[name]
+            figures = ", ".join(
+                f"`{method['name']}` {rise(each, method['name'])}" for method in each["methods"] if method["matched"]
+            )
+            lines.append(
+                f"- {SETTINGS[name].split(',')[0].split(':')[0]}, {name.rpartition('-')[2]}, at a training loss of "
+                f"{each['target_loss']:.3f}: {figures}."
+            )
+    return lines
+
+
+def accuracy(content: Mapping[str, Any], name: str) -> str:
+    return shown(method_of(content, name)["final"]["task_accuracy"], "{:.1%}")
+
+
+def rise(content: Mapping[str, Any], name: str, where: str = "matched") -> str:
+    """What a method has forgotten, as the tables show it."""
+    return shown(method_of(content, name)[where]["control_loss_change"], "{:+.3f}")
+
+
+def steps(content: Mapping[str, Any], name: str) -> str:
+    """How many steps a method takes to the target."""
+    return f"{method_of(content, name)['matched']['step']['mean']:.0f}"
+
+
+def difference(content: Mapping[str, Any], name: str, other: str) -> str:
+    """What `name` has forgotten at the target more than `other`, paired by seed."""
+    return against(method_of(content, name)["matched"], method_of(content, other)["matched"])
+
+
+def less_than(content: Mapping[str, Any], name: str, other: str) -> str:
+    """ "2 of 3": how many runs of `name` have forgotten less at the target than every run of `other`."""
+    mine, others = (method_of(content, each)["matched"]["control_loss_change"]["values"] for each in (name, other))
+    return f"{sum(value < min(others) for value in mine)} of {len(mine)}"
+
+
+def method_of(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    return next(method for method in content["methods"] if method["name"] == name)
+
+
+def by_forgetting(content: Mapping[str, Any]) -> list[str]:
+    """The methods of which every run reaches the target, least forgotten first."""
+    whole = [method for method in content["methods"] if method["matched"] and not missed(method)]
+    ordered = sorted(whole, key=lambda method: method["matched"]["control_loss_change"]["mean"])
+    return [method["name"] for method in ordered]
+
+
+def missed(method: Mapping[str, Any]) -> bool:
+    return method["matched"] is None or None in method["matched"]["step"]["values"]
+
+
+def rate_ratios(content: Mapping[str, Any]) -> dict[str, float]:
+    """Method -> what the grid's highest rate forgets at the target over what its lowest does (first seed)."""
+    found = {}
+    for method in content["methods"]:
+        tries = [method["grid"][rate]["at_target"] for rate in sorted(method["grid"], key=float)]
+        if len(tries) > 1 and tries[0] and tries[-1]:
+            found[method["name"]] = tries[-1]["control_loss_change"] / tries[0]["control_loss_change"]
+    return found
+
+
+def readme_table(content: Mapping[str, Any]) -> str:
+    """The short table of README.md: every method of a comparison at its target, least forgotten first."""
+    rows = ["| trained | parameters | steps | task accuracy | control loss (nats a token) |", "|---|---|---|---|---|"]
+    for name in by_forgetting(content):
+        method = method_of(content, name)
+        at = method["matched"]
+        cells = (
+            f"`{name}`",
+            f"{method['trainable']['mean']:,.0f}",
+            f"{at['step']['mean']:.0f}",
+            shown(at["task_accuracy"], "{:.1%}"),
+            shown(at["control_loss_change"], "{:+.3f}"),
+        )
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
 
 
 def how(contents: Mapping[str, Any]) -> str:

@@ -47,8 +47,8 @@ def scan(
         model_or_path: a model; or the folder or hub name of one, which is read from its safetensors files one tensor
             at a time, in the dtype it was saved in. Weights that bitsandbytes quantized are ranked as what they stand
             for.
-        include, exclude: groups ("norm", "bias", "embedding", "head", "router") or globs on unit names; an empty
-            `include` means all.
+        include, exclude: groups (`patterns.GROUPS`: "norm", "router", "attention", ...) or globs on unit names; an
+            empty `include` means all.
         rtol: relative width of the interval of kappa, see `condition_number`.
         progress: show a bar on stderr.
         trust_remote_code: let transformers run code that comes with the model.

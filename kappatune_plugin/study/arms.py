@@ -1,7 +1,7 @@
 """From a method's name to what PEFT is asked for, with as many trainable parameters as the others where it can."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -92,12 +92,11 @@ def nearest_count(sizes: Sequence[int], wanted: int) -> int:
 
 def _allowed(method: Method, report: KappaReport, units: Sequence[WeightUnit]) -> KappaReport:
     """`report` with the units of the method's part and patterns only."""
-    keep: Callable[[UnitReport], bool] = lambda unit: True  # noqa: E731
+    names = {unit.name for unit in report.units if _in_part(unit, method.part)}
     patterns = {key: method.settings[key] for key in ("include", "exclude") if key in method.settings}
     if patterns:
-        names = {unit.name for unit in filter_units(units, **patterns)[0]}
-        keep = lambda unit: unit.name in names  # noqa: E731
-    kept = [unit for unit in report.units if keep(unit) and _in_part(unit, method.part)]
+        names &= {unit.name for unit in filter_units(units, **patterns)[0]}
+    kept = [unit for unit in report.units if unit.name in names]
     if not any(unit.status == "ok" for unit in kept):
         raise KappaTuneError(f"{method.name}: none of the {len(report.units)} weights that may be trained is left.")
     return replace(report, units=kept)

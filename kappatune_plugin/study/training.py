@@ -49,7 +49,7 @@ def train_run(
 
     Returns:
         "losses" after each step (None where not finite), "points" ({"step", and `Bench.measure`}), "at_target" (a
-        point, or None), "validation_loss" (of whole runs), "order" (fingerprint of the training batches), "trainable"
+        point, or None), "validation_loss" (of whole runs), "order" (a fingerprint of each training batch), "trainable"
         (parameters), "training_bytes" (their gradients and the optimizer's state), "peak_bytes" (of a GPU; None
         without), "seconds" (training alone).
 
@@ -70,7 +70,8 @@ def train_run(
             "losses": course.losses,
             "points": course.points,
             "at_target": course.at_target,
-            "order": order.digest(steps * trainer.args.gradient_accumulation_steps),
+            # a loader reads ahead
+            "order": order.batches[: steps * trainer.args.gradient_accumulation_steps],
             "trainable": sum(parameter.numel() for parameter in _trained(trainer.model)),
             "training_bytes": _training_bytes(trainer),
             "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
@@ -195,16 +196,13 @@ class _BatchOrder:
     """A data collator that takes note of what passes through it."""
 
     def __init__(self, collator: Any) -> None:
-        self.collator, self.batches = collator, []
+        self.collator = collator
+        self.batches: list[str] = []
 
     def __call__(self, rows: Any) -> Any:
         batch = self.collator(rows)
-        self.batches.append(hashlib.blake2b(batch["input_ids"].numpy().tobytes(), digest_size=8).digest())
+        self.batches.append(hashlib.blake2b(batch["input_ids"].numpy().tobytes(), digest_size=4).hexdigest())
         return batch
-
-    def digest(self, count: int) -> str:
-        """Of the first `count` batches: a loader reads ahead."""
-        return hashlib.blake2b(b"".join(self.batches[:count]), digest_size=8).hexdigest()
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:
