@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
+from kappatune_plugin import measure as measure_module
 from kappatune_plugin.condition import condition_number
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.report import KappaReport
@@ -214,6 +215,37 @@ def test_error_in_a_thread_ends_the_scan(monkeypatch):
     monkeypatch.setattr(ModelSource, "load", fail)
     with pytest.raises(KappaTuneError, match="no .*weight"):
         quiet(two_layers())
+
+
+@pytest.mark.parametrize("kind", ["olmoe", "llama"])
+def test_batches_of_a_gpu_give_the_same_report(kind, monkeypatch):
+    """Here on the CPU: the same code."""
+    model = tiny_model(kind, torch.bfloat16)
+    model.model.layers[0].self_attn.k_proj.weight.data.zero_()
+    expected, sizes, batched = quiet(model, cache=False), [], measure_module.condition_numbers
+
+    def counting(stack, *settings):
+        sizes.append(len(stack))
+        return batched(stack, *settings)
+
+    monkeypatch.setattr(measure_module, "condition_numbers", counting)
+    monkeypatch.setattr(
+        measure_module,
+        "_in_threads",
+        lambda measurer, work, limit, keep: measure_module._in_batches(measurer, work, torch.device("cpu"), keep),
+    )
+    report = quiet(model)
+    assert max(sizes) >= (16 if kind == "olmoe" else 4)
+    assert [(row.name, row.status) for row in report.units] == [(row.name, row.status) for row in expected.units]
+    for row, other in zip(report.units, expected.units, strict=True):
+        assert row.kappa == other.kappa or row.kappa == pytest.approx(other.kappa, rel=1e-3)
+    sizes.clear()
+    assert quiet(model) == report and not sizes
+    partial = quiet(model, k=5, cache=False)
+    assert [unit.name for unit in select(partial, k=5).units] == [unit.name for unit in select(expected, k=5).units]
+    monkeypatch.setattr(measure_module, "BATCH_BYTES", 1)
+    sizes.clear()
+    assert quiet(model, cache=False).units == report.units and max(sizes) == 1
 
 
 def test_progress_bar_can_be_turned_off(capsys):

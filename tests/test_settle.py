@@ -131,11 +131,11 @@ def test_partial_report_says_what_it_cannot_tell():
 def stack() -> nn.Module:
     """Large enough for factors, which give bounds; of four shapes, two of them square."""
     torch.manual_seed(0)
-    shapes = [(300, 900), (700, 300), (300, 300), (280, 280)]
+    shapes = [(420, 900), (800, 420), (420, 420), (400, 400)]
     return nn.ModuleList([nn.Linear(*shape, bias=False) for _ in range(5) for shape in shapes])
 
 
-@pytest.mark.parametrize("k", [4, "40%", {"params": "1M"}, {"kappa": 5}])
+@pytest.mark.parametrize("k", [4, "40%", {"params": "1.5M"}, {"kappa": 6}])
 def test_partial_scan_of_a_model(k):
     model = stack()
     sigma = {name: torch.linalg.svdvals(weight.detach().double()) for name, weight in model.named_parameters()}
