@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -25,8 +25,17 @@ def report_table(report: "KappaReport", selection: "Selection | None" = None) ->
     table.padding, table.pad_edge = 0, False
     table.title_justify = table.caption_justify = "left"
     fill = _fill_by_unit if len(report.units) <= ROWS_SHOWN_ONE_BY_ONE else _fill_by_group
-    fill(table, report.units, chosen)
+    fill(table, report.units, chosen, *_ranked_by(report, selection))
     return table
+
+
+def _ranked_by(report: "KappaReport", selection: "Selection | None") -> tuple[str, dict[str, float]]:
+    """What the selection ranked by and each unit's value, where the table doesn't show it anyway."""
+    from kappatune_plugin.ranking import BOUNDED, rank_values
+
+    if selection is None or selection.rank_by in BOUNDED:
+        return "", {}
+    return selection.rank_by, rank_values(report.units, selection.rank_by)
 
 
 def layer_and_type(name: str) -> tuple[str, str]:
@@ -47,25 +56,43 @@ def short_number(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:#.3g}".rstrip(".")
 
 
-def _fill_by_unit(table: Table, units: Sequence["UnitReport"], chosen: set[str]) -> None:
-    _add_columns(table, ["unit"], ["shape", "kappa", "kappa\n/null"], bool(chosen))
-    for unit in sorted(units, key=lambda unit: (unit.status != "ok", unit.kappa or unit.lo or 0, unit.name)):
+def _fill_by_unit(
+    table: Table, units: Sequence["UnitReport"], chosen: set[str], rank_by: str, values: Mapping[str, float]
+) -> None:
+    _add_columns(table, ["unit"], ["shape", "kappa", "kappa\n/null", *_heading(rank_by)], bool(chosen))
+
+    def place(unit: "UnitReport") -> tuple:
+        return unit.status != "ok", values.get(unit.name, unit.kappa or unit.lo or 0), unit.name
+
+    for unit in sorted(units, key=place):
         numbers = [_number([unit], min), _number([unit], min, over_null=True)]
+        if rank_by:
+            numbers.append(short_number(values.get(unit.name)))
         cells = [_shapes([unit]), *numbers, unit.status]
         if chosen:
             cells.append("*" if unit.name in chosen else "")
         table.add_row(_name(unit.name.removesuffix(".weight"), unit), *cells)
 
 
-def _fill_by_group(table: Table, units: Sequence["UnitReport"], chosen: set[str]) -> None:
-    numbers = ["count", "shape", "kappa\nmin", "kappa\nmedian", "kappa\nmax", "kappa\n/null"]
+def _heading(rank_by: str) -> list[str]:
+    return [rank_by.replace("_", "\n", 1)] if rank_by else []
+
+
+def _fill_by_group(
+    table: Table, units: Sequence["UnitReport"], chosen: set[str], rank_by: str, values: Mapping[str, float]
+) -> None:
+    numbers = ["count", "shape", "kappa\nmin", "kappa\nmedian", "kappa\nmax", "kappa\n/null", *_heading(rank_by)]
     _add_columns(table, ["layer", "units"], numbers, bool(chosen))
     groups: dict[tuple[str, str], list[UnitReport]] = {}
     for unit in units:
         groups.setdefault(layer_and_type(unit.name), []).append(unit)
     shown = None
     for (layer, kind), members in groups.items():
-        cells = [str(len(members)), _shapes(members), *_spread(members), _statuses(members)]
+        cells = [str(len(members)), _shapes(members), *_spread(members)]
+        if rank_by:
+            known = [values[unit.name] for unit in members if unit.name in values]
+            cells.append(short_number(median(known) if known else None))
+        cells.append(_statuses(members))
         if chosen:
             taken = sum(unit.name in chosen for unit in members)
             cells.append(f"* {taken}" if taken else "")

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from kappatune_plugin import KappaReport, Selection
 from kappatune_plugin.cli import app
 from recipes import tiny_recipe, write_recipe
+from tiny import tiny_model
 
 
 def kappatune(*words: object) -> tuple[int, str, str]:
@@ -55,6 +56,25 @@ def test_scan_writes_the_report_and_marks_the_lowest(saved_olmoe, tmp_path):
     code, out, _ = kappatune("scan", saved_olmoe, "--k", "10%", "--output", tmp_path / "report.json")
     report = KappaReport.load(tmp_path / "report.json")
     assert code == 0 and len(report.units) == 58 and "5 trained (*)" in out and str(tmp_path / "report.json") in out
+
+
+def test_scan_finds_out_what_it_is_asked_for(tmp_path):
+    """The K lowest alone, everything, another value to rank by, a picture."""
+    size = {"hidden_size": 424, "intermediate_size": 800, "num_hidden_layers": 3, "num_key_value_heads": 4}
+    tiny_model("llama", **size).save_pretrained(tmp_path / "model")
+    output = ["--output", tmp_path / "report.json"]
+    code, out, _ = kappatune("scan", tmp_path / "model", "--k", "3", *output)
+    statuses = [unit.status for unit in KappaReport.load(tmp_path / "report.json").units]
+    assert code == 0 and set(statuses) == {"ok", "above"} and f"{statuses.count('above')} matrices were measured" in out
+    code, _, errors = kappatune("select", tmp_path / "report.json", "--k", "20")
+    assert code == 2 and "--full" in errors
+    code, out, _ = kappatune("scan", tmp_path / "model", "--k", "3", "--full", "--no-cache", *output)
+    assert code == 0 and {unit.status for unit in KappaReport.load(tmp_path / "report.json").units} == {"ok"}
+    plot = ["--rank_by", "stable_rank", "--plot", tmp_path / "kappa.png"]
+    code, out, _ = kappatune("scan", tmp_path / "model", "--k", "3", *plot, *output)
+    assert code == 0 and (tmp_path / "kappa.png").stat().st_size > 10_000 and "stable" in out
+    code, _, errors = kappatune("scan", tmp_path / "model", "--rank_by", "size", *output)
+    assert code == 2 and "stable_rank" in errors
 
 
 def test_scan_takes_patterns(saved_olmoe, tmp_path):

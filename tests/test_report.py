@@ -22,7 +22,8 @@ from kappatune_plugin.version import __version__
 
 def printed(shown: KappaReport, *selected: str) -> str:
     console = Console(width=100, record=True, file=io.StringIO())
-    selection = SimpleNamespace(units=[SimpleNamespace(name=name) for name in selected]) if selected else None
+    units = [SimpleNamespace(name=name) for name in selected]
+    selection = SimpleNamespace(rank_by="kappa", units=units) if selected else None
     console.print(shown.table(selection))
     return console.export_text()
 
