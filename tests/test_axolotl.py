@@ -93,6 +93,7 @@ def test_wrong_blocks_are_refused(block, words):
         ({"lora_r": 8, "lora_target_linear": True, "lora_mlp_kernel": True}, "lora_r, lora_target_linear, lora_mlp"),
         ({"peft_use_dora": True}, "peft_use_dora"),
         ({"peft": {"loftq_config": {}}}, "peft:"),
+        ({"freeze_mm_modules": True}, "name them in kappatune.exclude"),
         ({"load_in_4bit": True}, "load_in_4bit: Axolotl quantizes only for its own adapters"),
         ({"lora_modules_to_save": ["a"], "kappatune": {"modules_to_save": ["b"]}}, "say the same"),
     ],

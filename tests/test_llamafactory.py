@@ -227,6 +227,18 @@ def test_what_does_not_go_with_it(installed, given, words):
         attach(installed(), finetuning_type="kappatune", **given)
 
 
+def test_towers_are_not_trained_by_the_way(installed):
+    package, model = installed(), tiny_model("llama")
+    model.config.vision_config = object()
+    for given, refused in (({}, True), ({"kappatune_include": ["*.q_proj.weight"]}, False)):
+        arguments = parse(package, finetuning_type="kappatune", kappatune_k=2, **given)
+        if refused:
+            with pytest.raises(KappaTuneError, match=r"kappatune_include: \['\*language_model\*'\]"):
+                package.loader.load_model(model.config, model, *arguments, True)
+        else:
+            assert len(trainable(package.loader.load_model(model.config, model, *arguments, True))) == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

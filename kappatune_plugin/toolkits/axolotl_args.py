@@ -67,6 +67,10 @@ def axolotl_problems(config: Mapping[str, Any]) -> list[str]:
             f"{', '.join(quantized)}: Axolotl quantizes only for its own adapters, and would load the model "
             "unquantized. Delete these lines."
         )
+    if config.get("freeze_mm_modules"):
+        problems.append(
+            f"freeze_mm_modules would freeze some of what was selected: name them in {NAME}.exclude instead."
+        )
     block = config.get(NAME)
     twice = isinstance(block, Mapping) and block.get("modules_to_save") is not None
     if twice and config.get("lora_modules_to_save"):

@@ -23,7 +23,8 @@ from typing import Any
 from torch import nn
 
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.peft_method import NAME, PREFIX
+from kappatune_plugin.peft_method import NAME
+from kappatune_plugin.recipe_yaml import FLAT
 from kappatune_plugin.toolkits.adapters import WriteDecisions, checked_adapter, new_adapter
 from kappatune_plugin.toolkits.llamafactory_args import arguments_class
 
@@ -115,7 +116,7 @@ def _init_adapter(original: Callable[..., nn.Module]) -> Callable[..., nn.Module
         if given is None:
             return original(config, model, model_args, finetuning_args, is_trainable)
         adapters = model_args.adapter_name_or_path
-        _check_model(model_args, given, is_trainable)
+        _check_model(config, model_args, given, is_trainable)
         if adapters and not (is_trainable and finetuning_args.create_new_adapter):
             # it knows how to merge all but the last adapter, and to go on with that one
             checked_adapter(adapters[-1], given)
@@ -128,7 +129,7 @@ def _init_adapter(original: Callable[..., nn.Module]) -> Callable[..., nn.Module
     return init_adapter
 
 
-def _check_model(model_args: Any, given: dict[str, Any], is_trainable: bool) -> None:
+def _check_model(config: Any, model_args: Any, given: dict[str, Any], is_trainable: bool) -> None:
     """Raise KappaTuneError for settings of the model that the adapter can't be attached or trained with."""
     problems = [
         f"{name}: not supported with finetuning_type: {NAME}. Delete it."
@@ -137,7 +138,13 @@ def _check_model(model_args: Any, given: dict[str, Any], is_trainable: bool) -> 
     ]
     if is_trainable and model_args.resize_vocab and "modules_to_save" not in given:
         problems.append(
-            f"resize_vocab: the new tokens wouldn't be trained: add {PREFIX}modules_to_save: [embed_tokens, lm_head]."
+            f"resize_vocab: the new tokens wouldn't be trained: add {FLAT}modules_to_save: [embed_tokens, lm_head]."
+        )
+    towers = [part for part in ("vision_config", "audio_config") if hasattr(config, part)]
+    if is_trainable and towers and not {"include", "exclude", "selection"} & given.keys():
+        problems.append(
+            f"the model has a {towers[0]}, and freeze_vision_tower doesn't reach KappaTune: say what may be "
+            f"trained, as in {FLAT}include: ['*language_model*']."
         )
     if not is_trainable and not model_args.adapter_name_or_path:
         problems.append("there is no trained adapter to run: add adapter_name_or_path, the output_dir of the training.")

@@ -8,7 +8,8 @@ from typing import Any, Literal, get_args, get_type_hints
 from kappatune_plugin.cli_app import budget
 from kappatune_plugin.config import KAPPATUNE_KEYS, KappaTuneConfig, config_problems
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.peft_method import NAME, PREFIX
+from kappatune_plugin.peft_method import NAME
+from kappatune_plugin.recipe_yaml import FLAT
 
 # what the rest of LLaMA-Factory sees: a PEFT adapter is saved, resumed, merged and disabled for DPO under this name
 STAND_IN = "lora"
@@ -38,7 +39,7 @@ def arguments_class(base: type) -> type:
     ours = [("finetuning_type", methods, field(default=original.default, metadata=original.metadata))]
     for key in KAPPATUNE_KEYS:
         help_text = {"help": declared[key].metadata["help"]}
-        ours.append((PREFIX + key, ONE_TYPE.get(key, types[key]) | None, field(default=None, metadata=help_text)))
+        ours.append((FLAT + key, ONE_TYPE.get(key, types[key]) | None, field(default=None, metadata=help_text)))
     combined = make_dataclass(base.__name__, ours, bases=(base,), namespace={"__post_init__": _post_init(base)})
     combined.__init__ = _noting_what_is_given(combined.__init__)
     return combined
@@ -61,14 +62,14 @@ def _noting_what_is_given(original: Callable[..., None]) -> Callable[..., None]:
 
 def _post_init(base: type) -> Callable[[Any], None]:
     def __post_init__(self: Any) -> None:
-        given = {key: getattr(self, PREFIX + key) for key in KAPPATUNE_KEYS}
+        given = {key: getattr(self, FLAT + key) for key in KAPPATUNE_KEYS}
         given = {key: value for key, value in given.items() if value is not None}
         if isinstance(given.get("k"), str):
             given["k"] = budget(given["k"])
         asked = self.finetuning_type == NAME
         problems = _problems(base, self, given) if asked else []
         if given and not asked:
-            keys = ", ".join(PREFIX + key for key in given)
+            keys = ", ".join(FLAT + key for key in given)
             problems = [f"{keys}: ignored with finetuning_type: {self.finetuning_type}. Write {NAME}, or delete them."]
         if problems:
             raise KappaTuneError("\n  - ".join(["LLaMA-Factory's settings don't fit KappaTune:", *problems]))
@@ -81,14 +82,14 @@ def _post_init(base: type) -> Callable[[Any], None]:
 
 
 def _problems(base: type, values: Any, given: dict[str, Any]) -> list[str]:
-    problems = [PREFIX + problem for problem in config_problems(given)]
+    problems = [FLAT + problem for problem in config_problems(given)]
     groups = [group for group in base.__mro__ if group.__name__ in OTHER_GROUPS]
     of_others = [*dict.fromkeys(each.name for group in groups for each in fields(group)), *OTHER_KEYS]
     other = [name for name in of_others if name in values.explicit and name not in SHARED and getattr(values, name)]
     if other:
         problems.append(f"{', '.join(other)}: another method's, and ignored here. Delete these lines.")
     if values.additional_target and "modules_to_save" in given:
-        problems.append(f"additional_target and {PREFIX}modules_to_save say the same: delete one.")
+        problems.append(f"additional_target and {FLAT}modules_to_save say the same: delete one.")
     return problems
 
 
