@@ -4,7 +4,7 @@ The pretrained models and their data are local copies in the folder that --data 
 repository): models/tinystories-656k, models/tinystories-656k-upcycled-moe-DERIVED, tasks/sent-conv/{stsa.binary.train,
 subj.all}, text/tinystories/ts_2m.txt. Killed and started again it goes on where it was.
 
-    python benchmarks/study.py [--settings quickstart dense-sst2 moe-sst2 dense-subj moe-subj] [--output outputs/study]
+    python benchmarks/study.py [--settings quickstart quickstart-target dense-subj ...] --results docs/results
     python benchmarks/results.py    # writes docs/RESULTS.md from docs/results/*.json
 
 On a GPU the same with a larger pretrained mixture of experts: `kappatune compare --config recipes/olmoe_sarcasm.yaml`.
@@ -28,16 +28,16 @@ TASKS = {
 LONGEST, TRAIN, TEST, STORIES, SMOOTH = 14, 1000, 120, 10, 8
 # lowest_mlp is not among them: all that lowest takes here are experts
 ALL = "lowest,highest,random,shape_matched_random,random_mlp,attention_only,lora,lora_mlp,osf,full"
-HYPOTHESES = (
-    "lowest_per_type,lowest:rank_by=kappa_over_null,highest:rank_by=log_volume,highest:rank_by=gain_over_forgetting,"
-    "highest_mlp"
+TARGET = (
+    "full,attention_only,osf,highest,lora,random,shape_matched_random,random_mlp,lowest,"
+    "highest:rank_by=gain_over_forgetting,lowest:rank_by=kappa_over_null,lowest_per_type,highest:rank_by=log_volume"
 )
 FEWER = "lowest,highest,random,lowest_mlp,random_mlp,attention_only,lora,full"
 # methods, learning rates, steps, steps between measurements, target of the training loss (None: the worst run's best)
 RUNS = {
     "quickstart": (ALL, "1e-3,3e-3", 100, 50, 0.3),
     # every method at the lower rate until it is there, and other ways to choose
-    "quickstart-target": (f"{ALL},{HYPOTHESES}", "1e-3", 400, 400, 0.3),
+    "quickstart-target": (TARGET, "1e-3", 400, 400, 0.3),
     "pretrained": (FEWER, "1e-3,3e-3", 64, 32, None),
 }
 
