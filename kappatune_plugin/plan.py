@@ -91,13 +91,14 @@ def stock_plan(selection: Selection, build: Callable[[], nn.Module], toolkit: st
     if not able:
         raise KappaTuneError(f"{toolkit} can choose none of the {len(chosen)} matrices. {_why(toolkit, chosen, widen)}")
     parameters = list(dict.fromkeys(unit.parameter for unit in able))
+    named = [name for name in parameters if _owner(name) not in modules]
     lines = {
         "axolotl": lambda: _axolotl(able),
         "ms-swift": lambda: _ms_swift(parameters),
-        "trl": lambda: _trl(modules, [name for name in parameters if _owner(name) not in modules]),
+        "trl": lambda: _trl(modules, named),
         "llamafactory": lambda: ["finetuning_type: lora", f"lora_target: {','.join(modules)}"],
     }[toolkit]()
-    notes = _notes(toolkit, able, units)
+    notes = _notes(toolkit, able, units, named)
     if missing:
         left = [unit for unit in chosen if unit not in able]
         notes.append(f"{len(missing)} of {len(chosen)} selected matrices are left out. {_why(toolkit, left, widen)}")
@@ -189,7 +190,7 @@ def _owner(parameter: str) -> str:
     return parameter.rpartition(".")[0]
 
 
-def _notes(toolkit: str, able: Sequence[WeightUnit], units: dict[str, WeightUnit]) -> list[str]:
+def _notes(toolkit: str, able: Sequence[WeightUnit], units: dict[str, WeightUnit], named: Sequence[str]) -> list[str]:
     notes = []
     if toolkit in LORA:
         notes.append("The matrices get a LoRA each; they are not trained themselves.")
@@ -198,6 +199,8 @@ def _notes(toolkit: str, able: Sequence[WeightUnit], units: dict[str, WeightUnit
         whole = sum(math.prod(unit.shape) for unit in units.values() if unit.parameter in fused)
         wanted = sum(math.prod(unit.shape) for unit in able if unit.index)
         notes.append(f"{len(fused)} fused parameters of {whole:,} values are chosen for {wanted:,} selected ones.")
+    if toolkit == "trl" and named:
+        notes.append("lora_target_parameters needs a newer TRL than 0.24, which has the key and ignores it.")
     if fused and toolkit == "axolotl":
         notes.append(
             "Axolotl sets the gradients of the other experts to zero: their optimizer state stays, so write "

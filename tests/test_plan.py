@@ -56,7 +56,9 @@ def test_llamafactorys_targets_are_the_planned_modules(kind):
     targets = yaml.safe_load("\n".join(plan.lines))["lora_target"].split(",")
     assert lora_places(tiny_model(kind), targets, []) == set(plan.parameters)
     left = {unit.parameter for unit in find_units(model) if unit.name in plan.missing and not unit.index}
-    assert set(plan.parameters) | left == wanted(selection, model) and (kind in ("llama", "gpt2")) == (not left)
+    assert set(plan.parameters) | left == wanted(selection, model)
+    # what is left out of mixtures of experts depends on how PEFT rewrites names for transformers 5
+    assert not left or kind not in ("llama", "gpt2")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -64,10 +66,13 @@ def test_trls_targets_are_the_planned_modules_and_whole_parameters(kind):
     plan, selection, model = made(kind, "trl", widen=True)
     says = yaml.safe_load("\n".join(plan.lines))
     config = get_peft_config(ModelConfig(**says))
-    assert lora_places(tiny_model(kind), config.target_modules, config.target_parameters or []) == set(plan.parameters)
+    named = says.get("lora_target_parameters") or []
+    # TRL 0.24 has the key and ignores it
+    assert config.target_parameters is None or sorted(config.target_parameters) == sorted(named)
+    assert lora_places(tiny_model(kind), config.target_modules, named) == set(plan.parameters)
     left = {unit.parameter for unit in find_units(model) if unit.name in plan.missing}
     assert set(plan.parameters) | left == wanted(selection, model, widen=True)
-    assert bool(config.target_parameters) == (config.lora_dropout == 0.0)
+    assert bool(named) == (config.lora_dropout == 0.0) == any("ignores it" in note for note in plan.notes)
 
 
 def test_one_module_stays_a_path_in_trl():

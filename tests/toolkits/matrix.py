@@ -12,6 +12,8 @@ TOOLKITS = ("axolotl", "llamafactory")
 
 def table(results: list[dict]) -> str:
     """The runs as a Markdown table, and below it what ran in each."""
+    if not results:
+        return "No run is recorded yet."
     header = ["`run.sh`", "Python", *COLUMNS, "toolkit", "tests"]
     lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
     for result in results:

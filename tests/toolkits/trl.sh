@@ -11,7 +11,7 @@ install() {
         *) echo "TRL's environments are trl-old, trl-mid and trl-latest" >&2; return 2 ;;
     esac
     # shellcheck disable=SC2086
-    "$venv/bin/pip" install -q torch==2.13.0 setuptools ninja $versions -e "$repository[test]"
+    "$venv/bin/pip" install -q torch==2.13.0 setuptools ninja pytest $versions -e "$repository"
 }
 
 # train MODEL COMMAND...: a recipe run by COMMAND, merged, and compared with the model it began with
