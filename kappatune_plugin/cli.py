@@ -61,7 +61,8 @@ def scan(
     output: Annotated[Path, typer.Option("--output", help="Where to write the report.")] = Path("kappa_report.json"),
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Rank a model's weight matrices by condition number."""
+    """Rank a model's weight matrices by condition number; under torchrun each process measures its share."""
+    from kappatune_plugin import distributed
     from kappatune_plugin import scan as scan_model
     from kappatune_plugin import select as select_units
     from kappatune_plugin.config import DEFAULT_K
@@ -72,6 +73,7 @@ def scan(
     wanted = DEFAULT_K if k is None else budget(k)
     check_settings(wanted, "lowest", rank_by, 0)
     check_writable(output.parent)
+    distributed.join()
     report = scan_model(
         model,
         include=include or (),
@@ -81,6 +83,8 @@ def scan(
         k=None if full or plot else wanted,
         rank_by=rank_by,
     )
+    if distributed.rank() > 0:
+        return
     report.save(output)
     # a model of fewer matrices than the default has nothing to mark; asked for by name, it is an error
     enough = k is not None or sum(unit.status in ("ok", "above") for unit in report.units) >= DEFAULT_K

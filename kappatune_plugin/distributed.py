@@ -32,6 +32,12 @@ def world() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def join() -> None:
+    """Meet the other processes that a launcher (torchrun, accelerate, deepspeed) started with this one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo")
+
+
 def exchange(mine: Any) -> list[Any]:
     """What each rank gives, in the order of the ranks, on all of them. Collective; anything that pickles."""
     if world() == 1:

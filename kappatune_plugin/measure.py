@@ -161,6 +161,8 @@ def _in_threads(measurer: _Measurer, work: Iterator[tuple[WeightUnit, Load]], li
             while pending and memory(unit) + sum(map(memory, pending.values())) > limit:
                 _collect(pending, keep)
             pending[pool.submit(one, unit, load)] = unit
+            # it may hold the matrix, which is not to be kept while the next one is gathered
+            del load
             while len(pending) >= threads:
                 _collect(pending, keep)
         while pending:

@@ -1,5 +1,6 @@
 """What the ranks of the distributed tests do. Imported once by the process that they are forked from."""
 
+import gc
 import importlib.util
 import json
 import os
@@ -21,7 +22,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from trl import SFTConfig, SFTTrainer
 
 import kappatune_plugin
-from kappatune_plugin import KappaTuneConfig, KappaTuneError, distributed, measure, safetensors_source, watch
+from kappatune_plugin import KappaTuneConfig, KappaTuneError, distributed, measure, safetensors_source, sources, watch
 from tiny import tiny_tokenizer
 
 if importlib.util.find_spec("deepspeed"):
@@ -209,3 +210,33 @@ def save_until_killed(mode: str, model: str, output: str, config: dict[str, Any]
             one.train()
 
     return error_of(run)
+
+
+def gather_peak(mode: str, rows: int, columns: int) -> tuple[float, list[float]]:
+    """Bytes of one matrix, and the most that gathering for a scan ever held beside the parts on each rank.
+
+    Counted are the storages of the tensors that exist whenever a matrix has been gathered and when one is handed out.
+    """
+    dist.init_process_group("gloo")
+    stack = torch.nn.Sequential(*(torch.nn.Linear(columns, rows, bias=False) for _ in range(6)))
+    if mode == "zero3":
+        deepspeed.init_distributed("gloo")
+        deepspeed.zero.Init(module=stack, config_dict_or_path={**zero(3), "train_batch_size": 2}, dtype=torch.float32)
+    else:
+        fully_shard(stack, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+
+    def held() -> int:
+        gc.collect()
+        tensors = [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and not each.is_meta]
+        parts = [each.to_local() if isinstance(each, distributed.DTensor) else each for each in tensors]
+        return sum({part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}.values())
+
+    source = sources.ModelSource(stack)
+    before = held()
+    peaks = []
+    real = distributed.dist.all_to_all_single
+    distributed.dist.all_to_all_single = lambda *given: (real(*given), peaks.append(held() - before))[0]
+    for _, load in source.work(source.units):
+        peaks.append(held() - before)
+        del load
+    return rows * columns * 4, peaks

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from rank_jobs import scan_divided
+from rank_jobs import gather_peak, scan_divided
 from ranks import run_ranks
 from transformers import AutoModelForCausalLM
 
@@ -40,3 +40,10 @@ def test_hands_are_even_and_each_matrix_is_in_one():
     assert max(loads) <= 1.1 * min(loads)
     names = [[unit.name for unit in each] for each in rounds(units, 4)]
     assert names == [["64", "63", "62", "61"], ["60", "59", "32", "16"], ["8"]]
+
+
+@pytest.mark.parametrize("mode", ["fsdp2", ZERO3])
+def test_gathering_takes_the_memory_of_one_matrix(mode):
+    for matrix, peaks in run_ranks(gather_peak, mode=mode, rows=256, columns=1024):
+        assert max(peaks) <= 1.05 * matrix
+        assert len(peaks) == 6 + 3
