@@ -137,14 +137,18 @@ def train(
     }
 
 
+def zero3_without_trainer() -> dict[str, Any]:
+    """ZeRO-3 with the numbers in it that a Trainer would fill in."""
+    config = {**zero(3), "train_batch_size": dist.get_world_size(), "train_micro_batch_size_per_gpu": 1}
+    return {**config, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0, "bf16": {"enabled": False}}
+
+
 def load_divided(mode: str, model: str, dtype: torch.dtype = torch.float32) -> Any:
     """The model whole ("ddp"), partitioned while it is loaded ("zero3"), or sharded layer by layer ("fsdp2")."""
     dist.init_process_group("gloo")
     if mode == "zero3":
         deepspeed.init_distributed("gloo")
-        config = {**zero(3), "train_batch_size": dist.get_world_size(), "train_micro_batch_size_per_gpu": 1}
-        config |= {"gradient_accumulation_steps": 1, "gradient_clipping": 0.0, "bf16": {"enabled": False}}
-        load_divided.kept = HfDeepSpeedConfig(config)
+        load_divided.kept = HfDeepSpeedConfig(zero3_without_trainer())
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     if mode == "fsdp2":
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -221,7 +225,7 @@ def gather_peak(mode: str, rows: int, columns: int) -> tuple[float, list[float]]
     stack = torch.nn.Sequential(*(torch.nn.Linear(columns, rows, bias=False) for _ in range(6)))
     if mode == "zero3":
         deepspeed.init_distributed("gloo")
-        deepspeed.zero.Init(module=stack, config_dict_or_path={**zero(3), "train_batch_size": 2}, dtype=torch.float32)
+        deepspeed.zero.Init(module=stack, config_dict_or_path=zero3_without_trainer(), dtype=torch.float32)
     else:
         fully_shard(stack, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
 
