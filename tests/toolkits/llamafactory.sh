@@ -93,9 +93,10 @@ yaml conflicts tiny-llama 5 "lora_rank: 8"
 refused "lora_rank: another method's" kappatune llamafactory train conflicts.yaml
 yaml misspelt tiny-llama 5 "kappatune_odrer: lowest"
 refused "kappatune_odrer" kappatune llamafactory train misspelt.yaml
-refused "no trained adapter" kappatune llamafactory export llama.yaml do_train=false
+grep -v adapter_name_or_path export.yaml > untrained.yaml
+refused "no trained adapter" kappatune llamafactory export untrained.yaml
 # the launcher that doesn't know the method refuses it too
-refused "kappatune" llamafactory-cli train llama.yaml
+refused "Invalid fine-tuning method" llamafactory-cli train llama.yaml
 
 # LoRA recipes that `kappatune convert` turned into KappaTune's
 mkdir converted
