@@ -67,7 +67,8 @@ def _early_plateau(losses: Losses, matrices: int, target_loss: float | None) -> 
     if start is None or start > losses[-1][0] / 2:
         return []
     final = mean_loss(losses, start, losses[-1][0])
-    first = mean_loss(losses, 0, losses[-1][0] / PARTS)
+    # a run that was resumed with other logging_steps may have logged its first loss late
+    first = mean_loss(losses, 0, max(losses[-1][0] / PARTS, losses[0][0]))
     target = first / 2 if target_loss is None else target_loss
     if final <= target:
         return []

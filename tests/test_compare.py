@@ -2,16 +2,20 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from test_cli import kappatune
+from transformers import AutoModelForCausalLM
 
-from kappatune_plugin import KappaTuneError
+from kappatune_plugin import KappaTuneError, scan
 from kappatune_plugin.gain import GAIN
 from kappatune_plugin.probes import kl_to_base
+from kappatune_plugin.recipe import load_recipe
+from kappatune_plugin.study import bench as bench_module
 from kappatune_plugin.study import compare as compare_module
 from kappatune_plugin.study import training
 from kappatune_plugin.study.arms import choose
@@ -260,10 +264,36 @@ def test_mistakes(recipe, tmp_path, words, expected):
         assert word in errors, errors
 
 
+@pytest.mark.parametrize("budgets", ["{params: 1M", "10%,[", "lots"])
+def test_budgets_that_are_none(recipe, tmp_path, budgets):
+    code, _, errors = kappatune("sweep", "--config", recipe, "--k", budgets, "--output_dir", tmp_path)
+    assert code == 2 and "is no budget" in errors
+
+
 def test_a_recipe_that_measures_nothing(saved_olmoe, tmp_path):
     path = write_recipe(tmp_path / "recipe.yaml", tiny_recipe(tmp_path, saved_olmoe, forgetting=None))
     with pytest.raises(KappaTuneError, match="forgetting is missing"):
         Bench.load(path)
+
+
+@pytest.mark.parametrize("key", ["modules_to_save", "scan_from", "selection"])
+def test_a_recipe_with_what_a_comparison_would_ignore(saved_olmoe, tmp_path, key):
+    recipe = load_recipe(write_recipe(tmp_path / "recipe.yaml", tiny_recipe(tmp_path, saved_olmoe)))
+    setattr(recipe.kappatune, key, "something")
+    with pytest.raises(KappaTuneError, match=f"kappatune.{key} is given"):
+        bench_module._check(recipe)
+
+
+def test_a_report_of_the_lowest_is_replaced_by_what_the_methods_rank_by(saved_olmoe, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(saved_olmoe, dtype="float32")
+    partial = replace(scan(base, progress=False), made_for={"k": 7, "order": "lowest", "rank_by": "kappa", "seed": 0})
+    partial.save(tmp_path / "report.json")
+    kappatune_block = {"k": 7, "report": str(tmp_path / "report.json")}
+    recipe = load_recipe(
+        write_recipe(tmp_path / "recipe.yaml", tiny_recipe(tmp_path, saved_olmoe, kappatune=kappatune_block))
+    )
+    found = bench_module._report(recipe, base, with_snr=True)
+    assert found.made_for is None and all("snr" in unit.scores for unit in found.units)
 
 
 def test_a_method_that_pefts_refuses_is_named(bench):

@@ -99,7 +99,7 @@ def test_llamafactory_gets_flat_keys(configs, tmp_path):
     assert after["use_unsloth_gc"] is True and "use_unsloth" not in after
 
 
-def lora(folder: Path, configs: Path, lines: str, **_: object) -> Path:
+def lora(folder: Path, configs: Path, lines: str) -> Path:
     return written(folder / "lora.yaml", f"model_name_or_path: {configs / 'dense'}\nuse_peft: true\n{lines}")
 
 

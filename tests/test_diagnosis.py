@@ -41,6 +41,12 @@ def test_an_early_plateau_asks_for_more_matrices():
     assert len(findings(LEARNED, selection, target_loss=0.05)) == 1
 
 
+def test_a_first_loss_that_was_logged_late_is_the_first_one():
+    """A run resumed from step 50 that logs every step, after one that logged every 50."""
+    (found,) = findings(EARLY[49:], select(twelve_units(), k=4))
+    assert "fell no further after step 40 of 100: it stayed at 1.5" in found
+
+
 def test_forgetting_above_the_limit_names_what_was_trained():
     made = report(
         row("layers.0.mlp.gate.weight", 1.0, groups=("router",)),

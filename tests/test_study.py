@@ -10,11 +10,13 @@ from rich.console import Console
 
 from kappatune_plugin import KappaTuneError, scan
 from kappatune_plugin.study.arms import Pool, arm_config, choose, nearest_count
+from kappatune_plugin.study.compare import Settings, Tried
 from kappatune_plugin.study.methods import DEFAULT_METHODS, Method, parse_methods
+from kappatune_plugin.study.plots import budget_plot
 from kappatune_plugin.study.recommend import recommend
 from kappatune_plugin.study.statistics import first_crossing, interval, smoothed
 from kappatune_plugin.study.store import RunStore
-from kappatune_plugin.study.summary import changes, over_seeds
+from kappatune_plugin.study.summary import changes, over_seeds, summarize
 from kappatune_plugin.study.tables import comparison_tables, shown
 from kappatune_plugin.units import find_units
 from tiny import tiny_model
@@ -224,6 +226,26 @@ def test_changes_average_the_controls():
     assert changes({**point, "b_loss": None}, before)["control_loss_change"] is None
 
 
+def test_a_measurement_at_another_target_is_not_shown():
+    """A finished run may have been made for another one."""
+    run = {
+        "losses": [3.0, 2.0, 1.0, 0.5],
+        "at_target": {"step": 3, "a_loss": 1.5, "a_ppl": 3.0, "a_kl": 0.1},
+        "points": [{"step": 4, "a_loss": 1.5, "a_ppl": 3.0, "a_kl": 0.1}],
+        "validation_loss": 0.5,
+        "trainable": 1,
+        "seconds": 1.0,
+        "training_bytes": 2,
+        "peak_bytes": None,
+    }
+    tried = Tried(parse_methods("lowest")[0], 1e-3, [run], {1e-3: run}, [None])
+    before = {"a_loss": 1.0, "a_ppl": 2.0}
+    for target, step in ((1.5, 3), (1.0, 3), (2.0, None), (0.5, None), (None, None)):
+        settings = Settings(seeds=(0,), learning_rates=(1e-3,), every=4, smooth=1, target_loss=target)
+        found = summarize(tried, before, settings)["grid"]["0.001"]["at_target"]
+        assert (found and found["step"]) == step, target
+
+
 def entry(name: str, accuracy: list[float], rise: list[float], reached: bool = True) -> dict:
     at = {
         "step": over_seeds([8.0] * len(accuracy)),
@@ -316,3 +338,14 @@ def test_no_recommendation_without_a_task():
     content = made_up(entry("lowest:k=10%", [0.5], [0.1]))
     content["before"] = {"a_ppl": 2.0}
     assert recommend(content)[0] is None and "data.test" in recommend(content)[1]
+
+
+def test_a_budget_that_diverged_is_left_out_of_the_picture(tmp_path):
+    diverged = entry("lowest:k=100%", [0.5], [0.1])
+    diverged["final"] = {**diverged["final"], "task_accuracy": None, "control_loss_change": None}
+    content = made_up(entry("lowest:k=10%", [0.8], [0.1]), entry("lowest:k=50%", [0.9], [0.2]), diverged, seeds=1)
+    budget_plot(content, tmp_path / "with.png", "lowest:k=10%")
+    drawn = (tmp_path / "with.png").read_bytes()
+    diverged["final"] = entry("", [0.5], [0.1])["final"]
+    budget_plot(content, tmp_path / "all.png", "lowest:k=10%")
+    assert drawn.startswith(b"\x89PNG") and drawn != (tmp_path / "all.png").read_bytes()

@@ -161,6 +161,9 @@ def _check(recipe: Recipe) -> None:
         problems.append("kappatune.k: auto decides while it trains: give a budget, such as the one that it found.")
     if recipe.kappatune.selection is not None:
         problems.append("kappatune.selection is given, and a comparison selects by itself: write k instead.")
+    for key in ("scan_from", "modules_to_save"):
+        if getattr(recipe.kappatune, key) is not None:
+            problems.append(f"kappatune.{key} is given, and a comparison doesn't take it: delete it.")
     if recipe.training_args.world_size > 1:
         problems.append(f"it runs on one process, and {recipe.training_args.world_size} are running.")
     if problems:
@@ -196,13 +199,14 @@ def _report(recipe: Recipe, base: "nn.Module", with_snr: bool) -> KappaReport:
     """Of all that may be trained: one that was made for the lowest doesn't tell the others."""
     config = recipe.kappatune
     exclude = DEFAULT_EXCLUDE if config.exclude is None else config.exclude
-    settings = {"include": config.include or (), "exclude": exclude, "rtol": config.rtol}
-    if config.report is None:
-        return scan(base, rank_by="snr" if with_snr else "kappa", **settings)
-    report = KappaReport.load(config.report)
-    if report.base["hash"] != base_hash(base):
-        raise KappaTuneError(f"kappatune.report is of '{report.base['name']}', not of this base: delete the line.")
-    return report if report.made_for is None else scan(base, **settings)
+    if config.report is not None:
+        report = KappaReport.load(config.report)
+        if report.base["hash"] != base_hash(base):
+            raise KappaTuneError(f"kappatune.report is of '{report.base['name']}', not of this base: delete the line.")
+        if report.made_for is None:
+            return report
+    rank_by = "snr" if with_snr else "kappa"
+    return scan(base, rank_by=rank_by, include=config.include or (), exclude=exclude, rtol=config.rtol)
 
 
 def _right_text(example: ChoiceExample | tuple[str, str]) -> str:

@@ -72,9 +72,11 @@ def budget_plot(content: Mapping[str, Any], path: Path, recommended: str | None)
         (above, task, scale, label, COLOURS[0]),
         (below, "control_loss_change", 1, "Rise of the control\nloss (nats a token)", COLOURS[1]),
     ):
-        means = [method["final"][key]["mean"] * factor for method in methods]
-        halves = [(method["final"][key]["half"] or 0) * factor for method in methods]
-        axes.errorbar(range(len(methods)), means, yerr=halves, fmt="o-", color=colour, capsize=3)
+        # a budget whose runs diverged has no measure to draw
+        there = [(place, method["final"][key]) for place, method in enumerate(methods) if method["final"][key]]
+        means = [measure["mean"] * factor for _, measure in there]
+        halves = [(measure["half"] or 0) * factor for _, measure in there]
+        axes.errorbar([place for place, _ in there], means, yerr=halves, fmt="o-", color=colour, capsize=3)
         axes.set_ylabel(title)
         _tidy(axes)
     ticks = [_budget_label(content, method, method["name"] == recommended) for method in methods]

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kappatune_plugin.budget import parse_budget
+from kappatune_plugin.cli_app import budget
 from kappatune_plugin.console import console
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.files import write_json
@@ -81,11 +80,11 @@ def sweep_session(asked: Asked, budgets: str) -> dict[str, Any]:
         KappaTuneError: a budget that can't be read, or one that is there twice.
     """
     each = split_list(budgets)
-    for budget in each:
-        parse_budget(yaml.safe_load(budget))
+    for k in each:
+        parse_budget(budget(k))
     bench, settings, folder = _prepare(asked, (1.0,), "sweep")
     order = bench.recipe.kappatune.order
-    content = compare(bench, parse_methods(",".join(f"{order}:k={budget}" for budget in each)), settings, folder)
+    content = compare(bench, parse_methods(",".join(f"{order}:k={k}" for k in each)), settings, folder)
     content["methods"].sort(key=lambda method: method["trainable"]["mean"])
     name, why = recommend(content)
     content["recommendation"] = {"method": name, "why": why}

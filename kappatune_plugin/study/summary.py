@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kappatune_plugin.forgetting import HARNESS
-from kappatune_plugin.study.statistics import interval, smoothed
+from kappatune_plugin.study.statistics import first_crossing, interval, smoothed
 
 if TYPE_CHECKING:
     from kappatune_plugin.study.compare import Settings, Tried
@@ -24,7 +24,7 @@ def summarize(tried: "Tried", before: Mapping[str, float], settings: "Settings")
         "name": tried.method.name,
         "learning_rate": tried.learning_rate,
         "at_edge_of_grid": len(rates) > 1 and tried.learning_rate in (rates[0], rates[-1]),
-        "grid": {f"{rate:g}": _try(run, before) for rate, run in tried.grid.items()},
+        "grid": {f"{rate:g}": _try(run, before, settings) for rate, run in tried.grid.items()},
         "trainable": over_seeds([run["trainable"] for run in tried.runs]),
         "seconds": over_seeds([run["seconds"] for run in tried.runs]),
         "training_mib": over_seeds([run["training_bytes"] / MIB for run in tried.runs]),
@@ -74,10 +74,13 @@ def _at(points: Sequence[Mapping[str, Any] | None], before: Mapping[str, float])
     return {key: over_seeds([None if row is None else row[key] for row in rows]) for key in keys}
 
 
-def _try(run: Mapping[str, Any], before: Mapping[str, float]) -> dict[str, Any]:
+def _try(run: Mapping[str, Any], before: Mapping[str, float], settings: "Settings") -> dict[str, Any]:
     """One learning rate with the first seed; "at_target" only for a target that was given beforehand."""
-    point = run["at_target"]
-    return {"validation_loss": run["validation_loss"], "at_target": None if point is None else changes(point, before)}
+    point, target = run["at_target"], settings.target_loss
+    # a run that is there from before may have been made for another target
+    step = None if target is None else first_crossing(smoothed(run["losses"], settings.smooth), target)
+    measured = point is not None and point["step"] == step
+    return {"validation_loss": run["validation_loss"], "at_target": changes(point, before) if measured else None}
 
 
 def _lowest(run: Mapping[str, Any], window: int) -> float | None:
