@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kappatune_plugin import ranking
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.probes import completion_ids, padded, sample_base
+from kappatune_plugin.probes import completion_ids, measuring, padded, sample_base
 from kappatune_plugin.report import KappaReport
 from kappatune_plugin.units import WeightUnit, find_units, unit_block
 
@@ -223,28 +223,20 @@ def _collecting(model: nn.Module, units: Sequence[WeightUnit], totals: dict[str,
     for unit in units:
         parts.setdefault(unit.parameter, []).append(unit)
     before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
-    modes = {module: module.training for module in model.modules()}
-    balancing = getattr(model.config, "output_router_logits", False)
     hooks: list[Any] = []
     try:
-        model.eval().requires_grad_(False).zero_grad(set_to_none=True)
-        if balancing:
-            model.config.output_router_logits = False
+        model.requires_grad_(False).zero_grad(set_to_none=True)
         for name, found in parts.items():
             parameter = model.get_parameter(name).requires_grad_(True)
             hooks.append(parameter.register_post_accumulate_grad_hook(_adder(found, totals)))
-        with torch.enable_grad():
+        with measuring(model), torch.enable_grad():
             yield
     finally:
         for hook in hooks:
             hook.remove()
-        if balancing:
-            model.config.output_router_logits = balancing
         for parameter, (requires_grad, gradient) in before.items():
             parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
-        for module, training in modes.items():
-            module.training = training
 
 
 def _adder(units: Sequence[WeightUnit], totals: dict[str, float]) -> Callable[[Tensor], None]:
