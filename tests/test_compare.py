@@ -183,6 +183,16 @@ def test_finished_runs_are_taken_for_another_target(bench, whole, monkeypatch):
     assert again["methods"][0]["final"] == content["methods"][0]["final"]
 
 
+@pytest.mark.parametrize("changed", ["control", "test", "facts"])
+def test_runs_measured_on_other_data_are_not_taken(saved_olmoe, tmp_path, changed):
+    path = write_recipe(tmp_path / "recipe.yaml", tiny_recipe(tmp_path, saved_olmoe))
+    before, again = (Bench.load(path, validation=0.25).identity for _ in range(2))
+    file = tmp_path / f"{changed}.jsonl"
+    rows = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    file.write_text("".join(rows[1:]), encoding="utf-8")
+    assert before == again != Bench.load(path, validation=0.25).identity
+
+
 def test_a_target_given_beforehand_is_measured_on_the_way(bench, whole, tmp_path):
     """The same as repeating the runs up to there, which a target that only shows at the end needs."""
     given = Settings(**{**vars(SETTINGS), "target_loss": whole[1]["target_loss"]})

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kappatune_plugin.config import DEFAULT_K
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.forgetting import ForgettingData, ForgettingProbe
+from kappatune_plugin.forgetting_config import SELF
 from kappatune_plugin.gain import GAIN
 from kappatune_plugin.gain_run import config_with_gain
 from kappatune_plugin.patterns import DEFAULT_EXCLUDE
@@ -146,7 +147,10 @@ class Bench:
         # where it lies has no say, and what a run sets itself
         ignored = ("output_dir", "seed", "learning_rate", "env")
         resolved = {key: value for key, value in self.recipe.resolved.items() if key not in ignored}
-        return _digest([resolved, self.hashes])
+        # what the base writes follows from the base, and on a GPU not to the token
+        written = [name for name, spec in self.recipe.forgetting.controls().items() if spec == SELF]
+        controls = {name: pieces for name, pieces in self.probe.controls.items() if name not in written}
+        return _digest([resolved, self.hashes, controls, self.probe.task, self.probe.facts])
 
 
 def _flags(settings: dict[str, Any]) -> list[str]:
