@@ -63,9 +63,10 @@ def measure(
     source: Source,
     units: Sequence[WeightUnit],
     rtol: float,
+    above: Callable[[WeightUnit], float] = lambda unit: math.inf,
+    *,
     bar: Bar,
     cache: Cache,
-    above: Callable[[WeightUnit], float] = lambda unit: math.inf,
     with_snr: bool = False,
 ) -> list[UnitReport]:
     """The rows of `units`, in their order, the same on all ranks: each measures those that `source.work` yields there.
@@ -75,9 +76,9 @@ def measure(
     Only a matrix so large that the memory limit of the source leaves threads idle gets several.
 
     Args:
-        cache: rows that it knows are taken from it; it gets the others.
         above: the bound of a unit: once its kappa is certainly above, nothing more is found out. See
             `condition_number`.
+        cache: rows that it knows are taken from it; it gets the others.
         with_snr: also put "snr" into the rows' scores, for which all singular values have to be found.
     """
     rows: dict[str, UnitReport] = {}

@@ -1,8 +1,8 @@
 """A model in, the condition number of each of its weight matrices out."""
 
-import math
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -13,9 +13,9 @@ from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.measure import Bar, measure
 from kappatune_plugin.patterns import DEFAULT_EXCLUDE, filter_units
 from kappatune_plugin.ranking import gain_over_forgetting, how_to_measure
-from kappatune_plugin.report import ABOVE, KappaReport, UnitReport
+from kappatune_plugin.report import ABOVE, KappaReport
 from kappatune_plugin.selection import check_settings
-from kappatune_plugin.settle import Above, can_settle, settle
+from kappatune_plugin.settle import can_settle, settle
 from kappatune_plugin.sources import ScanFrom, Source, open_source
 from kappatune_plugin.units import WeightUnit
 from kappatune_plugin.watch import together
@@ -52,10 +52,9 @@ def scan(
         rtol: relative width of the interval of kappa, see `condition_number`.
         progress: show a bar on stderr.
         trust_remote_code: let transformers run code that comes with the model.
+        cache: use what earlier scans found, and keep what this one finds; see `cache`.
         k, order, rank_by, seed: what will be selected (see `select`); k of None measures everything. rank_by "snr"
             also measures that.
-        cache: use what earlier scans found, and keep what this one finds; see `cache`.
-
         scan_from: a folder or hub name with the same model unquantized, whose values are measured in place of its
             own. The report's `dtype` says what was measured, its `base` is the model.
 
@@ -66,9 +65,7 @@ def scan(
     budget = check_settings(k, order, rank_by, seed) if k is not None else None
     if rank_by == gain_over_forgetting.__name__:
         raise KappaTuneError(f"rank_by: {rank_by}: a scan can't tell. {how_to_measure(rank_by)}")
-    source = open_source(model_or_path, trust_remote_code)
-    if scan_from is not None:
-        source = ScanFrom(source, open_source(os.fspath(scan_from), trust_remote_code))
+    source = _source(model_or_path, scan_from, trust_remote_code)
     kept, left_out = filter_units(source.units, include, exclude, source.parameters)
     if not kept:
         raise KappaTuneError(_nothing_left(source.units, source.parameters, include, exclude))
@@ -76,20 +73,22 @@ def scan(
     identity = source.identity() if cache else None
     base = {"name": source.name, "hash": _recall(source, store, identity)}
     with Bar(kept, progress) as bar:
-
-        def rows_of(units: Sequence[WeightUnit], rtol: float, above: Above = lambda unit: math.inf) -> list[UnitReport]:
-            return measure(source, units, rtol, bar, store, above, with_snr=rank_by == "snr")
-
-        if budget is not None and can_settle(order, rank_by):
-            rows = settle(kept, rows_of, rtol, budget, order, rank_by, seed)
-        else:
-            rows = rows_of(kept, rtol)
+        rows_of = partial(measure, source, bar=bar, cache=store, with_snr=rank_by == "snr")
+        partly = budget is not None and can_settle(order, rank_by)
+        rows = settle(kept, rows_of, rtol, budget, order, rank_by, seed) if partly else rows_of(kept, rtol)
     # a file that changed meanwhile is not what was read
     if identity is not None and source.identity() == identity and distributed.rank() == 0:
         store.keep_files(identity, base["hash"], source.contents)
-    partial = any(row.status == ABOVE for row in rows)
-    made_for = {"k": k, "order": order, "rank_by": rank_by, "seed": seed} if partial else None
+    wanted = {"k": k, "order": order, "rank_by": rank_by, "seed": seed}
+    made_for = wanted if any(row.status == ABOVE for row in rows) else None
     return KappaReport(rows, base, ", ".join(sorted({source.dtype(unit) for unit in kept})), left_out, made_for)
+
+
+def _source(
+    model_or_path: nn.Module | str | os.PathLike, scan_from: str | os.PathLike | None, trust_remote_code: bool
+) -> Source:
+    source = open_source(model_or_path, trust_remote_code)
+    return source if scan_from is None else ScanFrom(source, open_source(os.fspath(scan_from), trust_remote_code))
 
 
 def _recall(source: Source, cache: Cache, identity: str | None) -> str:
