@@ -173,14 +173,15 @@ class KappaTuneModel(BaseTuner):
             return report
         exclude = DEFAULT_EXCLUDE if config.exclude is None else config.exclude
         active = self.layers()
-        for layer in active:
-            layer.write_original()
         wanted = {"k": DEFAULT_K if config.k is None else config.k, "order": config.order}
         wanted |= {"rank_by": config.rank_by, "seed": config.seed, "scan_from": config.scan_from}
-        report = scan(model, include=config.include or (), exclude=exclude, rtol=config.rtol, **wanted)
         for layer in active:
-            layer.write()
-        return report
+            layer.write_original()
+        try:
+            return scan(model, include=config.include or (), exclude=exclude, rtol=config.rtol, **wanted)
+        finally:
+            for layer in active:
+                layer.write()
 
     def _check_target_module_exists(self, peft_config: KappaTuneConfig, key: str) -> bool:
         return key in self._targets

@@ -293,6 +293,15 @@ def test_named_adapters_take_turns():
     assert not [module for module in model.modules() if isinstance(module, KappaTuneLayer)]
 
 
+def test_a_scan_that_fails_leaves_the_adapter_before_it_as_it_was():
+    peft_model = get_peft_model(tiny_model("olmoe"), KappaTuneConfig(k=5), adapter_name="low")
+    steps(peft_model, random_batches(2))
+    low = logits(peft_model)
+    with pytest.raises(KappaTuneError, match="no_such_weight"):
+        peft_model.add_adapter("high", KappaTuneConfig(k=5, include=["no_such_weight"]))
+    assert torch.equal(logits(peft_model), low)
+
+
 def test_unload_gives_the_base_back():
     model = tiny_model("olmoe")
     before = copy.deepcopy(model.state_dict())
