@@ -56,6 +56,10 @@ def together(what: str, stop_stuck: bool = True) -> Iterator[None]:
         if problem:
             raise KappaTuneError(problem) from error
         raise
+    except BaseException as error:
+        # an interrupt too: without a word this rank would count as killed
+        watch.say(f"{FAILED}: {type(error).__name__}: {error}")
+        raise
     finally:
         watch.stop()
 
@@ -72,6 +76,8 @@ class _Watch(threading.Thread):
         self._state, self._silent = "here", SILENT
         self._problem = ""
         self._ended, self._known = threading.Event(), threading.Event()
+        # the thread must not put an older state over the last one
+        self._signing = threading.Lock()
         # at once: a rank that never gave one counts as not there yet
         self._sign(0)
 
@@ -128,7 +134,8 @@ class _Watch(threading.Thread):
             os._exit(1)
 
     def _sign(self, beat: int) -> None:
-        self._store.set(f"{self._prefix}/{self._me}", f"{beat} {self._state}")
+        with self._signing:
+            self._store.set(f"{self._prefix}/{self._me}", f"{beat} {self._state}")
 
     def _read(self, name: str) -> str:
         key = f"{self._prefix}/{name}"

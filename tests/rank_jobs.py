@@ -200,6 +200,23 @@ def scan_until_killed(mode: str, model: str) -> tuple[str, float]:
     return error_of(lambda: kappatune_plugin.scan(loaded, progress=False, cache=False))
 
 
+def scan_with_an_error(mode: str, model: str) -> str:
+    """What the scan ends with where one rank meets an error that no one foresaw."""
+
+    def failing(unit: Any, *given: Any) -> Any:
+        if distributed.rank() == 1:
+            raise KeyError("no row")
+        return real(unit, *given)
+
+    real, measure._row = measure._row, failing
+    loaded = load_divided(mode, model)
+    try:
+        kappatune_plugin.scan(loaded, progress=False, cache=False)
+    except (KeyError, KappaTuneError) as error:
+        return str(error)
+    raise AssertionError("it ended without an error")
+
+
 def save_until_killed(mode: str, model: str, output: str, config: dict[str, Any], **settings: Any) -> tuple[str, float]:
     one = make_trainer(mode, model, output, config, save_strategy="steps", save_steps=2, **settings)
     real = torch.save

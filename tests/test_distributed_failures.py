@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 import torch
-from rank_jobs import save_until_killed, scan_until_killed, train
+from rank_jobs import save_until_killed, scan_until_killed, scan_with_an_error, train
 from ranks import run_ranks
 from transformers import AutoModelForCausalLM
 
@@ -19,6 +19,11 @@ ZERO2, ZERO3 = (pytest.param(mode, marks=needs_deepspeed) for mode in ("zero2", 
 def test_killed_in_a_scan(mode, saved_olmoe):
     ((error, seconds),) = run_ranks(scan_until_killed, dies=1, mode=mode, model=str(saved_olmoe))
     assert error.startswith("the scan: rank 1 has given no sign of life for") and seconds < 60
+
+
+def test_an_error_in_a_scan_is_told_to_the_others(saved_olmoe):
+    theirs, own = run_ranks(scan_with_an_error, mode="ddp", model=str(saved_olmoe))
+    assert own == "'no row'" and theirs == "the scan: rank 1 stopped (KeyError: 'no row')."
 
 
 @pytest.mark.distributed
