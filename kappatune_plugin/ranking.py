@@ -94,7 +94,7 @@ def ranked(rows: Sequence[UnitReport], rank_by: str, highest: bool = False) -> l
     values, bound = rank_values(rows, rank_by), math.inf
     unknown = [row for row in rows if row.status == ABOVE]
     if unknown and (highest or rank_by not in BOUNDED):
-        raise Unsettled(f"only the lowest kappa are known, not the {'highest' if highest else ''} {rank_by}")
+        raise Unsettled(f"only the lowest kappa are known, not the {'highest ' if highest else ''}{rank_by}")
     if unknown:
         bound = min(lower_end(row, rank_by) for row in unknown)
     sign = -1 if highest else 1
@@ -132,7 +132,7 @@ def count(rows: Sequence[UnitReport], ordered: Sequence[UnitReport], budget: Bud
         if wanted > len(ordered) and unknown:
             raise Unsettled(f"only the {len(ordered)} lowest are known")
         if wanted > len(ordered) and budget.kind == "count":
-            raise KappaTuneError(f"k = {budget} is more than there is")
+            raise KappaTuneError(f"k = {budget} is more than there is: {len(ordered)} matrices can be selected")
         return min(wanted, len(ordered))
     if budget.kind == "params":
         return _count_fitting(ordered, budget, unknown)

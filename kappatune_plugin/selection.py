@@ -106,7 +106,8 @@ def select(
         order: "lowest" is the method, the others are controls. "highest"; "random", any units; "shape_matched_random",
             random units, of each shape as many as "lowest" takes. Lowest and highest are those of the value that
             `rank_by` names, whatever it is.
-        rank_by: "kappa", "kappa_over_null", "log_volume", "stable_rank" or "snr"; `ranking` defines them.
+        rank_by: "kappa", "kappa_over_null", "log_volume", "stable_rank", "snr" or "gain_over_forgetting"; `ranking`
+            defines them.
         seed: of the random orders.
 
     Raises:
@@ -132,7 +133,7 @@ def select(
 def check_settings(k: int | str | dict[str, Any], order: str, rank_by: str, seed: int) -> Budget:
     """The budget that `k` says. Raises KappaTuneError where a setting of `select` can't be right."""
     budget = parse_budget(k)
-    for key, value, choices in (("order", order, ORDERS), ("rank_by", rank_by, RANKS)):
+    for key, value, choices in (("order", order, ORDERS), ("rank_by", rank_by, tuple(RANKS))):
         if value not in choices:
             raise KappaTuneError(f"{key}: {value!r} is none of {', '.join(choices)}.")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
@@ -227,7 +228,7 @@ def _selection_problems(content: Any) -> list[str]:
         parse_budget(content["k"])
     except KappaTuneError as error:
         problems.append(str(error))
-    for key, choices in (("order", ORDERS), ("rank_by", RANKS)):
+    for key, choices in (("order", ORDERS), ("rank_by", tuple(RANKS))):
         if content[key] not in choices:
             problems.append(f"{key}: {content[key]!r:.60} is none of {', '.join(choices)}.")
     if isinstance(content["seed"], bool) or not isinstance(content["seed"], int) or content["seed"] < 0:
