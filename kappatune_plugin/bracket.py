@@ -101,7 +101,8 @@ def proven(a: Tensor, found: Bracket) -> Bracket | None:
     """
     lower = gram(a, torch.float64)
     trace = lower.diagonal().sum().item()
-    error = 4 * EPS * (lower.shape[0] + 2) * trace
+    # of products over the m rows, and of the n steps of the factorization
+    error = 4 * EPS * (a.shape[0] + 2) * trace
     for sign, bound in ((1, found.sigma_min[0]), (-1, found.sigma_max[1])):
         shifted = sign * lower
         # half of what the bound is widened by, so that rounding alone doesn't fail it
