@@ -65,8 +65,9 @@ def growth_with_depth(units: Sequence["UnitReport"]) -> tuple[list[int], list[fl
     medians = [median(relative[layer]) for layer in layers]
     if len(layers) < 3 or len(set(medians)) == 1:
         return layers, medians, float("nan")
-    ranks = [np.argsort(np.argsort(each)) for each in (layers, medians)]
-    return layers, medians, float(np.corrcoef(*ranks)[0, 1])
+    from scipy.stats import spearmanr
+
+    return layers, medians, float(spearmanr(layers, medians)[0])
 
 
 def _by_type(units: Sequence["UnitReport"]) -> dict[str, dict[int | None, list[float]]]:

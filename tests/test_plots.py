@@ -21,6 +21,8 @@ def test_growth_with_depth_is_relative_to_each_type():
     assert abs(growth_with_depth(layers(1, 3, 2, 1.5))[2]) < 0.5
     assert growth_with_depth(layers(1, 2))[2] != growth_with_depth(layers(1, 2))[2]
     assert growth_with_depth([row("lm_head.weight")])[:2] == ([], [])
+    # equal medians share a rank: 1, 2.5, 2.5, 4 against 1, 2, 3, 4
+    assert growth_with_depth(layers(1, 2, 2, 3))[2] == pytest.approx(4.5 / (5 * 4.5) ** 0.5)
 
 
 def test_growth_of_an_encoder():
