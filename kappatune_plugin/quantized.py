@@ -12,8 +12,6 @@ from kappatune_plugin.errors import KappaTuneError
 FOUR_BIT, EIGHT_BIT = "Params4bit", "Int8Params"
 # what is added to a float8 weight's name for the tensor that scales it: DeepSeek's blocks, and what others store
 SCALES = ("_scale_inv", "_scale")
-
-
 # side of the blocks that share a scale, where the config doesn't say (DeepSeek-V3, arXiv 2412.19437, section 3.3.2)
 FLOAT8_BLOCK = (128, 128)
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)

@@ -104,7 +104,8 @@ class ModelSource(Source):
 
     def work(self, units: Sequence[WeightUnit]) -> Iterator[tuple[WeightUnit, Load]]:
         if distributed.first_rank_loads():
-            yield from ((unit, partial(self.load, unit)) for unit in units if distributed.rank() == 0)
+            mine = deal(units, 1)[0] if distributed.rank() == 0 else []
+            yield from ((unit, partial(self.load, unit)) for unit in mine)
         elif not self.divided:
             yield from super().work(units)
         else:

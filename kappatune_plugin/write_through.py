@@ -89,12 +89,14 @@ def _add_trainer_callback() -> None:
     class KappaTuneWriteThrough(TrainerCallback):
         """Writes trained values into the base model after each step, and those of a checkpoint before the first."""
 
-        def on_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any):
+        def on_optimizer_step(
+            self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any
+        ) -> None:
             tuner = getattr(model, "base_model", None)
             if tuner in _followed:
                 tuner.write_through(everything=True)
 
-        def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any):
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
             tuner = getattr(model, "base_model", None)
             if tuner in _followed:
                 _check_checkpointing(model, args)
