@@ -203,6 +203,15 @@ def test_an_adapter_of_other_settings_is_refused(plugin, tmp_path, block, words)
         plugin.load_adapter(tiny_model("llama"), cfg)
 
 
+def test_how_the_selection_came_about_may_differ(plugin, tmp_path):
+    """An adapter holds its selection; a folder to scan, which isn't saved with it, must not keep it from loading."""
+    get_peft_model(tiny_model("llama"), KappaTuneConfig(k=5)).save_pretrained(tmp_path)
+    block = {"k": 5, "scan_from": "elsewhere", "rtol": 1e-4}
+    cfg = Cfg(adapter="kappatune", kappatune=block, lora_model_dir=str(tmp_path))
+    loaded, _ = plugin.load_adapter(tiny_model("llama"), cfg)
+    assert len(trainable(loaded)) == 5
+
+
 def test_dpo_does_not_drop_an_adapter_in_silence(plugin, tmp_path):
     cfg = Cfg(adapter="kappatune", kappatune={"k": 5}, lora_model_dir=str(tmp_path), rl="dpo")
     with pytest.raises(KappaTuneError, match="rl: dpo starts a new adapter"):

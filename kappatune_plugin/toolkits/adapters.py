@@ -62,7 +62,7 @@ def checked_adapter(adapter: str, given: Mapping[str, Any]) -> KappaTuneConfig:
 
 
 def _same(key: str, given: Any, saved: Any) -> bool:
-    if key in ("report", "rtol"):
+    if key in ("report", "rtol", "scan_from"):
         # how the selection came about, which the adapter carries itself
         return True
     if key == "selection":
