@@ -93,6 +93,8 @@ def gain_block(blocks: Mapping[str, Any], problems: list[str]) -> "GainConfig | 
             f"kappatune.order is missing: with rank_by {GAIN} the highest are those that gain most. Write `order: "
             "highest`, or lowest for the control."
         )
+    if block.get("rank_by") == GAIN and block.get("scan_from") is not None:
+        problems.append(f"kappatune.scan_from: {GAIN} is measured on the model that is trained: delete it.")
     try:
         return _inner(GainConfig, block["gain"]) if block.get("gain") is not None else None
     except KappaTuneError as error:
@@ -120,6 +122,8 @@ def auto_block(
     except KappaTuneError as error:
         problems += [f"kappatune.auto: {line}" for line in str(error).splitlines()]
         return None
+    if block.get("modules_to_save"):
+        problems.append("kappatune.modules_to_save: k: auto can't take back what whole modules learned: delete it.")
     measured = blocks.get("forgetting") or {}
     for key, example in (("control", "self"), ("every", 50), ("max_delta", 0.05)):
         if isinstance(measured, dict) and not measured.get(key):

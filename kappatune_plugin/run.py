@@ -275,6 +275,13 @@ def _auto_callback(
             "Give a number, such as the one that `k: auto` finds on a smaller run."
         )
     tuner = trainer.model.base_model
+    beside = tuner.peft_config["default"]
+    if beside.modules_to_save or beside.trainable_token_indices:
+        # a recipe that says so itself is refused before
+        raise KappaTuneError(
+            "kappatune.k: auto can't take back what the tokens that TRL adds have learned. Give a number, or use a "
+            "chat template without new tokens."
+        )
     units, report = tuner.selections["default"].units, tuner.reports["default"]
     eligible = len(units) if report is None else len(report.units)
     start = prefix_count(units, parse_budget(recipe.auto.start), eligible)

@@ -237,6 +237,17 @@ def test_several_processes_are_refused(saved_olmoe, tmp_path, monkeypatch):
         train(tmp_path, saved_olmoe)
 
 
+def test_tokens_trained_beside_are_refused(saved_olmoe, tmp_path):
+    kappatune = {"k": "auto", "auto": {"start": 4, "most": 20}}
+    recipe = tiny_recipe(tmp_path, saved_olmoe, kappatune=kappatune)
+    recipe["forgetting"] |= {"max_delta": 9.0}
+    loaded = load_recipe(write_recipe(tmp_path / "recipe.yaml", recipe))
+    # as TRL sets it where a chat template brings new tokens
+    loaded.kappatune.trainable_token_indices = [5]
+    with pytest.raises(KappaTuneError, match="tokens that TRL adds"):
+        run_sft(loaded)
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -244,6 +255,7 @@ def test_several_processes_are_refused(saved_olmoe, tmp_path, monkeypatch):
         (["--forgetting", "{control: self}"], ["needs forgetting.every", "needs forgetting.max_delta"]),
         (["--kappatune.k", "7"], ["kappatune.auto is given, but k is 7"]),
         (["--kappatune.auto.start", "0"], ["kappatune.auto: start: k: 0"]),
+        (["--kappatune.modules_to_save", "[lm_head]"], ["modules_to_save", "can't take back"]),
         (["--logging_steps", "5"], ["within 2 steps no training loss is logged", "logging_steps 5"]),
     ],
 )

@@ -72,6 +72,7 @@ def test_what_knows_no_rows_says_who_does(saved_olmoe, tmp_path):
 def test_which_end_of_the_ranking_has_to_be_said(saved_olmoe, tmp_path):
     for kappatune, words in (
         ({"k": 6, "rank_by": GAIN}, "kappatune.order is missing"),
+        ({"k": 6, "rank_by": GAIN, "order": "highest", "scan_from": "elsewhere"}, "kappatune.scan_from: gain"),
         ({"k": 6, "gain": {"examples": 0}}, "kappatune.gain: examples: 0"),
         ({"k": 6, "gain": {"sampels": 3}}, "Did you mean 'samples'?"),
     ):
