@@ -12,6 +12,7 @@ text that the base model wrote itself: no pre-training data is needed, and the s
 Fisher information and not the empirical one.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -89,7 +90,8 @@ def gain_over_forgetting(
         units: which; default: all of the model's. The damping is by their mean information (see `ratios`).
 
     Raises:
-        KappaTuneError: no rows, a model with an adapter, or a tokenizer without a token to write from.
+        KappaTuneError: no rows, a model with an adapter, a tokenizer without a token to write from, or gradients that
+            aren't finite.
     """
     config = config or GainConfig()
     if hasattr(model, "peft_config"):
@@ -99,9 +101,9 @@ def gain_over_forgetting(
     units = find_units(model) if units is None else units
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
     examples = [to_example(tokenizer, *rows[index], config.max_length) for index in order[: config.examples]]
+    gain = _finite(task_gain(model, units, examples, config.batch_size))
     written = sample_base(model, tokenizer, config.samples, config.max_length, config.seed, config.batch_size)
-    gain = task_gain(model, units, examples, config.batch_size)
-    information = fisher_information(model, units, written, config.batch_size)
+    information = _finite(fisher_information(model, units, written, config.batch_size))
     return ratios(units, gain, information)
 
 
@@ -204,6 +206,16 @@ def to_example(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str,
         raise KappaTuneError(f"The training row {completion!r} has fewer than two tokens.")
     cut = max(0, len(ids) - max_length)
     return ids[cut:], max(1, start - cut)
+
+
+def _finite(squares: dict[str, float]) -> dict[str, float]:
+    broken = [name for name, value in squares.items() if not math.isfinite(value)]
+    if broken:
+        raise KappaTuneError(
+            f"gain_over_forgetting: the gradients of {len(broken)} of {len(squares)} matrices aren't finite, such as "
+            f"that of {broken[0]}. Check the base weights, or load them in bfloat16 or float32."
+        )
+    return squares
 
 
 def _nats(model: nn.Module, batch: Sequence[Example]) -> tuple[Tensor, int]:

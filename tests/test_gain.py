@@ -147,5 +147,10 @@ def test_what_cannot_be_measured():
         gain_over_forgetting(model, tokenizer, [("", "y")])
     with pytest.raises(KappaTuneError, match="examples: 0.*\n.*batch_size: True"):
         GainConfig(examples=0, batch_size=True)
+    broken = tiny_model("olmoe", vocab_size=300)
+    with torch.no_grad():
+        broken.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(KappaTuneError, match="gradients of .* aren't finite, such as that of"):
+        gain_over_forgetting(broken, tokenizer, ROWS)
     with pytest.raises(KappaTuneError, match="before an adapter"):
         gain_over_forgetting(get_peft_model(model, KappaTuneConfig(k=3)), tokenizer, ROWS)
