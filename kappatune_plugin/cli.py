@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from kappatune_plugin import cli_llamafactory, cli_study, cli_toolkits  # noqa: F401  they add their commands
-from kappatune_plugin.cli_app import K_HELP, RankBy, TrustRemoteCode, app, budget, clean_errors
+from kappatune_plugin.cli_app import K_HELP, TAKES_MORE, RankBy, TrustRemoteCode, app, budget, clean_errors
 from kappatune_plugin.console import console
 
 
@@ -15,7 +15,7 @@ def main() -> None:
     app()
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(context_settings=TAKES_MORE)
 @clean_errors
 def sft(
     context: typer.Context,

@@ -27,6 +27,8 @@ RankBy = Annotated[
         "report that a run left.",
     ),
 ]
+# of a command that hands on what it doesn't know
+TAKES_MORE = {"allow_extra_args": True, "ignore_unknown_options": True}
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust_remote_code", "--trust-remote-code", help="Run code that comes with the model.")
 ]

@@ -4,10 +4,10 @@ from typing import Annotated
 
 import typer
 
-from kappatune_plugin.cli_app import app, clean_errors
+from kappatune_plugin.cli_app import TAKES_MORE, app, clean_errors
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(context_settings=TAKES_MORE)
 @clean_errors
 def llamafactory(
     context: typer.Context,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from kappatune_plugin.cli_app import app, clean_errors
+from kappatune_plugin.cli_app import TAKES_MORE, app, clean_errors
 from kappatune_plugin.study.methods import DEFAULT_METHODS
 
 METHODS_HELP = (
@@ -13,7 +13,6 @@ METHODS_HELP = (
     "or any method of PEFT by name (lora, osf, ...; also with _mlp or _attention). NAME:key=value sets something."
 )
 RATES_HELP = "The grid, separated by commas; one is chosen for each method on held-out rows."
-RECIPE_KEYS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 Config = Annotated[Path, typer.Option("--config", help="The recipe, a YAML file, with a block forgetting.")]
 Seeds = Annotated[int, typer.Option(help="How many, from the recipe's on; an interval needs 2 at least.")]
@@ -31,7 +30,7 @@ OutputDir = Annotated[
 ]
 
 
-@app.command(context_settings=RECIPE_KEYS)
+@app.command(context_settings=TAKES_MORE)
 @clean_errors
 def compare(
     context: typer.Context,
@@ -74,7 +73,7 @@ def compare(
     compare_session(asked, methods)
 
 
-@app.command(context_settings=RECIPE_KEYS)
+@app.command(context_settings=TAKES_MORE)
 @clean_errors
 def sweep(
     context: typer.Context,

@@ -82,7 +82,8 @@ def stock_plan(selection: Selection, build: Callable[[], nn.Module], toolkit: st
     if unknown:
         raise KappaTuneError(f"{len(unknown)} selected weights are not in this model, such as {unknown[0]}.")
     chosen = [units[row.name] for row in selection.units]
-    widen = widen and toolkit in CAN_WIDEN
+    in_vain = widen and toolkit not in CAN_WIDEN
+    widen = widen and not in_vain
     able = [unit for unit in chosen if widen or not unit.index]
     modules: list[str] = []
     if toolkit in LORA:
@@ -99,6 +100,8 @@ def stock_plan(selection: Selection, build: Callable[[], nn.Module], toolkit: st
         "llamafactory": lambda: ["finetuning_type: lora", f"lora_target: {','.join(modules)}"],
     }[toolkit]()
     notes = _notes(toolkit, able, units, named)
+    if in_vain:
+        notes.append(f"--widen changes nothing for {toolkit}, which chooses modules only.")
     if missing:
         left = [unit for unit in chosen if unit not in able]
         notes.append(f"{len(missing)} of {len(chosen)} selected matrices are left out. {_why(toolkit, left, widen)}")

@@ -104,6 +104,12 @@ def test_axolotls_ranges_name_the_experts():
     assert any("weight_decay: 0.0" in note for note in plan.notes)
 
 
+def test_widening_in_vain_is_said():
+    plan, _, _ = made("llama", "llamafactory", widen=True)
+    assert any("--widen changes nothing for llamafactory" in note for note in plan.notes)
+    assert not any("--widen" in note for note in made("llama", "trl", widen=True)[0].notes)
+
+
 def test_nothing_that_can_be_said_is_an_error():
     model = tiny_model("gpt_oss")
     report = scan(model, include=["*.experts.*"], progress=False)
