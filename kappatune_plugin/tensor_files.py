@@ -97,14 +97,17 @@ def checkpoint_files(folder_or_name: str) -> list[Path]:
     """The safetensors files of a model, in its folder or the hub's cache; an empty list if it has none.
 
     Raises:
-        KappaTuneError: the index is damaged, or names files that aren't there.
+        KappaTuneError: the index is damaged, or names files that aren't there; or there is neither a folder nor a name
+            that can be looked up on the hub.
     """
     from transformers.utils import cached_file
 
     def find(name: str) -> Path | None:
-        found = cached_file(
-            folder_or_name, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False
-        )
+        quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": False}
+        try:
+            found = cached_file(folder_or_name, name, **quietly)
+        except OSError as error:
+            raise KappaTuneError(f"Can't look for {name} of the model '{folder_or_name}': {error}") from error
         return None if found is None else Path(found)
 
     single = find(SINGLE)

@@ -15,7 +15,7 @@ from kappatune_plugin import tensor_files
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.quantized import dequantize_float8
 from kappatune_plugin.report import KappaReport
-from kappatune_plugin.safetensors_source import SafetensorsSource
+from kappatune_plugin.safetensors_source import SafetensorsSource, same_on_disk
 from kappatune_plugin.scan import scan
 from kappatune_plugin.sources import ModelSource, open_source
 from tiny import CONFIGS, tiny_model
@@ -160,6 +160,16 @@ def test_whatever_is_wrong_with_the_files_is_named(tmp_path, monkeypatch):
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": [')
     with pytest.raises(KappaTuneError, match="not an index"):
         quiet(tmp_path)
+
+
+def test_a_model_whose_folder_is_gone_is_not_looked_for_on_disk(tmp_path):
+    with pytest.raises(KappaTuneError, match="Can't look for model.safetensors of the model '.*nowhere"):
+        tensor_files.checkpoint_files(str(tmp_path / "nowhere"))
+    model = tiny_model("llama")
+    model.config._name_or_path = str(tmp_path / "nowhere")
+    assert same_on_disk(model, ModelSource(model)) is None
+    model.save_pretrained(tmp_path / "nowhere")
+    assert isinstance(same_on_disk(model, ModelSource(model)), SafetensorsSource)
 
 
 def test_file_that_must_not_be_read(tmp_path, monkeypatch):
