@@ -163,11 +163,17 @@ class KappaTuneLayer(nn.Module, BaseTunerLayer):
             KappaTuneError: `safe_merge` found a value that isn't finite.
         """
         names = [name for name in adapter_names or self.active_adapters if name in self.kappatune_master]
+        if safe_merge:
+            self.check_finite(names)
         for name in names:
-            if safe_merge and not torch.isfinite(self.kappatune_master[name]).all():
-                raise KappaTuneError(f"{self.unit.name} of adapter '{name}' has values that aren't finite: not merged.")
             self.write(name)
             self.merged_adapters.append(name)
+
+    def check_finite(self, adapter_names: list[str] | None = None) -> None:
+        """Raise KappaTuneError if the values of the active adapter, or of these, aren't all finite."""
+        for name in adapter_names or self.active_adapters:
+            if name in self.kappatune_master and not torch.isfinite(self.kappatune_master[name]).all():
+                raise KappaTuneError(f"{self.unit.name} of adapter '{name}' has values that aren't finite: not merged.")
 
     def unmerge(self) -> None:
         """Undo `merge`."""

@@ -122,6 +122,17 @@ class KappaTuneModel(BaseTuner):
         else:
             self.write_through()
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As PEFT's, but `safe_merge` refuses before anything is merged."""
+        if safe_merge:
+            self._check_finite(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _check_finite(self, adapter_names: list[str] | None) -> None:
+        """A unit that was merged before another one was refused would silently not be trained any more."""
+        for layer in self.layers():
+            layer.check_finite(adapter_names)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; units that no other adapter trains are as they were before."""
         others = [name for name in self.peft_config if name != adapter_name]
@@ -222,6 +233,8 @@ class KappaTuneModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        if merge and safe_merge:
+            self._check_finite(adapter_names)
         for layer in self.layers():
             if merge:
                 layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)

@@ -322,11 +322,14 @@ def test_merged_checkpoint_loads_without_this_package(tmp_path):
 
 def test_safe_merge_refuses_what_is_not_finite():
     peft_model = get_peft_model(tiny_model("llama"), KappaTuneConfig(k=2))
-    layer = peft_model.base_model.layers()[0]
+    first, last = peft_model.base_model.layers()
     with torch.no_grad():
-        layer.master[0, 0] = torch.nan
-    with pytest.raises(KappaTuneError, match="finite"):
-        peft_model.merge_and_unload(safe_merge=True)
+        last.master[0, 0] = torch.nan
+    for merge in (peft_model.merge_and_unload, peft_model.base_model.merge_adapter):
+        with pytest.raises(KappaTuneError, match="finite"):
+            merge(safe_merge=True)
+        # the others go on training
+        assert not first.merged and not last.merged
 
 
 def test_a_copied_model_trains_on_its_own():
