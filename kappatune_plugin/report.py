@@ -84,6 +84,7 @@ class UnitReport:
         return cls(name=name, shape=shape, kappa=value, null=null, groups=tuple(sorted(groups)), **numbers)
 
 
+RANKED_BY = ("log_volume", "stable_rank")
 NUMBERS = ("kappa", "lo", "hi", "log_volume", "stable_rank", "sigma_max", "sigma_min", "frobenius")
 
 
@@ -175,8 +176,11 @@ def _row_problems(position: int, row: Any) -> list[str]:
             problems.append(f"{where}: {key}: expected a number or null, found {row[key]!r:.60}.")
     if row["status"] not in ROW_STATUSES:
         problems.append(f"{where}: status: {row['status']!r:.60} is none of {', '.join(ROW_STATUSES)}.")
-    elif row["status"] == "ok" and not (is_number(row["kappa"]) and row["kappa"] >= 1):
-        problems.append(f"{where}: status is ok, but kappa is {row['kappa']!r:.60}; it is at least 1.")
+    elif row["status"] == "ok":
+        if not (is_number(row["kappa"]) and row["kappa"] >= 1):
+            problems.append(f"{where}: status is ok, but kappa is {row['kappa']!r:.60}; it is at least 1.")
+        # what `ranking` needs
+        problems += [f"{where}: status is ok, but {key} is null." for key in RANKED_BY if row[key] is None]
     elif row["status"] == ABOVE and not is_number(row["lo"]):
         problems.append(f"{where}: status is above, but lo, above which kappa is, is {row['lo']!r:.60}.")
     if not is_number(row["null"]):

@@ -114,6 +114,7 @@ def broken(tmp_path: Path, change) -> Path:
         (lambda content: content["units"][0].update(kappa=True), ["kappa", "True"]),
         (lambda content: content["units"][0].update(kappa=0.5), ["kappa", "0.5", "at least 1"]),
         (lambda content: content["units"][0].update(kappa=None), ["status is ok", "None"]),
+        (lambda content: content["units"][0].update(log_volume=None), ["status is ok, but log_volume is null"]),
         (lambda content: content["units"][0].update(lo=math.nan), ["lo", "nan"]),
         (lambda content: content["units"][0].update(null=None), ["null", "None"]),
         (lambda content: content["units"][0].update(status="fine"), ["status", "fine", "rank_deficient"]),
