@@ -1,5 +1,6 @@
 """A model from a folder or the hub, with its weights or without."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,7 +70,10 @@ def model_class(config: "PretrainedConfig") -> Any:
 
 
 def cannot_load(path: str, error: Exception) -> KappaTuneError:
+    """The error for a model that transformers can't load. A path that isn't there it takes for a wrong hub name."""
+    is_path = path.startswith(("/", ".", "~")) or path.count("/") > 1
+    reason = f"{type(error).__name__}: {error}" if Path(path).exists() or not is_path else "there is no such folder."
     return KappaTuneError(
-        f"Can't load a model from '{path}': {type(error).__name__}: {error}\nGive a folder that `save_pretrained` "
-        "wrote, or a model's name on the hub."
+        f"Can't load a model from '{path}': {reason}\nGive a folder that `save_pretrained` wrote, or a model's name on "
+        "the hub."
     )

@@ -12,6 +12,8 @@ from kappatune_plugin.versions import newer_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+WEIGHTS = "adapter_model.safetensors"
+
 
 def merge_adapter(
     adapter: str | os.PathLike,
@@ -44,6 +46,7 @@ def merge_adapter(
     base = model or config.base_model_name_or_path
     if not base:
         raise KappaTuneError(f"'{adapter}' doesn't name its base model. Give it with --model.")
+    _check_values(adapter)
     _check_free(output_dir, [adapter, Path(base)], overwrite)
     merged = _merged(adapter, base, config.revision if model is None else None, trust_remote_code)
     tokenizer = _tokenizer(adapter, base, trust_remote_code)
@@ -58,10 +61,35 @@ def merge_adapter(
     return output_dir
 
 
+def _check_values(adapter: Path) -> None:
+    """PEFT looks for a missing file on the hub, and takes one without values for an untrained adapter."""
+    from safetensors import SafetensorError, safe_open
+
+    weights = adapter / WEIGHTS
+    if not weights.is_file():
+        raise KappaTuneError(
+            f"Can't load the adapter '{adapter}': it holds no {WEIGHTS}. Give the output_dir of a run that ended, or "
+            "one of its checkpoints."
+        )
+    try:
+        with safe_open(weights, "pt") as file:
+            empty = not list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise KappaTuneError(
+            f"Can't load the adapter '{adapter}': {WEIGHTS} is damaged or cut off ({error}). Copy it again, or give "
+            "another checkpoint of the run."
+        ) from error
+    if empty:
+        raise KappaTuneError(f"Can't load the adapter '{adapter}': {WEIGHTS} holds no values. Copy it again.")
+
+
 def _check_free(output_dir: Path, sources: list[Path], overwrite: bool) -> None:
     for source in sources:
         if output_dir.resolve() == source.resolve():
             raise KappaTuneError(f"output_dir '{output_dir}' is what is merged. Give another folder.")
+        # a hub name is no folder, though it reads like one
+        if source.exists() and output_dir.resolve() in source.resolve().parents:
+            raise KappaTuneError(f"output_dir '{output_dir}' holds '{source}', which is merged. Give another folder.")
     if output_dir.exists() and not output_dir.is_dir():
         raise KappaTuneError(f"output_dir '{output_dir}' is a file. Give a folder.")
     if output_dir.is_dir() and any(output_dir.iterdir()) and not overwrite:
@@ -75,10 +103,11 @@ def _merged(adapter: Path, base: str, revision: str | None, trust_remote_code: b
     options = {"trust_remote_code": trust_remote_code, **({"revision": revision} if revision else {})}
     try:
         model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", **options)
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        # a damaged base raises SafetensorError, RuntimeError, OSError or ValueError
         raise KappaTuneError(f"Can't load the base model '{base}': {error}\nGive its place with --model.") from error
     try:
-        return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+        return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
     except KappaTuneError:
         raise
     except Exception as error:

@@ -81,6 +81,12 @@ def stock_plan(selection: Selection, build: Callable[[], nn.Module], toolkit: st
     unknown = [row.name for row in selection.units if row.name not in units]
     if unknown:
         raise KappaTuneError(f"{len(unknown)} selected weights are not in this model, such as {unknown[0]}.")
+    other = [row for row in selection.units if tuple(row.shape) != units[row.name].shape]
+    if other:
+        raise KappaTuneError(
+            f"The report is of another model: its {other[0].name} has the shape {list(other[0].shape)}, this model's "
+            f"{list(units[other[0].name].shape)}. Make one with `kappatune scan`."
+        )
     chosen = [units[row.name] for row in selection.units]
     in_vain = widen and toolkit not in CAN_WIDEN
     widen = widen and not in_vain

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from safetensors import SafetensorError
 
 from kappatune_plugin.checkpoint import checkpoint_to_resume
 from kappatune_plugin.console import console
 from kappatune_plugin.data import TEMPLATES, choice_examples, load_all_rows, pairs, prompt_completion
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.files import write_text
+from kappatune_plugin.loading import cannot_load
 from kappatune_plugin.versions import newer_tokenizer
 from kappatune_plugin.watch import together
 
@@ -181,12 +183,19 @@ def _trainer(recipe: "Recipe", train: "Dataset", test: "Dataset | None") -> "SFT
             config = config_with_gain(recipe, base, load_tokenizer(recipe), train)
             args.model_init_kwargs = None
         return SFTTrainer(model=base, args=args, train_dataset=train, eval_dataset=test, peft_config=config)
-    except OSError as error:
-        raise KappaTuneError(f"Can't load the model '{model.model_name_or_path}': {error}") from error
+    except KappaTuneError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise cannot_load(model.model_name_or_path, error) from error
+    except RuntimeError as error:
+        # transformers: the weights' shapes are not the config's
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise cannot_load(model.model_name_or_path, error) from error
     except ValueError as error:
         hint = newer_tokenizer(error)
         if hint is None:
-            raise
+            raise KappaTuneError(f"TRL can't train '{model.model_name_or_path}' so: {error}") from error
         raise KappaTuneError(f"Can't load the tokenizer of '{model.model_name_or_path}': {error} {hint}") from error
 
 
@@ -197,8 +206,8 @@ def load_base(recipe: "Recipe") -> "nn.Module":
     name = recipe.model_args.model_name_or_path
     try:
         return create_model_from_path(name, **model_init_kwargs(recipe))
-    except OSError as error:
-        raise KappaTuneError(f"Can't load the model '{name}': {error}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise cannot_load(name, error) from error
 
 
 def load_tokenizer(recipe: "Recipe") -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -155,7 +156,9 @@ def test_a_merge_that_fails_leaves_what_was_there(run, tmp_path):
     [
         (lambda adapter, _: (adapter / "adapter_config.json").unlink(), "holds no adapter_config.json"),
         (lambda adapter, _: (adapter / "adapter_config.json").write_text("{"), "Can't read"),
-        (lambda adapter, _: (adapter / "adapter_model.safetensors").unlink(), "Can't load the adapter"),
+        (lambda adapter, _: (adapter / "adapter_model.safetensors").unlink(), "holds no adapter_model.safetensors"),
+        (lambda adapter, _: save_file({}, adapter / "adapter_model.safetensors"), "holds no values"),
+        (lambda adapter, _: _spoil(adapter / "adapter_model.safetensors"), "aren't finite"),
     ],
 )
 def test_adapters_that_cannot_be_merged(run, tmp_path, change, words):
@@ -163,6 +166,48 @@ def test_adapters_that_cannot_be_merged(run, tmp_path, change, words):
     change(adapter, tmp_path)
     code, _, errors = kappatune("merge", adapter, "--output_dir", tmp_path / "merged")
     assert code == 2 and words in errors and not (tmp_path / "merged").exists()
+
+
+def _spoil(weights: Path) -> None:
+    values = load_file(weights)
+    next(value for name, value in values.items() if "master" in name)[0, 0] = torch.nan
+    save_file(values, weights)
+
+
+def test_merging_over_the_folder_of_the_adapter_is_an_error(run, tmp_path):
+    adapter = Path(shutil.copytree(run, tmp_path / "runs" / "adapter"))
+    code, _, errors = kappatune("merge", adapter, "--output_dir", tmp_path / "runs", "--overwrite")
+    assert code == 2 and f"holds '{adapter}'" in errors.replace("\n", "")
+    assert (adapter / "adapter_model.safetensors").is_file()
+
+
+def _cut_off(model: Path) -> None:
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_cut_off, "Can't load a model from"),
+        (lambda model: (model / "config.json").write_text('{"model_type": "no_such"}'), "no_such"),
+        (lambda model: (model / "config.json").unlink(), "model_type"),
+        (lambda model: (shutil.rmtree(model), tiny_model("llama").save_pretrained(model)), "TRL can't train"),
+        (shutil.rmtree, "there is no such folder"),
+    ],
+)
+def test_a_base_that_cannot_be_loaded_is_one_message(saved_olmoe, tmp_path, change, words):
+    model = Path(shutil.copytree(saved_olmoe, tmp_path / "model"))
+    change(model)
+    code, _, errors = kappatune("sft", "--config", write_recipe(tmp_path / "recipe.yaml", tiny_recipe(tmp_path, model)))
+    assert code == 2 and words in errors
+
+
+def test_a_damaged_base_is_not_merged(run, saved_olmoe, tmp_path):
+    model = Path(shutil.copytree(saved_olmoe, tmp_path / "model"))
+    _cut_off(model)
+    code, _, errors = kappatune("merge", run, "--model", model, "--output_dir", tmp_path / "merged")
+    assert code == 2 and "Can't load the base model" in errors and not (tmp_path / "merged").exists()
 
 
 def test_merging_into_another_base_is_an_error(run, saved_olmoe, tmp_path):

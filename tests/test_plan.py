@@ -133,3 +133,9 @@ def test_the_command(saved_olmoe, tmp_path):
     assert code == 0 and len(names) == 3 and all("self_attn" in name for name in names)
     code, _, errors = kappatune("plan", saved_olmoe, "--for", "torchtune")
     assert code == 2 and "torchtune" in errors
+
+
+def test_a_report_of_another_model_is_refused():
+    report = scan(tiny_model("llama"), progress=False)
+    with pytest.raises(KappaTuneError, match="is of another model"):
+        stock_plan(select(report, k=3), lambda: tiny_model("llama", hidden_size=64), "axolotl")
