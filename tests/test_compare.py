@@ -17,7 +17,7 @@ from kappatune_plugin.probes import kl_to_base
 from kappatune_plugin.recipe import load_recipe
 from kappatune_plugin.study import bench as bench_module
 from kappatune_plugin.study import compare as compare_module
-from kappatune_plugin.study import training
+from kappatune_plugin.study import session, training
 from kappatune_plugin.study.arms import choose
 from kappatune_plugin.study.bench import Bench
 from kappatune_plugin.study.compare import Settings, compare
@@ -272,6 +272,18 @@ def test_mistakes(recipe, tmp_path, words, expected):
     assert code == 2
     for word in expected:
         assert word in errors, errors
+
+
+@pytest.mark.parametrize("words", [["--learning_rates", "fast"], ["--seeds", 0], ["--smooth", 0], ["--stop_at_target"]])
+def test_mistakes_show_before_the_model_is_loaded(recipe, tmp_path, monkeypatch, words):
+    monkeypatch.setattr(Bench, "load", None)
+    code, _, errors = kappatune("compare", "--config", recipe, "--output_dir", tmp_path / "out", *words)
+    assert code == 2 and words[0][2:] in errors and not (tmp_path / "out").exists()
+
+
+def test_the_recipes_own_rate_is_not_rounded():
+    assert session._rates(None, 1.25e-5, session.GRID) == (3.8e-6, 1.25e-5, 3.8e-5)
+    assert session._rates("3e-3,1e-3", 1.25e-5, session.GRID) == (1e-3, 3e-3)
 
 
 @pytest.mark.parametrize("budgets", ["{params: 1M", "10%,[", "lots"])

@@ -1,7 +1,7 @@
 """What `kappatune compare` and `kappatune sweep` do: load, run, write, show."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from kappatune_plugin.cli_app import budget
 from kappatune_plugin.console import console
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.files import write_json
+from kappatune_plugin.recipe import load_recipe
 from kappatune_plugin.run import check_writable
 from kappatune_plugin.study.bench import Bench
 from kappatune_plugin.study.compare import Settings, compare
@@ -99,19 +100,23 @@ def sweep_session(asked: Asked, budgets: str) -> dict[str, Any]:
 
 
 def _prepare(asked: Asked, grid: Sequence[float], what: str, ranks: Sequence[str] = ()) -> tuple[Bench, Settings, Path]:
-    bench = Bench.load(asked.config, asked.overrides, asked.validation, ranks)
-    args = bench.recipe.training_args
+    args = load_recipe(asked.config, asked.overrides).training_args
+    rates = _rates(asked.learning_rates, args.learning_rate, grid)
+    seeds = tuple(range(args.seed, args.seed + asked.seeds))
+    every = 1 if asked.every is None else asked.every
+    # before the model: what is wrong with them shows at once
+    settings = Settings(seeds, rates, every, asked.smooth, asked.target_loss, asked.stop_at_target)
     folder = asked.output_dir or Path(f"{args.output_dir}-{what}")
     check_writable(folder)
-    rates = _rates(asked.learning_rates, args.learning_rate, grid)
-    every = max(1, bench.steps // MEASUREMENTS) if asked.every is None else asked.every
-    seeds = tuple(range(args.seed, args.seed + asked.seeds))
-    return bench, Settings(seeds, rates, every, asked.smooth, asked.target_loss, asked.stop_at_target), folder
+    bench = Bench.load(asked.config, asked.overrides, asked.validation, ranks)
+    if asked.every is None:
+        settings = replace(settings, every=max(1, bench.steps // MEASUREMENTS))
+    return bench, settings, folder
 
 
 def _rates(text: str | None, recipes: float, grid: Sequence[float]) -> tuple[float, ...]:
     if text is None:
-        return tuple(float(f"{factor * recipes:.2g}") for factor in grid)
+        return tuple(recipes if factor == 1 else float(f"{factor * recipes:.2g}") for factor in grid)
     try:
         return tuple(sorted({float(each) for each in text.split(",")}))
     except ValueError as error:
