@@ -187,7 +187,9 @@ class ForgettingReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of forgetting.json; what isn't measured yet, or isn't finite, is null."""
-        before, after = ({key: _finite(value) for key, value in each.items()} for each in (self.before, self.after))
+        before, after = (
+            {key: finite_or_none(value) for key, value in each.items()} for each in (self.before, self.after)
+        )
         control = {
             name: {
                 "loss_before": before.get(f"{name}_loss"),
@@ -216,7 +218,10 @@ class ForgettingReport:
             content["lm_eval"] = {key.removeprefix(HARNESS): values for key, values in harness.items()}
         if self.budget is not None:
             content["budget"] = self.budget
-        return {**content, "steps": [{key: _finite(value) for key, value in step.items()} for step in self.steps]}
+        return {
+            **content,
+            "steps": [{key: finite_or_none(value) for key, value in step.items()} for step in self.steps],
+        }
 
     def save(self, path: Path) -> None:
         """Write forgetting.json, atomically."""
@@ -322,5 +327,6 @@ def _facts(config: ForgettingConfig, folder: Path | None) -> list[tuple[str, str
     return pairs(rows, config.recall["prompt"], config.recall["completion"])[: config.max_samples]
 
 
-def _finite(value: float) -> float | None:
+def finite_or_none(value: float) -> float | None:
+    """`value` for a JSON file, which has no NaN and no infinity."""
     return value if math.isfinite(value) else None

@@ -3,7 +3,6 @@
 import copy
 import gc
 import hashlib
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.forgetting import finite_or_none
 from kappatune_plugin.study.arms import arm_config
 from kappatune_plugin.study.methods import Method
 from kappatune_plugin.study.statistics import first_crossing, smoothed
@@ -78,7 +78,7 @@ def train_run(
             "seconds": course.seconds,
         }
         if stop_at is None:
-            record["validation_loss"] = _finite(trainer.evaluate()["eval_loss"])
+            record["validation_loss"] = finite_or_none(trainer.evaluate()["eval_loss"])
     # modules and callbacks refer to each other: without this the next run begins beside this one's GPU memory
     del trainer, order, course
     if torch.cuda.is_available():
@@ -180,7 +180,7 @@ class _Course(TrainerCallback):
         """Comes after `on_step_end`, before the next step."""
         if "loss" not in (logs or {}):
             return
-        self.losses.append(_finite(float(logs["loss"])))
+        self.losses.append(finite_or_none(float(logs["loss"])))
         if self.crossing and self.at_target is None:
             window, target = self.crossing
             if first_crossing(smoothed(self.losses, window), target) == len(self.losses):
@@ -189,7 +189,7 @@ class _Course(TrainerCallback):
 
     def _measured(self, model: nn.Module, step: int, quick: bool = False) -> dict[str, float | None]:
         measured = self.bench.measure(model, quick)
-        return {"step": step, **{key: _finite(value) for key, value in measured.items()}}
+        return {"step": step, **{key: finite_or_none(value) for key, value in measured.items()}}
 
 
 class _BatchOrder:
@@ -214,7 +214,3 @@ def _training_bytes(trainer: "SFTTrainer") -> int:
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     return gradients + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
