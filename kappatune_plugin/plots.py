@@ -98,7 +98,9 @@ def _figure(report: "KappaReport", types: Mapping[str, Mapping[int | None, Seque
         _depth(rows[1].subplots(), shown, report.units)
     left_out = len(types) - len(shown)
     more = f", {left_out} types not drawn" if left_out else ""
-    figure.suptitle(f"{report.base['name']}: condition numbers of {len(report.units)} matrices{more}", fontsize=12)
+    known, total = sum(unit.status == "ok" for unit in report.units), len(report.units)
+    count = f"{total}" if known == total else f"{known} of {total}"
+    figure.suptitle(f"{report.base['name']}: condition numbers of {count} matrices{more}", fontsize=12)
     return figure
 
 

@@ -5,7 +5,7 @@ import torch
 from made_up_reports import report, row
 
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.plots import growth_with_depth, plot_report
+from kappatune_plugin.plots import _by_type, _figure, growth_with_depth, plot_report
 from kappatune_plugin.scan import scan
 from tiny import tiny_model
 
@@ -51,6 +51,14 @@ def test_plot_without_layers_and_of_many_types(tmp_path):
     rows = [each for i in range(30) for each in layers(1.0 + i, 2.0 + i, kind=f"kind{i}.proj")]
     plot_report(report(*rows), tmp_path / "many.svg")
     assert "14 types not drawn" in (tmp_path / "many.svg").read_text()
+
+
+def test_title_counts_what_has_a_condition_number():
+    rows = [row("a.weight", 2.0), row("b.weight", 3.0), row("c.weight", status="zero")]
+    for count, name in ((2, "condition numbers of 2 matrices"), (3, "condition numbers of 2 of 3 matrices")):
+        made = report(*rows[:count])
+        title = _figure(made, _by_type([unit for unit in made.units if unit.status == "ok"])).get_suptitle()
+        assert title == f"base: {name}"
 
 
 def test_what_cannot_be_drawn(tmp_path):
