@@ -8,6 +8,7 @@ import typer
 from kappatune_plugin import cli_llamafactory, cli_study, cli_toolkits  # noqa: F401  they add their commands
 from kappatune_plugin.cli_app import K_HELP, TAKES_MORE, RankBy, TrustRemoteCode, app, budget, clean_errors
 from kappatune_plugin.console import console
+from kappatune_plugin.errors import KappaTuneError
 
 
 def main() -> None:
@@ -72,7 +73,11 @@ def scan(
 
     wanted = DEFAULT_K if k is None else budget(k)
     check_settings(wanted, "lowest", rank_by, 0)
-    check_writable(output.parent)
+    for path in (output, plot):
+        if path is not None:
+            check_writable(path.parent)
+            if path.is_dir():
+                raise KappaTuneError(f"Can't write '{path}': it is a folder. Give the name of a file in it.")
     distributed.join()
     report = scan_model(
         model,

@@ -41,7 +41,9 @@ def merge_adapter(
         raise KappaTuneError(f"'{adapter}' holds no adapter_config.json. Give the output_dir of a run.")
     try:
         config = PeftConfig.from_pretrained(str(adapter))
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except KeyError as error:
+        raise KappaTuneError(f"{adapter / 'adapter_config.json'}: peft_type {error} is no method of PEFT.") from error
+    except (ValueError, TypeError, OSError) as error:
         raise KappaTuneError(f"Can't read {adapter / 'adapter_config.json'}: {error}") from error
     base = model or config.base_model_name_or_path
     if not base:

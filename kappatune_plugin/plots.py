@@ -157,6 +157,8 @@ def _depth(
     axes.plot(layers, medians, color=BLUE, linewidth=2.5, marker="o", markersize=4)
     axes.axhline(1.0, color="black", linewidth=0.6, linestyle=":")
     axes.set(xlabel="layer", ylabel="kappa / type's median")
+    # no 0.9 over the 1
+    axes.yaxis.get_minor_locator().set_params(subs=(2, 3, 5, 7))
     for each in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         each("{x:g}")
     axes.xaxis.get_major_locator().set_params(integer=True)

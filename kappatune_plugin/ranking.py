@@ -62,16 +62,20 @@ class Unsettled(KappaTuneError):
     """The report was made for a smaller selection, and doesn't know enough for this one."""
 
 
+class NotMeasured(KappaTuneError):
+    """The report doesn't have the values to rank by: no other budget helps."""
+
+
 def rank_values(rows: Sequence[UnitReport], rank_by: str) -> dict[str, float]:
     """Name -> the value to rank by, of the rows that are "ok".
 
     Raises:
-        KappaTuneError: the report doesn't have these values.
+        NotMeasured: the report doesn't have these values.
     """
     try:
         return {row.name: RANKS[rank_by](row) for row in rows if row.status == "ok"}
     except KeyError as error:
-        raise KappaTuneError(f"rank_by: {rank_by}: the report has no such values. {how_to_measure(rank_by)}") from error
+        raise NotMeasured(f"rank_by: {rank_by}: the report has no such values. {how_to_measure(rank_by)}") from error
 
 
 def how_to_measure(rank_by: str) -> str:

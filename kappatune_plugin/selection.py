@@ -18,7 +18,7 @@ from kappatune_plugin.file_checks import (
     shortened,
 )
 from kappatune_plugin.files import FORMAT, read_json, write_json
-from kappatune_plugin.ranking import ORDERS, RANDOM, RANKS, Unsettled, choose, rank_values
+from kappatune_plugin.ranking import ORDERS, RANDOM, RANKS, NotMeasured, Unsettled, choose, rank_values
 from kappatune_plugin.report import ABOVE, KappaReport, UnitReport
 
 NAMES_SHOWN = 5
@@ -121,6 +121,8 @@ def select(
         taken, ranking = choose(report.units, budget, order, rank_by, seed)
     except Unsettled as error:
         raise KappaTuneError(unsettled(report, str(error))) from error
+    except NotMeasured:
+        raise
     except KappaTuneError as error:
         raise KappaTuneError(f"{error} ({_numbers(report)}). {_what_to_do(report)}") from error
     if any(unit.status == ABOVE for unit in taken):

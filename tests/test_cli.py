@@ -116,6 +116,16 @@ def test_select_chooses_from_a_report(run, tmp_path):
     assert code == 2 and "lowest" in errors
 
 
+@pytest.mark.parametrize("option", ["--output", "--plot"])
+@pytest.mark.parametrize(("path", "words"), [("", "it is a folder"), ("file/x", "Can't write in")])
+def test_a_scan_that_cannot_be_written_does_not_start(saved_olmoe, tmp_path, monkeypatch, option, path, words):
+    monkeypatch.setattr("kappatune_plugin.scan", lambda *_, **__: pytest.fail("it scanned"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    code, _, errors = kappatune("scan", saved_olmoe, option, tmp_path / path)
+    assert code == 2 and words in errors
+
+
 def test_merged_is_a_plain_checkpoint_with_the_trained_values(run, saved_olmoe, tmp_path):
     code, out, _ = kappatune("merge", run, "--output_dir", tmp_path / "merged")
     assert code == 0 and str(tmp_path / "merged") in out
@@ -156,6 +166,10 @@ def test_a_merge_that_fails_leaves_what_was_there(run, tmp_path):
     [
         (lambda adapter, _: (adapter / "adapter_config.json").unlink(), "holds no adapter_config.json"),
         (lambda adapter, _: (adapter / "adapter_config.json").write_text("{"), "Can't read"),
+        (
+            lambda adapter, _: (adapter / "adapter_config.json").write_text('{"peft_type": "NO_SUCH"}'),
+            "'NO_SUCH' is no",
+        ),
         (lambda adapter, _: (adapter / "adapter_model.safetensors").unlink(), "holds no adapter_model.safetensors"),
         (lambda adapter, _: save_file({}, adapter / "adapter_model.safetensors"), "holds no values"),
         (lambda adapter, _: _spoil(adapter / "adapter_model.safetensors"), "aren't finite"),
