@@ -2,8 +2,8 @@
 # Run a toolkit's own commands on tiny models and compare the checkpoints they leave:
 #     tests/toolkits/run.sh NAME [FOLDER]
 # NAME is axolotl, llamafactory, llamafactory-4, trl-old, trl-mid or trl-latest. FOLDER keeps the environments, so that
-# only the first run installs anything (minutes); default: kappatune-toolkits in the cache folder. Without a GPU,
-# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu spares the gigabytes of CUDA.
+# only the first run installs anything (minutes); default: kappatune-toolkits in the cache folder. Without a GPU, have
+# pip find PyTorch's CPU build: it spares the gigabytes of CUDA.
 set -euo pipefail
 
 name=${1:?usage: run.sh NAME [FOLDER]}
