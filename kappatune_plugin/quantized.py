@@ -40,6 +40,9 @@ def dequantized(module: nn.Module, name: str) -> Tensor:
 
     4 bits: by bitsandbytes, in the dtype that was quantized. int8: bitsandbytes' LLM.int8() (arXiv 2208.07339) scales
     rows: W = q * scale / 127, (out, in), here in float32.
+
+    Raises:
+        KappaTuneError: a float8 weight without scales, or with scales that don't fit it.
     """
     parameter = module._parameters[name].detach()
     kind = type(module._parameters[name]).__name__
@@ -54,22 +57,25 @@ def dequantized(module: nn.Module, name: str) -> Tensor:
         scales = getattr(module._parameters[name], "SCB", None)
         return int8_vectorwise_dequant(parameter.data, module.state.SCB if scales is None else scales)
     found = [getattr(module, name + ending) for ending in SCALES if getattr(module, name + ending, None) is not None]
+    if not found:
+        expected = " or ".join(name + ending for ending in SCALES)
+        raise KappaTuneError(
+            f"{name} of a {type(module).__name__} is {parameter.dtype} without scales ({expected}): what it stands for "
+            "can't be told. Scan the unquantized checkpoint, or name it with scan_from."
+        )
     block = getattr(module, "block_size", None) or FLOAT8_BLOCK
-    return dequantize_float8(parameter, found[0].detach() if found else None, block)
+    return dequantize_float8(parameter, found[0].detach(), block)
 
 
-def dequantize_float8(weight: Tensor, scales: Tensor | None, block: Sequence[int] = FLOAT8_BLOCK) -> Tensor:
+def dequantize_float8(weight: Tensor, scales: Tensor, block: Sequence[int] = FLOAT8_BLOCK) -> Tensor:
     """`weight`, (rows, columns) in float8, times its scales, in float32.
 
     Args:
-        scales: one number, one a row, or one for each `block` of (rows, columns); None means 1.
+        scales: one number, one a row, or one for each `block` of (rows, columns).
 
     Raises:
         KappaTuneError: scales of another shape.
     """
-    values = weight.float()
-    if scales is None:
-        return values
     scales = scales.float()
     if scales.ndim < 2:
         scales = scales.reshape(-1, 1)
@@ -82,4 +88,4 @@ def dequantize_float8(weight: Tensor, scales: Tensor | None, block: Sequence[int
                 f"A float8 weight of shape {tuple(weight.shape)} has scales of shape {tuple(scales.shape)}: expected "
                 f"one, one a row, or one for each block of {tuple(block)}."
             )
-    return values * scales
+    return weight.float() * scales

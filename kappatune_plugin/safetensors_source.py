@@ -15,7 +15,7 @@ from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.loading import empty_model, load_model, model_config
 from kappatune_plugin.quantized import FLOAT8_BLOCK, SCALES, dequantize_float8
 from kappatune_plugin.sources import ModelSource, Source, path_name
-from kappatune_plugin.tensor_files import StoredTensor, TensorFiles, checkpoint_files
+from kappatune_plugin.tensor_files import TensorFiles, checkpoint_files
 from kappatune_plugin.units import WeightUnit, as_matrix, find_units, fingerprint, sample
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -63,8 +63,7 @@ class SafetensorsSource(Source):
         else:
             block = self.files.read(place.tensor)
         if block.element_size() == 1:
-            scales = self.files.read(place.scales) if place.scales else None
-            block = dequantize_float8(block, scales, self._float8_block)
+            block = dequantize_float8(block, self.files.read(place.scales), self._float8_block)
         return as_matrix(block, unit)
 
     def identity(self) -> str:
@@ -181,7 +180,7 @@ class _Finder:
             return _Place(name, index)
         if stored.dtype not in FLOAT8 or index:
             raise _Unusable(f"{name} is stored as {stored.dtype}")
-        return _Place(name, index, self._scales(name, stored))
-
-    def _scales(self, name: str, stored: StoredTensor) -> str | None:
-        return next((name + ending for ending in SCALES if name + ending in self._tensors), None)
+        scales = next((name + ending for ending in SCALES if name + ending in self._tensors), None)
+        if scales is None:
+            raise _Unusable(f"{name} is stored as {stored.dtype} without scales ({name}{SCALES[0]} or {SCALES[1]})")
+        return _Place(name, index, scales)

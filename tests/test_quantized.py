@@ -112,6 +112,9 @@ def test_float8_layers_in_memory():
     assert report.units == scan(plain, progress=False).units and report.dtype == "float8_e4m3fn, dequantized"
     with pytest.raises(KappaTuneError, match="float8_e4m3fn"):
         find_units(coarse)
+    layer.weight_scale_inv = None
+    with pytest.raises(KappaTuneError, match="without scales.*weight_scale_inv or weight_scale.*scan_from"):
+        scan(coarse, progress=False)
 
 
 def test_config_takes_scan_from(saved_olmoe):
