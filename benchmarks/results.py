@@ -129,10 +129,11 @@ def pretrained(contents: Mapping[str, Any]) -> list[str]:
         return ", ".join(f"{difference(each, name, other)} ({setting})" for setting, each in found.items())
 
     lines = [
-        "- **On the small pretrained models κ-lowest over everything forgets about what LoRA does; within the MLP it "
-        "forgets far less, and so do random matrices there.** Over everything it takes `v_proj` and the routers first, "
-        f"which are wide. Against LoRA at the same training loss: {each_difference('lowest', 'lora')}. Within the MLP "
-        f"or the experts (`lowest_mlp`): {each_difference('lowest_mlp', 'lora')}. Against random matrices of the MLP: "
+        "- **On the small pretrained models κ-lowest over everything forgets what LoRA does or less, and more than "
+        "κ-highest; within the MLP it forgets far less, and so do random matrices there.** Over everything it takes "
+        "`v_proj` and the routers first, which are wide. κ-highest against κ-lowest at the same training loss: "
+        f"{each_difference('highest', 'lowest')}. κ-lowest against LoRA: {each_difference('lowest', 'lora')}. Within "
+        f"the MLP or the experts (`lowest_mlp`): {each_difference('lowest_mlp', 'lora')}. Against random matrices of the MLP: "
         f"{each_difference('lowest_mlp', 'random_mlp')}. Each method at the rate that was best for it; these models "
         "hardly learn the tasks, so only the losses tell.",
     ]
