@@ -133,9 +133,9 @@ def pretrained(contents: Mapping[str, Any]) -> list[str]:
         "κ-highest; within the MLP it forgets far less, and so do random matrices there.** Over everything it takes "
         "`v_proj` and the routers first, which are wide. κ-highest against κ-lowest at the same training loss: "
         f"{each_difference('highest', 'lowest')}. κ-lowest against LoRA: {each_difference('lowest', 'lora')}. Within "
-        f"the MLP or the experts (`lowest_mlp`): {each_difference('lowest_mlp', 'lora')}. Against random matrices of the MLP: "
-        f"{each_difference('lowest_mlp', 'random_mlp')}. Each method at the rate that was best for it; these models "
-        "hardly learn the tasks, so only the losses tell.",
+        f"the MLP or the experts (`lowest_mlp`): {each_difference('lowest_mlp', 'lora')}. Against random matrices of "
+        f"the MLP: {each_difference('lowest_mlp', 'random_mlp')}. Each method at the rate that was best for it; "
+        "these models hardly learn the tasks, so only the losses tell.",
     ]
     for name, each in found.items():
         figures = ", ".join(f"`{method['name']}` {outcome(each, method['name'])}" for method in each["methods"])
