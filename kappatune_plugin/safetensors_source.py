@@ -108,9 +108,17 @@ def same_on_disk(model: nn.Module, source: ModelSource) -> Source | None:
         # whatever it is, the weights in memory can be gathered
         found = None
     alike = found is not None and _forms(found) == _forms(source)
-    if not all(distributed.exchange(alike)) or found.base_hash() != source.base_hash():
+    if not all(distributed.exchange(alike)):
         return None
-    return found
+    if found.base_hash() == source.base_hash():
+        return found
+    if distributed.rank() == 0:
+        warnings.warn(
+            f"The weights in memory are not those of '{path}', where they were loaded from: they were changed since "
+            "or not loaded whole. They are ranked, and trained, as they are in memory.",
+            stacklevel=2,
+        )
+    return None
 
 
 def _forms(source: Source) -> list[tuple[str, tuple[int, int], str]]:

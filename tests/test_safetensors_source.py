@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, LlamaForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 from kappatune_plugin import tensor_files
 from kappatune_plugin.errors import KappaTuneError
@@ -262,3 +262,11 @@ def test_memory_and_time_of_a_disk_scan(tmp_path, layers, width, inner, megabyte
     )
     assert peak <= 4 * 8 * largest
     assert second <= max(0.1 * first, 0.5) and second <= 1
+
+
+def test_weights_that_are_not_those_on_disk_are_said(saved_olmoe):
+    model = AutoModelForCausalLM.from_pretrained(saved_olmoe, dtype=torch.float32)
+    assert isinstance(same_on_disk(model, ModelSource(model)), SafetensorsSource)
+    model.model.layers[1].mlp.experts.down_proj.data[3].mul_(2)
+    with pytest.warns(UserWarning, match="not those of .*not loaded whole"):
+        assert same_on_disk(model, ModelSource(model)) is None
