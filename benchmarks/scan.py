@@ -91,10 +91,10 @@ def by_peft(model: nn.Module) -> dict[str, float]:
     return selector._condition_numbers
 
 
-def by_svdvals(model: nn.Module) -> dict[str, float]:
+def by_svdvals(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, float]:
     found = {}
     for name, w in weights(model).items():
-        sigma = torch.linalg.svdvals((w if w.shape[0] >= w.shape[1] else w.mT).float())
+        sigma = torch.linalg.svdvals((w if w.shape[0] >= w.shape[1] else w.mT).to(dtype))
         found[name] = (sigma[0] / sigma[-1]).item()
     return found
 
@@ -102,14 +102,6 @@ def by_svdvals(model: nn.Module) -> dict[str, float]:
 def by_scan(model: nn.Module) -> dict[str, float]:
     report = scan(model, exclude=(), progress=False, cache=False)
     return {unit.name.removesuffix(".weight"): unit.kappa for unit in report.units}
-
-
-def by_float64(model: nn.Module) -> dict[str, float]:
-    found = {}
-    for name, w in weights(model).items():
-        sigma = torch.linalg.svdvals((w if w.shape[0] >= w.shape[1] else w.mT).double())
-        found[name] = (sigma[0] / sigma[-1]).item()
-    return found
 
 
 def timed(contestant: Callable[[nn.Module], dict[str, float]], model: nn.Module) -> tuple[float, dict[str, float]]:
@@ -147,7 +139,7 @@ def compare(name: str, model: nn.Module, rounds: int, peer: bool, truth: bool) -
     medians = {label: statistics.median(spent) for label, spent in seconds.items()}
     shapes = sorted({tuple(w.shape) for w in weights(model).values()})
     print(f"\n{name}: {len(weights(model))} matrices, {', '.join(f'{m}x{n}' for m, n in shapes)}, {rounds} rounds")
-    right = by_float64(model) if truth else None
+    right = by_svdvals(model, torch.float64) if truth else None
     for label, median in medians.items():
         spread = f"{min(seconds[label]):.2f} to {max(seconds[label]):.2f}"
         ratio = f"{median / medians['scan']:6.2f} x scan's time" if label != "scan" else " " * 19
