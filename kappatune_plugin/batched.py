@@ -31,7 +31,7 @@ from kappatune_plugin.kappa import (
 # fewer columns leave no room for a Krylov space
 FEWEST_COLUMNS = 33
 # bytes of float64 copies and factors in use at a time, of an 80 GB device
-BATCH_BYTES = 8 << 30
+WORKSPACE_BYTES = 8 << 30
 # float64 matrices of (n, n) held for each: A^T A, the inverse factor and the parts it is made from
 SQUARES_HELD = 4
 # rows and columns that LAPACK's unblocked Cholesky gets; the rest is products
@@ -60,7 +60,7 @@ def condition_numbers(w: Tensor, rtol: float = 1e-3, above: float = math.inf, pr
     left = [i for i, known in enumerate(found) if known is None]
     tall = w if w.shape[1] > w.shape[2] else w.mT
     m, n = tall.shape[1:]
-    size = max(1, BATCH_BYTES // (8 * (m * n + SQUARES_HELD * n * n)))
+    size = max(1, WORKSPACE_BYTES // (8 * (m * n + SQUARES_HELD * n * n)))
     for begin in range(0, len(left), size):
         chosen = left[begin : begin + size]
         exponents = [math.frexp(peaks[i])[1] for i in chosen]

@@ -19,7 +19,7 @@ from kappatune_plugin.tensor_files import TensorFiles, checkpoint_files
 from kappatune_plugin.units import WeightUnit, as_matrix, find_units, fingerprint, sample
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-FLOAT8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+STORED_FLOAT8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 # what the loader of transformers may do to a layer's experts without changing one's matrix, as it is undone
 STACKING = {"SplitModulelist", "Chunk"}
 
@@ -54,7 +54,7 @@ class SafetensorsSource(Source):
 
     def dtype(self, unit: WeightUnit) -> str:
         stored = self.files.tensors[self._places[unit.name].tensor].dtype
-        return DTYPES.get(stored) or f"{FLOAT8[stored]}, dequantized"
+        return DTYPES.get(stored) or f"{STORED_FLOAT8[stored]}, dequantized"
 
     def load(self, unit: WeightUnit) -> Tensor:
         place = self._places[unit.name]
@@ -186,7 +186,7 @@ class _Finder:
             raise _Unusable(f"{name} has shape {list(stored.shape)} where its model has {list(shape)}")
         if stored.dtype in DTYPES:
             return _Place(name, index)
-        if stored.dtype not in FLOAT8 or index:
+        if stored.dtype not in STORED_FLOAT8 or index:
             raise _Unusable(f"{name} is stored as {stored.dtype}")
         scales = next((name + ending for ending in SCALES if name + ending in self._tensors), None)
         if scales is None:

@@ -77,7 +77,7 @@ class TensorFiles:
             try:
                 state = path.stat()
                 digest.update(header_bytes(path))
-            except OSError as error:
+            except (OSError, struct.error) as error:
                 raise KappaTuneError(f"Can't read {path}: {_reason(error)}") from error
             times = f"{state.st_mtime_ns} {state.st_ctime_ns}"
             digest.update(f"{path.resolve()} {state.st_size} {times} {state.st_ino}".encode())

@@ -89,7 +89,7 @@ def test_proof():
 def test_splits_what_would_not_fit(monkeypatch):
     w = torch.randn(5, 60, 40)
     whole = condition_numbers(w)
-    monkeypatch.setattr(batched, "BATCH_BYTES", 2 * 8 * (60 * 40 + batched.SQUARES_HELD * 40 * 40))
+    monkeypatch.setattr(batched, "WORKSPACE_BYTES", 2 * 8 * (60 * 40 + batched.SQUARES_HELD * 40 * 40))
     sizes = []
     one_batch = batched._batch
     monkeypatch.setattr(batched, "_batch", lambda tall, *rest: sizes.append(len(tall)) or one_batch(tall, *rest))

@@ -161,6 +161,14 @@ def test_whatever_is_wrong_with_the_files_is_named(tmp_path, monkeypatch):
         quiet(tmp_path)
 
 
+def test_file_cut_after_it_was_opened(tmp_path):
+    save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    files = tensor_files.TensorFiles([tmp_path / "model.safetensors"])
+    (tmp_path / "model.safetensors").write_bytes(b"1234")
+    with pytest.raises(KappaTuneError, match="model.safetensors: damaged or cut off"):
+        files.identity()
+
+
 def test_a_model_whose_folder_is_gone_is_not_looked_for_on_disk(tmp_path):
     with pytest.raises(KappaTuneError, match="Can't look for model.safetensors of the model '.*nowhere"):
         tensor_files.checkpoint_files(str(tmp_path / "nowhere"))

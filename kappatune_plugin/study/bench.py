@@ -19,7 +19,8 @@ from kappatune_plugin.patterns import DEFAULT_EXCLUDE
 from kappatune_plugin.probes import ChoiceExample, blocks, kl_to_base
 from kappatune_plugin.recipe import Recipe, load_recipe
 from kappatune_plugin.report import KappaReport
-from kappatune_plugin.run import load_base, load_data, task_examples
+from kappatune_plugin.run import load_base
+from kappatune_plugin.run_data import load_data, task_examples
 from kappatune_plugin.scan import scan
 from kappatune_plugin.study.arms import Pool
 from kappatune_plugin.units import base_hash
