@@ -5,11 +5,11 @@ from typing import Any
 
 from peft import PeftConfig
 
-from kappatune_plugin.budget import parse_budget
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.patterns import DEFAULT_EXCLUDE
 from kappatune_plugin.peft_method import register_peft_type
 from kappatune_plugin.ranking import ORDERS, RANKS
+from kappatune_plugin.selection import setting_problems
 
 DEFAULT_K = 75
 
@@ -85,25 +85,18 @@ KAPPATUNE_KEYS = tuple(
 
 def config_problems(values: dict[str, Any]) -> list[str]:
     """What is wrong with the settings in `values`, a line each; settings it doesn't name are at their default."""
-    problems = []
-    if values.get("k") == "auto":
+    problems, k = [], values.get("k")
+    if k == "auto":
         problems.append(
             "k: auto needs the forgetting block of a recipe, to run with `kappatune sft`. Give a number here."
         )
-    elif values.get("k") is not None:
-        try:
-            parse_budget(values["k"])
-        except KappaTuneError as error:
-            problems.append(str(error))
-    for key, choices in (("order", ORDERS), ("rank_by", RANKS)):
-        if key in values and values[key] not in choices:
-            problems.append(f"{key}: {values[key]!r} is none of {', '.join(choices)}.")
+    known = 1 if k in (None, "auto") else k
+    problems += setting_problems(
+        known, values.get("order", "lowest"), values.get("rank_by", "kappa"), values.get("seed", 0)
+    )
     for key in ("include", "exclude", "modules_to_save"):
         if values.get(key) is not None and not _strings(values[key]):
             problems.append(f"{key}: {values[key]!r} is not a list of names: write [norm, bias, '*.q_proj.weight'].")
-    seed = values.get("seed", 0)
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        problems.append(f"seed: {seed!r} is not a whole number from 0 on.")
     rtol = values.get("rtol", 1e-3)
     if isinstance(rtol, bool) or not isinstance(rtol, int | float) or not 0 < rtol < 1:
         problems.append(f"rtol: {rtol!r} is not a number between 0 and 1, such as 0.001.")

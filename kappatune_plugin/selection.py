@@ -133,16 +133,28 @@ def select(
 
 
 def check_settings(k: int | str | dict[str, Any], order: str, rank_by: str, seed: int) -> Budget:
-    """The budget that `k` says. Raises KappaTuneError where a setting of `select` can't be right."""
-    budget = parse_budget(k)
+    """The budget that `k` says. Raises KappaTuneError with all that can't be right in the settings of `select`."""
+    problems = setting_problems(k, order, rank_by, seed)
+    if problems:
+        raise KappaTuneError("\n".join(problems))
+    return parse_budget(k)
+
+
+def setting_problems(k: Any, order: Any, rank_by: Any, seed: Any) -> list[str]:
+    """What can't be right in the settings of `select`, a line each."""
+    problems = []
+    try:
+        budget = parse_budget(k)
+        if budget.kind == "kappa" and rank_by != "kappa":
+            problems.append(f"k: {budget} goes with rank_by kappa, not {rank_by}. Give a number of matrices.")
+    except KappaTuneError as error:
+        problems.append(str(error))
     for key, value, choices in (("order", order, ORDERS), ("rank_by", rank_by, tuple(RANKS))):
         if value not in choices:
-            raise KappaTuneError(f"{key}: {value!r} is none of {', '.join(choices)}.")
+            problems.append(f"{key}: {value!r:.60} is none of {', '.join(choices)}.")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise KappaTuneError(f"seed: {seed!r} is not a whole number from 0 on.")
-    if budget.kind == "kappa" and rank_by != "kappa":
-        raise KappaTuneError(f"k: {budget} goes with rank_by kappa, not {rank_by}. Give a number of matrices.")
-    return budget
+        problems.append(f"seed: expected a whole number from 0 on, found {seed!r:.60}.")
+    return problems
 
 
 def unsettled(report: KappaReport, reason: str) -> str:
@@ -226,15 +238,7 @@ def _selection_problems(content: Any) -> list[str]:
         return problems
     if content["format"] != FORMAT:
         problems.append(f"format: expected {FORMAT}, found {content['format']!r:.60}.")
-    try:
-        parse_budget(content["k"])
-    except KappaTuneError as error:
-        problems.append(str(error))
-    for key, choices in (("order", ORDERS), ("rank_by", tuple(RANKS))):
-        if content[key] not in choices:
-            problems.append(f"{key}: {content[key]!r:.60} is none of {', '.join(choices)}.")
-    if isinstance(content["seed"], bool) or not isinstance(content["seed"], int) or content["seed"] < 0:
-        problems.append(f"seed: expected a whole number from 0 on, found {content['seed']!r:.60}.")
+    problems += setting_problems(content["k"], content["order"], content["rank_by"], content["seed"])
     problems += base_problems(content["base"])
     if not isinstance(content["units"], list) or not content["units"]:
         return [*problems, f"units: expected a list of at least one row, found {content['units']!r:.60}."]
