@@ -1,6 +1,7 @@
 """What the ranks of the distributed tests do. Imported once by the process that they are forked from."""
 
 import gc
+import importlib
 import importlib.util
 import json
 import os
@@ -26,10 +27,11 @@ from kappatune_plugin import KappaTuneConfig, KappaTuneError, distributed, measu
 from tiny import tiny_tokenizer
 
 if importlib.util.find_spec("deepspeed"):
-    import deepspeed.comm.torch
+    import deepspeed
 
-    # on the CPU it would compile an extension of its own first, minutes where two cores are busy; gloo does
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    # on the CPU it would compile an extension of its own first, minutes where two cores are busy; gloo does.
+    # The attribute `torch` of deepspeed.comm is torch itself
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 
 # asked where use_cpu is off, as DeepSpeed and FSDP2 want it
 transformers.training_args.is_torch_bf16_gpu_available = lambda: True
