@@ -16,7 +16,8 @@ from kappatune_plugin.loading import empty_model, load_model, model_config
 from kappatune_plugin.quantized import FLOAT8_BLOCK, SCALES, dequantize_float8
 from kappatune_plugin.sources import ModelSource, Source, path_name
 from kappatune_plugin.tensor_files import TensorFiles, checkpoint_files
-from kappatune_plugin.units import WeightUnit, as_matrix, find_units, fingerprint, sample
+from kappatune_plugin.units import WeightUnit, as_matrix, find_units, fingerprint, holds_other_values, sample
+from kappatune_plugin.versions import how_to_load_whole
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 STORED_FLOAT8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
@@ -75,9 +76,13 @@ class SafetensorsSource(Source):
         return min(4 * 8 * largest, super().memory_limit())
 
     def base_hash(self) -> str:
+        return fingerprint(self.units, self.samples())
+
+    def samples(self) -> dict[str, Tensor]:
+        """Unit name -> the `sample` of its matrix. Collective, each rank reads its share."""
         mine = deal(self.units, distributed.world())[distributed.rank()]
         parts = distributed.exchange({unit.name: sample(self.load(unit)) for unit in mine})
-        return fingerprint(self.units, {name: values for part in parts for name, values in part.items()})
+        return {name: values for part in parts for name, values in part.items()}
 
 
 def checkpoint_source(path: str, trust_remote_code: bool = False) -> Source:
@@ -100,6 +105,10 @@ def same_on_disk(model: nn.Module, source: ModelSource) -> Source | None:
     """The checkpoint that a model divided over ranks was loaded from, if all ranks find the same weights there.
 
     Collective. Each rank then reads what it measures, and nothing has to be gathered.
+
+    Raises:
+        KappaTuneError: the checkpoint has this model in this precision, and other values. Only embeddings and heads
+            may differ: toolkits initialize rows of tokens anew.
     """
     path = getattr(getattr(model, "config", None), "_name_or_path", "")
     try:
@@ -110,15 +119,25 @@ def same_on_disk(model: nn.Module, source: ModelSource) -> Source | None:
     alike = found is not None and _forms(found) == _forms(source)
     if not all(distributed.exchange(alike)):
         return None
-    if found.base_hash() == source.base_hash():
+    samples = found.samples()
+    if fingerprint(found.units, samples) == source.base_hash():
         return found
-    if distributed.rank() == 0:
-        warnings.warn(
-            f"The weights in memory are not those of '{path}', where they were loaded from: they were changed since "
-            "or not loaded whole. They are ranked, and trained, as they are in memory.",
-            stacklevel=2,
-        )
+    matrices = [unit for unit in found.units if not unit.groups & {"embedding", "head"}]
+    changed = (holds_other_values(model.get_parameter(each.parameter), each, samples[each.name]) for each in matrices)
+    everywhere = distributed.exchange([unit.name for unit, other in zip(matrices, changed, strict=True) if other])
+    if any(everywhere):
+        raise KappaTuneError(_not_loaded(path, everywhere))
     return None
+
+
+def _not_loaded(path: str, wrong: Sequence[Sequence[str]]) -> str:
+    """`wrong` are the names for each rank."""
+    ranks = [f"rank {rank}: {len(names)}, such as {names[0]}" for rank, names in enumerate(wrong) if names]
+    return (
+        f"The weights in memory are not those of '{path}', where they were loaded from. Matrices with other values: "
+        f"{'; '.join(ranks)}. Trained values would belong to a base that nobody has. {how_to_load_whole()} If you "
+        'changed the weights on purpose, save and load them, or write model.config.name_or_path = "" before.'
+    )
 
 
 def _forms(source: Source) -> list[tuple[str, tuple[int, int], str]]:

@@ -145,6 +145,14 @@ def sample(matrix: Tensor) -> Tensor:
     return matrix.detach()[::rows, ::columns].flatten().to("cpu", torch.bfloat16)
 
 
+def holds_other_values(parameter: Tensor, unit: WeightUnit, samples: Tensor) -> bool:
+    """Whether this process's part of the unit's matrix isn't that of the matrix which has these `sample`s."""
+    if parameter.is_meta:
+        return False
+    numbers, values = _own_samples(parameter, unit)
+    return _comparable(values) != _comparable(samples[numbers])
+
+
 def _samples_over_ranks(units: Sequence[tuple[Tensor, WeightUnit]]) -> Tensor:
     """The samples of each (parameter, unit)'s matrix, wherever the parameters are."""
 

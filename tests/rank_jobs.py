@@ -16,6 +16,7 @@ import torch.distributed as dist
 import transformers.training_args
 from accelerate import DistributedType, PartialState
 from datasets import Dataset
+from peft import get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
@@ -171,6 +172,16 @@ def scan_divided(mode: str, model: str, from_disk: bool) -> tuple[str, list[str]
         safetensors_source.same_on_disk = lambda model, source: None
     report = kappatune_plugin.scan(loaded, progress=False, cache=False)
     return json.dumps(asdict(report)), measured, bool(gathered)
+
+
+def train_lost(mode: str, model: str) -> str:
+    """The error of training where the last rank's part of one parameter was not loaded."""
+    loaded = load_divided(mode, model)
+    if distributed.rank() == distributed.world() - 1:
+        parameter = loaded.model.layers[1].mlp.experts.gate_up_proj
+        held = parameter.ds_tensor if mode == "zero3" else parameter.to_local()
+        held.data.normal_()
+    return error_of(lambda: get_peft_model(loaded, KappaTuneConfig(k=7)))[0]
 
 
 def die(count: int, rank: int, real: Callable[..., Any]) -> Callable[..., Any]:

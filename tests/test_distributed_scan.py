@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from rank_jobs import gather_peak, scan_divided
+from rank_jobs import gather_peak, scan_divided, train_lost
 from ranks import run_ranks
 from transformers import AutoModelForCausalLM
 
@@ -47,3 +47,11 @@ def test_gathering_takes_the_memory_of_one_matrix(mode):
     for matrix, peaks in run_ranks(gather_peak, mode=mode, rows=256, columns=1024):
         assert max(peaks) <= 1.05 * matrix
         assert len(peaks) == 6 + 3
+
+
+@pytest.mark.parametrize("mode", ["fsdp2", ZERO3])
+def test_a_part_that_was_not_loaded_is_not_trained(mode, saved_olmoe):
+    """Seen with DeepSpeed 0.18.9 on processes without a GPU."""
+    name = "model.layers.1.mlp.experts.4.gate_proj.weight"
+    for error in run_ranks(train_lost, mode=mode, model=str(saved_olmoe)):
+        assert f"Matrices with other values: rank 1: 8, such as {name}. " in error

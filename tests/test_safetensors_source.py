@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
-from kappatune_plugin import tensor_files
+from kappatune_plugin import tensor_files, versions
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.quantized import dequantize_float8
 from kappatune_plugin.report import KappaReport
@@ -272,9 +273,33 @@ def test_memory_and_time_of_a_disk_scan(tmp_path, layers, width, inner, megabyte
     assert second <= max(0.1 * first, 0.5) and second <= 1
 
 
-def test_weights_that_are_not_those_on_disk_are_said(saved_olmoe):
+def test_weights_that_are_not_those_on_disk_are_an_error(saved_olmoe):
     model = AutoModelForCausalLM.from_pretrained(saved_olmoe, dtype=torch.float32)
     assert isinstance(same_on_disk(model, ModelSource(model)), SafetensorsSource)
+    # toolkits initialize rows of tokens anew
+    model.model.embed_tokens.weight.data[:50].mul_(2)
+    assert same_on_disk(model, ModelSource(model)) is None
     model.model.layers[1].mlp.experts.down_proj.data[3].mul_(2)
-    with pytest.warns(UserWarning, match="not those of .*not loaded whole"):
-        assert same_on_disk(model, ModelSource(model)) is None
+    name = "model.layers.1.mlp.experts.3.down_proj.weight"
+    with pytest.raises(KappaTuneError, match=f"not those of .* rank 0: 1, such as {name}.*Load the model again"):
+        same_on_disk(model, ModelSource(model))
+    model.config.name_or_path = ""
+    assert same_on_disk(model, ModelSource(model)) is None
+
+
+@pytest.mark.parametrize(
+    ("installed", "said"),
+    [
+        ({"transformers": "5.6.0", "deepspeed": "0.18.9"}, "deepspeed>=0.19.8 .*5.6.0, 0.18.9.*allgather_sequential"),
+        ({"transformers": "5.6.0", "deepspeed": "0.19.8"}, "transformers 5.6.0 and deepspeed 0.19.8 lost weights"),
+        ({"transformers": "5.6.0"}, "a newer transformers than 5.6.0"),
+    ],
+)
+def test_what_loads_a_model_whole(installed, said, monkeypatch):
+    def version(name: str) -> str:
+        if name not in installed:
+            raise versions.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(versions, "version", version)
+    assert re.search(said, versions.how_to_load_whole())

@@ -21,8 +21,14 @@ environment() {
     export PATH=$venv/bin:$PATH
     python "$here/make_tiny.py" "$work"
     cd "$work"
-    echo '{"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}' \
-        > zero3.json
+    # DeepSpeed 0.18.9 loses weights on a machine without a GPU where it gathers several at once
+    cat > zero3.json <<JSON
+{
+  "zero_optimization": {"stage": 3, "stage3_allgather_sequential": true},
+  "train_micro_batch_size_per_gpu": 1,
+  "gradient_accumulation_steps": 1
+}
+JSON
 }
 
 # quietly LOG COMMAND...: its output goes to LOG, and to the terminal if it fails
