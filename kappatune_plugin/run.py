@@ -132,13 +132,19 @@ def _trainer(recipe: "Recipe", train: "Dataset", test: "Dataset | None") -> "SFT
         raise KappaTuneError(f"Can't load the tokenizer of '{model.model_name_or_path}': {error} {hint}") from error
 
 
-def load_base(recipe: "Recipe") -> "nn.Module":
-    """The recipe's model as SFTTrainer loads it from its name. Raises KappaTuneError if that fails."""
+def load_base(recipe: "Recipe", trained: str | None = None) -> "nn.Module":
+    """The recipe's model, or one that was `trained` from it, as SFTTrainer loads it from its name.
+
+    Raises:
+        KappaTuneError: it can't be loaded.
+    """
     from trl.trainer.utils import create_model_from_path
 
-    name = recipe.model_args.model_name_or_path
+    name, options = trained or recipe.model_args.model_name_or_path, model_init_kwargs(recipe)
+    if trained is not None:
+        del options["revision"]
     try:
-        return create_model_from_path(name, **model_init_kwargs(recipe))
+        return create_model_from_path(name, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise cannot_load(name, error) from error
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from kappatune_plugin import KappaTuneError, scan
 from kappatune_plugin.gain import GAIN
-from kappatune_plugin.probes import kl_to_base
+from kappatune_plugin.probes import base_in_place, kl_to_base
 from kappatune_plugin.recipe import load_recipe
 from kappatune_plugin.study import bench as bench_module
 from kappatune_plugin.study import compare as compare_module
@@ -130,7 +130,7 @@ def test_what_was_forgotten_is_measured_against_the_base(bench):
             value.mul_(1.1)
     pieces = bench.probe.controls["control"]
     borrowed = copy.deepcopy(model)
-    borrowed.disable_adapter = lambda: training._base_in_place(borrowed, bench.base)
+    borrowed.disable_adapter = lambda: base_in_place(borrowed, bench.base)
     total, tokens = 0.0, 0
     for piece in pieces:
         ids = torch.tensor([piece])

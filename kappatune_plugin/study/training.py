@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.forgetting import finite_or_none
+from kappatune_plugin.probes import base_in_place
 from kappatune_plugin.study.arms import arm_config
 from kappatune_plugin.study.methods import Method
 from kappatune_plugin.study.statistics import first_crossing, smoothed
@@ -95,7 +96,7 @@ def _trainer(bench: "Bench", method: Method, learning_rate: float, seed: int, fo
     if config is None:
         model.requires_grad_(True)
         # what is measured against the base asks the model for it, as PEFT's models offer it
-        model.disable_adapter = partial(_base_in_place, model, bench.base)
+        model.disable_adapter = partial(base_in_place, model, bench.base)
     try:
         trainer = SFTTrainer(
             model=model,
@@ -121,22 +122,6 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-
-
-@contextmanager
-def _base_in_place(model: nn.Module, base: nn.Module) -> Iterator[None]:
-    """`model` with the base's values while the context lasts; nothing is copied."""
-
-    def swap() -> None:
-        for trained, original in zip(model.parameters(), base.parameters(), strict=True):
-            trained.data, original.data = original.data, trained.data
-
-    base.to(next(model.parameters()).device)
-    swap()
-    try:
-        yield
-    finally:
-        swap()
 
 
 class _Course(TrainerCallback):
