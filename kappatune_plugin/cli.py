@@ -78,6 +78,10 @@ def scan(
             check_writable(path.parent)
             if path.is_dir():
                 raise KappaTuneError(f"Can't write '{path}': it is a folder. Give the name of a file in it.")
+    if plot is not None:
+        from kappatune_plugin.plots import check_format
+
+        check_format(plot)
     distributed.join()
     report = scan_model(
         model,

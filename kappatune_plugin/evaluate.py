@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from kappatune_plugin.adapters import CONFIG, adapter_config, check_adapter, load_adapter
+from kappatune_plugin.console import number
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.files import write_json
 from kappatune_plugin.forgetting import ForgettingData, ForgettingProbe, ForgettingReport, shown, shown_change
@@ -52,7 +53,7 @@ class Evaluation:
             changes = (f"{shown(value, share)} ({shown_change(value - before, share)})" for value in after)
             table.add_row(title, shown(before, share), *changes)
         for title, key in reports[0].divergence_rows():
-            table.add_row(title, "0", *(f"{report.after[key]:.4f}" for report in reports))
+            table.add_row(title, "0", *(number("{:.4f}", report.after[key]) for report in reports))
         return table
 
 

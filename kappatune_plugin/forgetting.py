@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from kappatune_plugin.answers import answer_accuracy
+from kappatune_plugin.console import number
 from kappatune_plugin.data import load_rows, pairs
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.files import read_json, write_json
@@ -260,7 +261,7 @@ class ForgettingReport:
             before, after = self.before.get(key, math.nan), self.after.get(key, math.nan)
             table.add_row(title, shown(before, share), shown(after, share), shown_change(after - before, share))
         for title, key in self.divergence_rows():
-            table.add_row(title, "0", f"{self.after.get(key, math.nan):.4f}", "")
+            table.add_row(title, "0", number("{:.4f}", self.after.get(key, math.nan)), "")
         return table
 
     def delta(self, measured: Mapping[str, float]) -> float | None:
@@ -335,12 +336,12 @@ def _facts(config: ForgettingConfig, folder: Path | None) -> list[tuple[str, str
 
 def shown(value: float, share: bool) -> str:
     """A measure as tables show it."""
-    return f"{value:.1%}" if share else f"{value:.3f}"
+    return number("{:.1%}" if share else "{:.3f}", value)
 
 
 def shown_change(change: float, share: bool) -> str:
     """The change of a measure as tables show it."""
-    return f"{100 * change:+.1f} points" if share else f"{change:+.3f}"
+    return number("{:+.1f} points", 100 * change) if share else number("{:+.3f}", change)
 
 
 def finite_or_none(value: float) -> float | None:

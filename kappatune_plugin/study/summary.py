@@ -19,12 +19,12 @@ def summarize(tried: "Tried", before: Mapping[str, float], settings: "Settings")
     A measure over seeds is {"mean", "half" (of the 95% interval; null for one value), "values" (one a seed; null where
     the run has none)}.
     """
-    rates = sorted(settings.learning_rates)
+    rates = sorted(tried.grid)
     return {
         "name": tried.method.name,
         "learning_rate": tried.learning_rate,
         "at_edge_of_grid": len(rates) > 1 and tried.learning_rate in (rates[0], rates[-1]),
-        "grid": {f"{rate:g}": _try(run, before, settings) for rate, run in tried.grid.items()},
+        "grid": {f"{rate:g}": _try(tried.grid[rate], before, settings) for rate in rates},
         "trainable": over_seeds([run["trainable"] for run in tried.runs]),
         "seconds": over_seeds([run["seconds"] for run in tried.runs]),
         "training_mib": over_seeds([run["training_bytes"] / MIB for run in tried.runs]),
