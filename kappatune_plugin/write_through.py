@@ -5,6 +5,7 @@ values moved. DeepSpeed's optimizer holds copies of them and brings those back a
 running, and its `on_optimizer_step` comes after.
 """
 
+import functools
 import weakref
 from importlib.metadata import version
 from typing import Any, Protocol
@@ -25,6 +26,8 @@ class WritesThrough(Protocol):
 
     def stepped(self) -> None: ...
 
+    def check_checkpoint(self, folder: str) -> None: ...
+
 
 _followed: weakref.WeakSet[Any] = weakref.WeakSet()
 _hook: Any = None
@@ -37,6 +40,7 @@ def follow(tuner: WritesThrough) -> None:
     if _hook is None:
         _hook = register_optimizer_step_post_hook(_after_step)
         _add_trainer_callback()
+        _check_before_loading()
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -104,3 +108,24 @@ def _add_trainer_callback() -> None:
                 tuner.write_through(everything=True)
 
     trainer.DEFAULT_CALLBACKS.append(KappaTuneWriteThrough)
+
+
+def _check_before_loading() -> None:
+    """Have every Trainer ask its tuner before it loads a checkpoint.
+
+    torch loads one into an FSDP2 model past `load_state_dict`, and where a key isn't there ends with a KeyError.
+    """
+    try:
+        from transformers import Trainer
+    except ImportError:
+        return
+    real = Trainer._load_from_checkpoint
+
+    @functools.wraps(real)
+    def load(self: Any, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        tuner = getattr(self.model, "base_model", None)
+        if tuner in _followed:
+            tuner.check_checkpoint(resume_from_checkpoint)
+        real(self, resume_from_checkpoint, *args, **kwargs)
+
+    Trainer._load_from_checkpoint = load
