@@ -7,16 +7,17 @@ subj.all}, text/tinystories/ts_2m.txt. Killed and started again it goes on where
     python benchmarks/study.py [--settings quickstart quickstart-target dense-subj ...] --results docs/results
     python benchmarks/results.py    # writes docs/RESULTS.md from docs/results/*.json
 
-On a GPU the same with a larger pretrained mixture of experts: `kappatune compare --config recipes/olmoe_sarcasm.yaml`.
+benchmarks/study_gpu.py is the same with a larger pretrained mixture of experts.
 """
 
 import argparse
 import json
 import random
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from kappatune_plugin.study.session import Asked, compare_session
+from kappatune_plugin.study.session import Asked, compare_session, sweep_session
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MODELS = {"dense": "tinystories-656k", "moe": "tinystories-656k-upcycled-moe-DERIVED"}
@@ -25,20 +26,54 @@ TASKS = {
     "sst2": ("stsa.binary.train", ("bad", "good"), "{sentence}\nThis was "),
     "subj": ("subj.all", ("told", "felt"), "{sentence}\nThis was "),
 }
-LONGEST, TRAIN, TEST, STORIES, SMOOTH = 14, 1000, 120, 10, 8
+LONGEST, TRAIN, TEST, STORIES = 14, 1400, 120, 10
 # lowest_mlp is not among them: all that lowest takes here are experts
-ALL = "lowest,highest,random,shape_matched_random,random_mlp,attention_only,lora,lora_mlp,osf,full"
+QUICKSTART = "lowest,highest,random,shape_matched_random,random_mlp,attention_only,lora,lora_mlp,osf,full"
 TARGET = (
     "full,attention_only,osf,highest,lora,random,shape_matched_random,random_mlp,lowest,"
     "highest:rank_by=gain_over_forgetting,lowest:rank_by=kappa_over_null,lowest_per_type,highest:rank_by=log_volume"
 )
-FEWER = "lowest,highest,random,lowest_mlp,random_mlp,attention_only,lora,full"
-# methods, learning rates, steps, steps between measurements, target of the training loss (None: the worst run's best)
+EVERY_METHOD = f"lowest_mlp,{QUICKSTART}"
+# other ways to choose matrices, and the same with routers left out
+CHOICES = (
+    "lowest,highest,random,shape_matched_random,lowest_mlp,random_mlp,highest_mlp,attention_only,lowest_per_type,"
+    "lowest:rank_by=kappa_over_null,highest:rank_by=log_volume,highest:rank_by=gain_over_forgetting"
+)
+NO_ROUTERS = "lowest:exclude=[router]"
+BUDGETS = "10%,25%,50%,100%"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A comparison, or with `sweep` a sweep over the budgets that `methods` then are.
+
+    `every` is steps between measurements, `target` the training loss to compare at (None: the worst run's best).
+    """
+
+    methods: str
+    rates: str
+    steps: int
+    every: int
+    target: float | None = None
+    smooth: int = 8
+    widen: int = 0
+    stop_at_target: bool = False
+    sweep: bool = False
+
+
 RUNS = {
-    "quickstart": (ALL, "1e-3,3e-3", 100, 50, 0.3),
+    "quickstart": Run(QUICKSTART, "1e-3,3e-3", 100, 50, 0.3),
     # every method at the lower rate until it is there, and other ways to choose
-    "quickstart-target": (TARGET, "1e-3", 400, 400, 0.3),
-    "pretrained": (FEWER, "1e-3,3e-3", 64, 32, None),
+    "quickstart-target": Run(TARGET, "1e-3", 400, 400, 0.3, stop_at_target=True),
+    "quickstart-sweep": Run(BUDGETS, "1e-3", 100, 50, 0.3, sweep=True),
+    "dense-subj": Run(EVERY_METHOD, "1e-3,3e-3", 120, 40, smooth=16, widen=2),
+    "moe-subj": Run(EVERY_METHOD, "1e-3,3e-3", 120, 40, smooth=16, widen=2),
+    # every choice of matrices at one rate
+    "dense-subj-choices": Run(CHOICES, "3e-3", 120, 40, smooth=16),
+    "moe-subj-choices": Run(f"{CHOICES},{NO_ROUTERS}", "3e-3", 120, 40, smooth=16),
+    "moe-subj-sweep": Run(BUDGETS, "3e-3", 120, 40, smooth=16, sweep=True),
+    "dense-sst2": Run(EVERY_METHOD, "1e-3,3e-3", 80, 40, smooth=16, widen=1),
+    "moe-sst2": Run(EVERY_METHOD, "1e-3,3e-3", 80, 40, smooth=16, widen=1),
 }
 
 
@@ -84,6 +119,7 @@ def pretrained(model: str, task: str, data: Path, folder: Path) -> tuple[Path, d
     control = stories(data / "text" / "tinystories" / "ts_2m.txt", folder / "control.jsonl")
     return REPOSITORY / "recipes" / "sst2_tinystories.yaml", {
         "model_name_or_path": data / "models" / MODELS[model],
+        "per_device_train_batch_size": 8,
         "kappatune.k": "35%",
         "data.train": json.dumps({"path": str(train)}),
         "data.test": json.dumps({"path": str(test)}),
@@ -95,39 +131,52 @@ def pretrained(model: str, task: str, data: Path, folder: Path) -> tuple[Path, d
     }
 
 
-def publish(source: Path, target: Path, data: Path, output: Path) -> None:
-    """Copy a comparison without this machine's folders in it."""
+def publish(source: Path, target: Path, names: Mapping[Path, str]) -> None:
+    """Copy a comparison without this machine's folders in it: `names` says what stands for each."""
     text = source.read_text(encoding="utf-8")
-    for folder, name in ((data, "data"), (output, "study"), (REPOSITORY, ".")):
+    for folder, name in {**names, REPOSITORY: "."}.items():
         text = text.replace(str(folder.resolve()), name).replace(str(folder), name)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(text, encoding="utf-8")
 
 
+def ask(name: str, data: Path, folder: Path, seeds: int) -> Asked:
+    """What the command line of a setting would say."""
+    run, (model, *task) = RUNS[name], name.split("-")
+    recipe, changes = quickstart() if model == "quickstart" else pretrained(model, task[0], data, folder / "data")
+    changes["max_steps"] = run.steps
+    overrides = [word for key, value in changes.items() for word in (f"--{key}", str(value))]
+    return Asked(
+        recipe,
+        overrides,
+        seeds,
+        run.rates,
+        run.every,
+        run.smooth,
+        run.target,
+        output_dir=folder,
+        stop_at_target=run.stop_at_target,
+        widen=run.widen,
+    )
+
+
 def main() -> None:
-    names = [*list(RUNS)[:-1], *(f"{model}-{task}" for task in TASKS for model in MODELS)]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=REPOSITORY.parent / "shared" / "data")
-    parser.add_argument("--settings", nargs="+", default=names, choices=names)
+    parser.add_argument("--settings", nargs="+", default=list(RUNS), choices=RUNS)
     parser.add_argument("--methods", default=None, help="in the place of each setting's own")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("outputs/study"))
-    parser.add_argument("--results", type=Path, default=None, help="a folder to copy each compare.json to, by setting")
+    parser.add_argument("--results", type=Path, default=None, help="a folder to copy each setting's JSON file to")
     args = parser.parse_args()
     for name in args.settings:
-        folder = args.output / name
-        methods, rates, steps, every, target = RUNS[name if name in RUNS else "pretrained"]
-        if name in RUNS:
-            recipe, changes = quickstart()
-        else:
-            recipe, changes = pretrained(*name.split("-"), args.data, folder / "data")
-        changes["max_steps"] = steps
-        overrides = [word for key, value in changes.items() for word in (f"--{key}", str(value))]
-        asked = Asked(recipe, overrides, args.seeds, rates, every, SMOOTH, target, output_dir=folder)
-        asked = replace(asked, stop_at_target=name == "quickstart-target")
-        compare_session(asked, args.methods or methods)
+        # settings of one model and task share its folder, and with it the runs that both need
+        folder, run = args.output / "-".join(name.split("-")[:2]), RUNS[name]
+        session = sweep_session if run.sweep else compare_session
+        session(ask(name, args.data, folder, args.seeds), args.methods or run.methods)
         if args.results is not None:
-            publish(folder / "compare.json", args.results / f"{name}.json", args.data, args.output)
+            file = "sweep.json" if run.sweep else "compare.json"
+            publish(folder / file, args.results / f"{name}.json", {args.data: "data", args.output: "study"})
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import re
 import warnings
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from kappatune_plugin import distributed
@@ -67,6 +68,31 @@ def checkpoint_problems(folder: Path, save_only_model: bool = False) -> list[str
             # each reader has errors of its own: JSONDecodeError, SafetensorError, BadZipFile, OSError
             problems.append(f"{name} is damaged ({error})")
     return problems
+
+
+def check_selection(folder: Path, units: Iterable[str]) -> None:
+    """Refuse the checkpoint in `folder` if its selection, that adapter_config.json holds, isn't `units`.
+
+    Raises:
+        KappaTuneError: names what differs.
+    """
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return
+    selection = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("selection")
+    if selection:
+        there, here = {row["name"] for row in selection["units"]}, set(units)
+        if there != here:
+            raise other_selection(there - here, here - there)
+
+
+def other_selection(there: Iterable[str], here: Iterable[str]) -> KappaTuneError:
+    """The error for a checkpoint that trains what this run doesn't (`there`), or not what this run trains (`here`)."""
+    there, here = sorted(there), sorted(here)
+    return KappaTuneError(
+        f"The checkpoint trains another selection than this run: {len(there)} weights only in the checkpoint "
+        f"({', '.join(there[:3])}), {len(here)} only here ({', '.join(here[:3])}). Resume with the settings it was "
+        "made with (selection.json beside it), or start anew without resume_from_checkpoint."
+    )
 
 
 def _optimizer_files(folder: Path) -> list[str]:

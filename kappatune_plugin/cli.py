@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from kappatune_plugin import cli_llamafactory, cli_study, cli_toolkits  # noqa: F401  they add their commands
+from kappatune_plugin import cli_eval, cli_llamafactory, cli_study, cli_toolkits  # noqa: F401  they add their commands
 from kappatune_plugin.cli_app import K_HELP, TAKES_MORE, RankBy, TrustRemoteCode, app, budget, clean_errors
 from kappatune_plugin.console import console
 from kappatune_plugin.errors import KappaTuneError
@@ -78,6 +78,10 @@ def scan(
             check_writable(path.parent)
             if path.is_dir():
                 raise KappaTuneError(f"Can't write '{path}': it is a folder. Give the name of a file in it.")
+    if plot is not None:
+        from kappatune_plugin.plots import check_format
+
+        check_format(plot)
     distributed.join()
     report = scan_model(
         model,

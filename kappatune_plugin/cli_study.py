@@ -43,6 +43,9 @@ def compare(
             "--learning_rates", "--learning-rates", help=f"{RATES_HELP} Default: the recipe's times 0.3, 1 and 3."
         ),
     ] = None,
+    widen: Annotated[
+        int, typer.Option(help="Rates to add at most, one at a time, where a method's best is at an edge of the grid.")
+    ] = 0,
     target_loss: TargetLoss = None,
     every: Every = None,
     smooth: Smooth = 10,
@@ -69,6 +72,7 @@ def compare(
         validation,
         output_dir,
         stop_at_target,
+        widen,
     )
     compare_session(asked, methods)
 

@@ -7,6 +7,12 @@ from rich.console import Console
 WIDTH_OF_A_FILE = 120
 
 
+def number(form: str, value: float) -> str:
+    """`value` in `form` ("{:+.3f}"), without the minus of a zero that only rounding made."""
+    text = form.format(value)
+    return form.format(0.0) if text == form.format(-0.0) else text
+
+
 def console(quiet: bool = False) -> Console:
     """Standard output; a file or a pipe is wide enough for the tables, whatever rich would guess.
 

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from kappatune_plugin.answers import answer_accuracy
+from kappatune_plugin.console import number
 from kappatune_plugin.data import load_rows, pairs
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.files import read_json, write_json
@@ -236,9 +237,8 @@ class ForgettingReport:
                 decided = content.get("budget", {}).get("steps", [])
                 self.budget["steps"] += [step for step in decided if step["step"] <= before_step]
 
-    def table(self) -> Table:
-        """Before, after and change, a row for each measure."""
-        table = Table("", "before", "after", "change", title="What was learned, what was forgotten")
+    def rows(self) -> list[tuple[str, str, bool]]:
+        """What is measured before and after: its title, its key in `before` and `after`, whether it is a share."""
         rows = []
         if self.metric:
             rows.append((f"task {self.metric.replace('_', ' ')}", f"task_{self.metric}", self.metric in SHARES))
@@ -247,14 +247,21 @@ class ForgettingReport:
         for name in self.controls:
             rows.append((f"{name}: loss a token (nats)", f"{name}_loss", False))
             rows.append((f"{name}: perplexity", f"{name}_ppl", False))
-        rows += [(key.removeprefix(HARNESS), key, False) for key in self.before if key.startswith(HARNESS)]
-        for title, key, share in rows:
+        return rows + [(key.removeprefix(HARNESS), key, False) for key in self.before if key.startswith(HARNESS)]
+
+    def divergence_rows(self) -> list[tuple[str, str]]:
+        """What is measured against the base, after only: its title and its key in `after`."""
+        names = [*self.controls, *(["task"] if self.metric else [])]
+        return [(f"{name}: KL to the base (nats)", f"{name}_kl") for name in names]
+
+    def table(self) -> Table:
+        """Before, after and change, a row for each measure."""
+        table = Table("", "before", "after", "change", title="What was learned, what was forgotten")
+        for title, key, share in self.rows():
             before, after = self.before.get(key, math.nan), self.after.get(key, math.nan)
-            shown = "{:.1%}" if share else "{:.3f}"
-            change = f"{100 * (after - before):+.1f} points" if share else f"{after - before:+.3f}"
-            table.add_row(title, shown.format(before), shown.format(after), change)
-        for name in [*self.controls, *(["task"] if self.metric else [])]:
-            table.add_row(f"{name}: KL to the base (nats)", "0", f"{self.after.get(f'{name}_kl', math.nan):.4f}", "")
+            table.add_row(title, shown(before, share), shown(after, share), shown_change(after - before, share))
+        for title, key in self.divergence_rows():
+            table.add_row(title, "0", number("{:.4f}", self.after.get(key, math.nan)), "")
         return table
 
     def delta(self, measured: Mapping[str, float]) -> float | None:
@@ -325,6 +332,16 @@ def _facts(config: ForgettingConfig, folder: Path | None) -> list[tuple[str, str
     spec = {key: value for key, value in config.recall.items() if key not in ("prompt", "completion")}
     rows = load_rows(spec, "forgetting.recall", folder)
     return pairs(rows, config.recall["prompt"], config.recall["completion"])[: config.max_samples]
+
+
+def shown(value: float, share: bool) -> str:
+    """A measure as tables show it."""
+    return number("{:.1%}" if share else "{:.3f}", value)
+
+
+def shown_change(change: float, share: bool) -> str:
+    """The change of a measure as tables show it."""
+    return number("{:+.1f} points", 100 * change) if share else number("{:+.3f}", change)
 
 
 def finite_or_none(value: float) -> float | None:

@@ -1,5 +1,6 @@
 """One trained unit inside a PEFT model."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -164,16 +165,10 @@ class KappaTuneLayer(nn.Module, BaseTunerLayer):
         """
         names = [name for name in adapter_names or self.active_adapters if name in self.kappatune_master]
         if safe_merge:
-            self.check_finite(names)
+            check_finite([self], names)
         for name in names:
             self.write(name)
             self.merged_adapters.append(name)
-
-    def check_finite(self, adapter_names: list[str] | None = None) -> None:
-        """Raise KappaTuneError if the values of the active adapter, or of these, aren't all finite."""
-        for name in adapter_names or self.active_adapters:
-            if name in self.kappatune_master and not torch.isfinite(self.kappatune_master[name]).all():
-                raise KappaTuneError(f"{self.unit.name} of adapter '{name}' has values that aren't finite: not merged.")
 
     def unmerge(self) -> None:
         """Undo `merge`."""
@@ -246,6 +241,25 @@ class Fingerprints(BufferDict):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if any(prefix + adapter in state_dict for adapter in self):
             super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def check_finite(layers: Sequence[KappaTuneLayer], adapter_names: list[str] | None = None) -> None:
+    """Raise KappaTuneError if the layers' values of the active adapter, or of these, aren't all finite.
+
+    Collective where values are divided over ranks: then it is raised on all of them.
+    """
+    wrong, divided = [], False
+    for layer in layers:
+        for name in adapter_names or layer.active_adapters:
+            if name in layer.kappatune_master:
+                master = layer.kappatune_master[name]
+                divided = divided or distributed.is_partitioned(master)
+                if not torch.isfinite(_held(master)).all():
+                    wrong.append(f"{layer.unit.name} of adapter '{name}'")
+    if divided:
+        wrong = [each for part in distributed.exchange(wrong) for each in part]
+    if wrong:
+        raise KappaTuneError(f"{wrong[0]} has values that aren't finite: not merged.")
 
 
 def _held(values: Tensor) -> Tensor:

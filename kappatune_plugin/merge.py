@@ -4,17 +4,14 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from kappatune_plugin.adapters import adapter_config, check_adapter, load_adapter
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.quantized import whole_model
 from kappatune_plugin.versions import newer_tokenizer
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
     from transformers import PreTrainedModel
-
-WEIGHTS = "adapter_model.safetensors"
 
 
 def merge_adapter(
@@ -26,9 +23,6 @@ def merge_adapter(
 ) -> Path:
     """Write the base with the adapter's values in it to `output_dir`, as `save_pretrained` does, with the tokenizer.
 
-    A base that was quantized in training is quantized again, and written as what the quantized weights stand for: the
-    checkpoint computes what was trained and measured.
-
     The folder appears under its name when it is complete, or not at all.
 
     Args:
@@ -39,24 +33,14 @@ def merge_adapter(
     Raises:
         KappaTuneError: no adapter there, the base can't be loaded or isn't the adapter's, or `output_dir` isn't free.
     """
-    from peft import PeftConfig
-
     adapter, output_dir = Path(adapter), Path(output_dir)
-    if not (adapter / "adapter_config.json").is_file():
-        raise KappaTuneError(f"'{adapter}' holds no adapter_config.json. Give the output_dir of a run.")
-    try:
-        config = PeftConfig.from_pretrained(str(adapter))
-    except KeyError as error:
-        raise KappaTuneError(f"{adapter / 'adapter_config.json'}: peft_type {error} is no method of PEFT.") from error
-    except (ValueError, TypeError, OSError) as error:
-        raise KappaTuneError(f"Can't read {adapter / 'adapter_config.json'}: {error}") from error
+    config = adapter_config(adapter)
     base = model or config.base_model_name_or_path
     if not base:
         raise KappaTuneError(f"'{adapter}' doesn't name its base model. Give it with --model.")
-    _check_values(adapter)
+    check_adapter(adapter)
     _check_free(output_dir, [adapter, Path(base)], overwrite)
-    options = {"revision": config.revision} if model is None and config.revision else {}
-    merged = _merged(adapter, base, config, {"trust_remote_code": trust_remote_code, **options})
+    merged = _merged(adapter, base, config.revision if model is None else None, trust_remote_code)
     tokenizer = _tokenizer(adapter, base, trust_remote_code)
     temporary = _sibling(output_dir)
     try:
@@ -67,28 +51,6 @@ def merge_adapter(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return output_dir
-
-
-def _check_values(adapter: Path) -> None:
-    """PEFT looks for a missing file on the hub, and takes one without values for an untrained adapter."""
-    from safetensors import SafetensorError, safe_open
-
-    weights = adapter / WEIGHTS
-    if not weights.is_file():
-        raise KappaTuneError(
-            f"Can't load the adapter '{adapter}': it holds no {WEIGHTS}. Give the output_dir of a run that ended, or "
-            "one of its checkpoints."
-        )
-    try:
-        with safe_open(weights, "pt") as file:
-            empty = not list(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise KappaTuneError(
-            f"Can't load the adapter '{adapter}': {WEIGHTS} is damaged or cut off ({error}). Copy it again, or give "
-            "another checkpoint of the run."
-        ) from error
-    if empty:
-        raise KappaTuneError(f"Can't load the adapter '{adapter}': {WEIGHTS} holds no values. Copy it again.")
 
 
 def _check_free(output_dir: Path, sources: list[Path], overwrite: bool) -> None:
@@ -104,34 +66,21 @@ def _check_free(output_dir: Path, sources: list[Path], overwrite: bool) -> None:
         raise KappaTuneError(f"output_dir '{output_dir}' is not empty. Give another folder, or add --overwrite.")
 
 
-def _merged(adapter: Path, base: str, config: "PeftConfig", options: dict[str, Any]) -> "PreTrainedModel":
-    from peft import PeftModel
+def _merged(adapter: Path, base: str, revision: str | None, trust_remote_code: bool) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
+    options = {"trust_remote_code": trust_remote_code, **({"revision": revision} if revision else {})}
     try:
-        quantization = _quantization(base, config, options)
-        model = whole_model(AutoModelForCausalLM.from_pretrained(base, dtype="auto", **options, **quantization))
+        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", **options)
     except Exception as error:
         # a damaged base raises SafetensorError, RuntimeError, OSError or ValueError
         raise KappaTuneError(f"Can't load the base model '{base}': {error}\nGive its place with --model.") from error
+    tuned = load_adapter(model, adapter)
     try:
-        return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
-    except KappaTuneError:
-        raise
-    except Exception as error:
-        # a damaged adapter_model.safetensors raises SafetensorError, RuntimeError or OSError
-        raise KappaTuneError(f"Can't load the adapter '{adapter}': {error}") from error
-
-
-def _quantization(base: str, config: "PeftConfig", options: dict[str, Any]) -> dict[str, Any]:
-    """What to give to `from_pretrained` for the base that was quantized when it was loaded for training."""
-    from transformers import AutoConfig
-    from transformers.quantizers import AutoQuantizationConfig
-
-    noted = getattr(config, "base_quantization", None)
-    if not noted or getattr(AutoConfig.from_pretrained(base, **options), "quantization_config", None):
-        return {}
-    return {"quantization_config": AutoQuantizationConfig.from_dict(noted)}
+        return tuned.merge_and_unload(safe_merge=True)
+    except (ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
+        # values that aren't finite, a method of PEFT that can't be merged
+        raise KappaTuneError(f"Can't merge the adapter '{adapter}': {error}") from error
 
 
 def _tokenizer(adapter: Path, base: str, trust_remote_code: bool) -> object:

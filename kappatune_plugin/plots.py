@@ -38,6 +38,7 @@ def plot_report(report: "KappaReport", path: str | os.PathLike) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    check_format(path)
     types = _by_type([unit for unit in report.units if unit.status == "ok"])
     if not types:
         raise KappaTuneError("There is nothing to draw: the report has no matrix with a condition number.")
@@ -48,9 +49,20 @@ def plot_report(report: "KappaReport", path: str | os.PathLike) -> None:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             figure.savefig(Path(folder) / path.name, dpi=150)
             os.replace(Path(folder) / path.name, path)
-    except (OSError, ValueError) as error:
-        # matplotlib raises ValueError for an ending that it doesn't know
+    except OSError as error:
         raise KappaTuneError(f"Can't write the plot {path}: {error}. Give a file such as kappa.png.") from error
+
+
+def check_format(path: str | os.PathLike) -> None:
+    """Raise KappaTuneError if matplotlib writes no files with the ending of `path`."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if Path(path).suffix.lower().removeprefix(".") not in known:
+        endings = ", ".join(f".{each}" for each in sorted(known))
+        raise KappaTuneError(
+            f"Can't write the plot {path}: its ending is none of {endings}. Give a file such as kappa.png."
+        )
 
 
 def growth_with_depth(units: Sequence["UnitReport"]) -> tuple[list[int], list[float], float]:

@@ -71,6 +71,22 @@ def base_of(model: nn.Module) -> Any:
     return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
 
 
+@contextmanager
+def base_in_place(model: nn.Module, base: nn.Module) -> Iterator[None]:
+    """`model` with the base's values while the context lasts; nothing is copied."""
+
+    def swap() -> None:
+        for trained, original in zip(model.parameters(), base.parameters(), strict=True):
+            trained.data, original.data = original.data, trained.data
+
+    base.to(next(model.parameters()).device)
+    swap()
+    try:
+        yield
+    finally:
+        swap()
+
+
 def blocks(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int, truncate: bool = False
 ) -> list[list[int]]:

@@ -132,13 +132,19 @@ def _trainer(recipe: "Recipe", train: "Dataset", test: "Dataset | None") -> "SFT
         raise KappaTuneError(f"Can't load the tokenizer of '{model.model_name_or_path}': {error} {hint}") from error
 
 
-def load_base(recipe: "Recipe") -> "nn.Module":
-    """The recipe's model as SFTTrainer loads it from its name. Raises KappaTuneError if that fails."""
+def load_base(recipe: "Recipe", trained: str | None = None) -> "nn.Module":
+    """The recipe's model, or one that was `trained` from it, as SFTTrainer loads it from its name.
+
+    Raises:
+        KappaTuneError: it can't be loaded.
+    """
     from trl.trainer.utils import create_model_from_path
 
-    name = recipe.model_args.model_name_or_path
+    name, options = trained or recipe.model_args.model_name_or_path, model_init_kwargs(recipe)
+    if trained is not None:
+        del options["revision"]
     try:
-        return create_model_from_path(name, **model_init_kwargs(recipe))
+        return create_model_from_path(name, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise cannot_load(name, error) from error
 
@@ -168,12 +174,8 @@ def _forgetting_data(recipe: "Recipe", test: "Dataset | None") -> "ForgettingDat
 
 def model_init_kwargs(recipe: "Recipe") -> dict[str, Any]:
     """How to load the recipe's model, as trl/scripts/sft.py gives it to `from_pretrained`."""
-    from trl import get_quantization_config
-
     args, model = recipe.training_args, recipe.model_args
-    quantization = get_quantization_config(model)
     return {
-        **({"quantization_config": quantization} if quantization else {}),
         "revision": model.model_revision,
         "trust_remote_code": _trusts_remote_code(recipe),
         "attn_implementation": model.attn_implementation,

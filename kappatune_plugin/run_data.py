@@ -24,12 +24,17 @@ def load_data(recipe: "Recipe") -> tuple["Dataset", "Dataset | None"]:
     train = _formatted(load_all_rows(data["train"], "data.train", recipe.folder), _templates(data))
     if data.get("max_chars") is not None:
         train = _short_enough(train, data["max_chars"])
-    if not data.get("test"):
-        return train, None
-    test = data["test"]
+    return train, load_test_rows(recipe)
+
+
+def load_test_rows(recipe: "Recipe") -> "Dataset | None":
+    """The rows of `data.test`, as they were loaded; None without them. Raises KappaTuneError if they can't be."""
+    test = (recipe.data or {}).get("test")
+    if not test:
+        return None
     if isinstance(test, dict):
         test = {key: value for key, value in test.items() if key not in TEMPLATES}
-    return train, load_all_rows(test, "data.test", recipe.folder)
+    return load_all_rows(test, "data.test", recipe.folder)
 
 
 def eval_rows(recipe: "Recipe", test: "Dataset | None") -> "Dataset | None":

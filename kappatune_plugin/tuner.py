@@ -4,8 +4,10 @@ Everything that relies on the inside of PEFT is here, in layer.py and in peft_me
 """
 
 import copy
-from collections.abc import Iterable, Set
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,24 +17,20 @@ from torch import Tensor, nn
 from kappatune_plugin import distributed
 from kappatune_plugin.binding import BINDINGS, bind, bound, unbind
 from kappatune_plugin.budget import parse_budget
+from kappatune_plugin.checkpoint import check_selection, other_selection
 from kappatune_plugin.config import DEFAULT_K, KappaTuneConfig
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.layer import NOT_WRITTEN, KappaTuneLayer
+from kappatune_plugin.layer import NOT_WRITTEN, KappaTuneLayer, check_finite
 from kappatune_plugin.patterns import DEFAULT_EXCLUDE
 from kappatune_plugin.peft_method import PREFIX, register
-from kappatune_plugin.quantized import make_whole, quantization_of, quantized_form
 from kappatune_plugin.report import KappaReport
 from kappatune_plugin.scan import scan
 from kappatune_plugin.selection import Selection, select
-from kappatune_plugin.sources import ModelSource
-from kappatune_plugin.units import WeightUnit, find_units
+from kappatune_plugin.units import WeightUnit, base_hash, find_units
+from kappatune_plugin.watch import together
 from kappatune_plugin.write_through import follow
 
 MASTER = ".kappatune_master"
-UNQUANTIZED = (
-    " The base was quantized in training, and this model isn't: quantize it in the same way, or make a plain "
-    "checkpoint with `kappatune merge`."
-)
 
 
 class KappaTuneModel(BaseTuner):
@@ -48,8 +46,6 @@ class KappaTuneModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
     # whether DeepSpeed made a step whose values didn't reach the base yet
     _late = False
-    # adapters on a quantized base whose values are float32
-    _float32: Set[str] = frozenset()
 
     selections: dict[str, Selection]
     reports: dict[str, KappaReport | None]
@@ -61,14 +57,16 @@ class KappaTuneModel(BaseTuner):
             KappaTuneError: the selection is empty, was made on another base, or can't be attached whole.
         """
         if "selections" not in self.__dict__:
-            self.selections, self.reports, self._base_hash = {}, {}, ModelSource(model).base_hash()
+            self.selections, self.reports, self._base_hash = {}, {}, base_hash(model)
             self.register_load_state_dict_pre_hook(_check_loaded_keys)
+            self._running: list[ExitStack] = []
+            self._hooks = [
+                model.register_forward_pre_hook(self._before_forward),
+                model.register_forward_hook(self._after_forward, always_call=True),
+            ]
         # a config may be used for several models: what it settles to here is this model's
         config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         selection, units = self._settle(model, adapter_name, config)
-        config.base_quantization = quantization_of(model)
-        for name in _quantized_owners(model, units):
-            make_whole(model, name)
         self._targets: dict[str, list[WeightUnit]] = {}
         for unit in units:
             self._targets.setdefault(unit.parameter.rpartition(".")[0], []).append(unit)
@@ -81,16 +79,28 @@ class KappaTuneModel(BaseTuner):
         follow(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward. The output head is bound around it, since TRL reads its weight from outside."""
+        """The model's forward, with the hooks that PEFT 0.18 goes past."""
+        return self.model(*args, **kwargs)
+
+    def _before_forward(self, model: nn.Module, args: Any) -> None:
+        """The output head is bound around the model's forward, since TRL reads its weight from outside.
+
+        On the model itself: without a `task_type` PEFT calls it past the tuner.
+        """
         if self._late and torch.is_grad_enabled():
             raise KappaTuneError(f"What is trained {NOT_WRITTEN}")
-        getter = getattr(self.model, "get_output_embeddings", None)
+        stack = ExitStack()
+        getter = getattr(model, "get_output_embeddings", None)
         head = getter() if getter else None
-        if head is None:
-            return self.model(*args, **kwargs)
-        _check_head(head)
-        with bound(head):
-            return self.model(*args, **kwargs)
+        if head is not None:
+            _check_head(head)
+            stack.enter_context(bound(head))
+        self._running.append(stack)
+
+    def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
+        # called after an error of `_before_forward` too
+        if self._running:
+            self._running.pop().close()
 
     def layers(self) -> list[KappaTuneLayer]:
         """The trained units of all adapters, in the model's order."""
@@ -101,22 +111,16 @@ class KappaTuneModel(BaseTuner):
 
         Collective where weights are divided over ranks.
         """
-        self._late = False
+        # DeepSpeed's steps leave no trace in a tensor's version
+        everything, self._late = everything or self._late, False
         for layer in self._layers_cached():
             if everything or layer.moved:
                 layer.write()
 
-    def keep_float32(self) -> None:
-        """Undo the cast to bfloat16 that TRL makes of all that is trained on a quantized base.
-
-        It is meant for LoRA's matrices, which begin at zero. Most updates of a weight are below bfloat16's resolution.
-        """
-        for layer in self.layers():
-            for name in self._float32 & set(layer.kappatune_master):
-                master = layer.kappatune_master[name]
-                master.data = master.data.float()
-        if self._float32:
-            self.write_through(everything=True)
+    def check_checkpoint(self, folder: str) -> None:
+        """Refuse a Trainer's checkpoint of another selection. Raises KappaTuneError."""
+        for adapter in self.active_adapters:
+            check_selection(Path(folder), (unit.name for unit in self.selections[adapter].units))
 
     def rest_after(self, count: int, adapter_name: str = "default") -> None:
         """Train the first `count` units of the selection; the others rest where they are (see `KappaTuneLayer`)."""
@@ -147,15 +151,13 @@ class KappaTuneModel(BaseTuner):
             self.write_through()
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As PEFT's, but `safe_merge` refuses before anything is merged."""
-        if safe_merge:
-            self._check_finite(adapter_names)
-        super().merge_adapter(adapter_names, safe_merge)
+        """As PEFT's, but `safe_merge` refuses before anything is merged.
 
-    def _check_finite(self, adapter_names: list[str] | None) -> None:
-        """A unit that was merged before another one was refused would silently not be trained any more."""
-        for layer in self.layers():
-            layer.check_finite(adapter_names)
+        A unit that was merged before another one was refused would silently not be trained any more.
+        """
+        if safe_merge:
+            check_finite(self.layers(), adapter_names)
+        super().merge_adapter(adapter_names)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; units that no other adapter trains are as they were before."""
@@ -184,13 +186,12 @@ class KappaTuneModel(BaseTuner):
             k = DEFAULT_K if config.k is None else config.k
             selection = select(report, k=k, order=config.order, rank_by=config.rank_by, seed=config.seed)
         if selection.base["hash"] != self._base_hash:
-            hint = UNQUANTIZED if config.base_quantization and not quantization_of(model) else ""
             raise KappaTuneError(
                 f"The selection was made on the base model '{selection.base['name']}' "
                 f"(fingerprint {selection.base['hash']}), but this model's fingerprint is {self._base_hash}. Load that "
-                f"base in the dtype it was scanned in, or drop `selection` and let this model be scanned.{hint}"
+                "base in the dtype it was scanned in, or drop `selection` and let this model be scanned."
             )
-        units = {unit.name: unit for unit in find_units(model, quantized=True)}
+        units = {unit.name: unit for unit in find_units(model)}
         wrong = [f"{row.name} {tuple(row.shape)}" for row in selection.units if not _fits(row, units)]
         if wrong:
             raise KappaTuneError(f"{len(wrong)} selected weights are not in this model, such as {wrong[:3]}.")
@@ -208,13 +209,20 @@ class KappaTuneModel(BaseTuner):
                 )
             return report
         exclude = DEFAULT_EXCLUDE if config.exclude is None else config.exclude
-        active = self.layers()
         wanted = {"k": DEFAULT_K if config.k is None else config.k, "order": config.order}
         wanted |= {"rank_by": config.rank_by, "seed": config.seed, "scan_from": config.scan_from}
+        # writing back waits for all ranks, forever under NCCL if one died in the scan
+        with together("the scan"), self._as_loaded():
+            return scan(model, include=config.include or (), exclude=exclude, rtol=config.rtol, **wanted)
+
+    @contextmanager
+    def _as_loaded(self) -> Iterator[None]:
+        """The base has its own values, whatever adapters are active, for the time of the context."""
+        active = self.layers()
         for layer in active:
             layer.write_original()
         try:
-            return scan(model, include=config.include or (), exclude=exclude, rtol=config.rtol, **wanted)
+            yield
         finally:
             for layer in active:
                 layer.write()
@@ -248,8 +256,6 @@ class KappaTuneModel(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-        if autocast_adapter_dtype and self.peft_config[adapter_name].base_quantization:
-            self._float32 = {*self._float32, adapter_name}
         # the values are new tensors now: take note of their version
         self.write_through(everything=True)
 
@@ -261,14 +267,16 @@ class KappaTuneModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge and safe_merge:
-            self._check_finite(adapter_names)
+            check_finite(self.layers(), adapter_names)
         for layer in self.layers():
             if merge:
-                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+                layer.merge(adapter_names=adapter_names)
             else:
                 layer.write_original()
         for layer in self.layers():
             self._detach(layer)
+        for hook in self._hooks:
+            hook.remove()
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -314,16 +322,6 @@ def _fits(row: Any, units: dict[str, WeightUnit]) -> bool:
     return row.name in units and tuple(row.shape) == units[row.name].shape
 
 
-def _quantized_owners(model: nn.Module, units: Iterable[WeightUnit]) -> list[str]:
-    """Names of the modules that hold quantized ones of these units."""
-    owners = []
-    for unit in units:
-        owner = unit.parameter.rpartition(".")[0]
-        if quantized_form(model.get_submodule(owner), model.get_parameter(unit.parameter)) is not None:
-            owners.append(owner)
-    return owners
-
-
 def _child_name(unit: WeightUnit) -> str:
     """`kappatune_weight` for a whole parameter, `kappatune_17_gate_proj` for a slice."""
     if not unit.index:
@@ -348,14 +346,8 @@ def _check_loaded_keys(tuner: KappaTuneModel, state_dict: dict[str, Any], prefix
     adapters = {key.rpartition(f"{MASTER}.")[2] for key in found & set(own)}
     expected = {key for key in own if key.rpartition(f"{MASTER}.")[2] in adapters}
     if found - set(own) or expected - found:
-        here, there = (
-            sorted({key.partition(MASTER)[0] for key in keys}) for keys in (expected - found, found - set(own))
-        )
-        raise KappaTuneError(
-            f"The checkpoint trains another selection than this run: {len(there)} weights only in the checkpoint "
-            f"({', '.join(there[:3])}), {len(here)} only here ({', '.join(here[:3])}). Resume with the settings it was "
-            "made with (selection.json beside it), or start anew without resume_from_checkpoint."
-        )
+        here, there = ({key.partition(MASTER)[0] for key in keys} for keys in (expected - found, found - set(own)))
+        raise other_selection(there, here)
 
 
 register(KappaTuneConfig, KappaTuneModel)

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -85,7 +85,9 @@ class _Watch(threading.Thread):
         """What the others read from now on."""
         self._state = state
         if not self._problem:
-            self._sign(0)
+            # whoever held the store may have ended before, and with it those who would read this
+            with suppress(RuntimeError):
+                self._sign(0)
 
     def ask_for_problem(self) -> str:
         """What is wrong, after an error of the communication; "" if all ranks are there."""
@@ -100,19 +102,19 @@ class _Watch(threading.Thread):
     def run(self) -> None:
         seen, since, beat = "", time.monotonic(), 0
         while not self._ended.wait(BEAT):
-            beat += 1
+            beat, known = beat + 1, ""
             try:
                 self._sign(beat)
                 sign = self._read(f"{self._next}")
                 known = self._read("problem")
-            except RuntimeError:
-                # the store is in the launcher, or in the first rank
-                known = f"{self._what}: the process at which the ranks meet (rank 0 or its launcher) is gone."
-            else:
                 seen, since = (sign, time.monotonic()) if sign != seen else (seen, since)
                 if not known and (missing := self._missing(sign, time.monotonic() - since)):
                     known = f"{self._what}: rank {self._next} {missing}"
                     self._store.set(f"{self._prefix}/problem", known)
+            except RuntimeError:
+                # the store is in the launcher, or in the first rank
+                gone = f"{self._what}: the process at which the ranks meet (rank 0 or its launcher) is gone."
+                known = known or gone
             if known:
                 self._stop_all(known)
                 return

@@ -5,6 +5,7 @@ values moved. DeepSpeed's optimizer holds copies of them and brings those back a
 running, and its `on_optimizer_step` comes after.
 """
 
+import functools
 import weakref
 from importlib.metadata import version
 from typing import Any, Protocol
@@ -12,7 +13,6 @@ from typing import Any, Protocol
 import torch
 from packaging.version import Version
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from kappatune_plugin import distributed
@@ -26,7 +26,7 @@ class WritesThrough(Protocol):
 
     def stepped(self) -> None: ...
 
-    def keep_float32(self) -> None: ...
+    def check_checkpoint(self, folder: str) -> None: ...
 
 
 _followed: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -40,6 +40,7 @@ def follow(tuner: WritesThrough) -> None:
     if _hook is None:
         _hook = register_optimizer_step_post_hook(_after_step)
         _add_trainer_callback()
+        _check_before_loading()
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -81,18 +82,6 @@ def _check_checkpointing(model: nn.Module, args: Any) -> None:
         raise KappaTuneError(problem)
 
 
-def _match_groups(scheduler: Any) -> None:
-    """Let a learning rate scheduler forget the groups that DeepSpeed has taken out of its optimizer.
-
-    transformers 4 makes the scheduler before DeepSpeed drops groups without parameters, here that of norms and biases,
-    and newer torch doesn't step with more rates than groups (LoRA fails so too). All groups have one rate.
-    """
-    groups = len(scheduler.optimizer.param_groups)
-    if len(set(scheduler.base_lrs)) == 1:
-        scheduler.base_lrs = scheduler.base_lrs[:groups]
-        scheduler.lr_lambdas = scheduler.lr_lambdas[:groups]
-
-
 def _add_trainer_callback() -> None:
     """Give every Trainer made from now on the callback, through transformers' list of default callbacks."""
     try:
@@ -104,11 +93,6 @@ def _add_trainer_callback() -> None:
     class KappaTuneWriteThrough(TrainerCallback):
         """Writes trained values into the base model after each step, and those of a checkpoint before the first."""
 
-        def on_init_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
-            tuner = getattr(model, "base_model", None)
-            if tuner in _followed:
-                tuner.keep_float32()
-
         def on_optimizer_step(
             self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any
         ) -> None:
@@ -116,15 +100,32 @@ def _add_trainer_callback() -> None:
             if tuner in _followed:
                 tuner.write_through(everything=True)
 
-        def on_train_begin(
-            self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **others: Any
-        ) -> None:
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
             tuner = getattr(model, "base_model", None)
             if tuner in _followed:
                 _check_checkpointing(model, args)
-                if isinstance(others.get("lr_scheduler"), LambdaLR):
-                    _match_groups(others["lr_scheduler"])
                 # DeepSpeed loads a checkpoint into its own copies, past load_state_dict
                 tuner.write_through(everything=True)
 
     trainer.DEFAULT_CALLBACKS.append(KappaTuneWriteThrough)
+
+
+def _check_before_loading() -> None:
+    """Have every Trainer ask its tuner before it loads a checkpoint.
+
+    torch loads one into an FSDP2 model past `load_state_dict`, and where a key isn't there ends with a KeyError.
+    """
+    try:
+        from transformers import Trainer
+    except ImportError:
+        return
+    real = Trainer._load_from_checkpoint
+
+    @functools.wraps(real)
+    def load(self: Any, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        tuner = getattr(self.model, "base_model", None)
+        if tuner in _followed:
+            tuner.check_checkpoint(resume_from_checkpoint)
+        real(self, resume_from_checkpoint, *args, **kwargs)
+
+    Trainer._load_from_checkpoint = load

@@ -25,6 +25,7 @@ from trl import SFTConfig, SFTTrainer
 
 import kappatune_plugin
 from kappatune_plugin import KappaTuneConfig, KappaTuneError, distributed, measure, safetensors_source, sources, watch
+from kappatune_plugin.tuner import MASTER
 from tiny import tiny_tokenizer
 
 if importlib.util.find_spec("deepspeed"):
@@ -172,6 +173,50 @@ def scan_divided(mode: str, model: str, from_disk: bool) -> tuple[str, list[str]
         safetensors_source.same_on_disk = lambda model, source: None
     report = kappatune_plugin.scan(loaded, progress=False, cache=False)
     return json.dumps(asdict(report)), measured, bool(gathered)
+
+
+def merge_not_finite(mode: str, model: str, output: str, config: dict[str, Any]) -> str:
+    """The error of merging where the last rank's part of the values has a NaN."""
+    one = make_trainer(mode, model, output, config, max_steps=1)
+    one.train()
+    tuned = one.accelerator.unwrap_model(one.model)
+    masters = [value for name, value in tuned.named_parameters() if MASTER in name]
+    assert all(distributed.is_partitioned(value) for value in masters)
+    held = masters[0].ds_tensor if mode == "zero3" else masters[0].to_local()
+    if distributed.rank() == distributed.world() - 1:
+        held.data[0] = float("nan")
+    error = error_of(lambda: tuned.merge_and_unload(safe_merge=True))[0]
+    held.data.nan_to_num_()
+    assert list(tuned.merge_and_unload(safe_merge=True).parameters())
+    return error
+
+
+def plain_deepspeed(stage: int, model: str) -> tuple[str, list[float]]:
+    """A loop without a Trainer: the error of one that doesn't write through, and the losses of one that does."""
+    dist.init_process_group("gloo")
+    deepspeed.init_distributed("gloo")
+    settings = {**zero3_without_trainer(), "zero_optimization": zero(stage)["zero_optimization"]}
+    kept = HfDeepSpeedConfig(settings)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tuned = get_peft_model(loaded, KappaTuneConfig(k=7))
+    trained = [value for value in tuned.parameters() if value.requires_grad]
+    options = {"config": kept.config, "optimizer": torch.optim.AdamW(trained, lr=1e-2)}
+    engine, *_ = deepspeed.initialize(model=tuned, model_parameters=trained, **options)
+    batch = torch.arange(3, 35).reshape(2, 16)
+
+    def step() -> float:
+        loss = engine(input_ids=batch, labels=batch).loss
+        engine.backward(loss)
+        engine.step()
+        return loss.item()
+
+    step()
+    error, _ = error_of(step)
+    losses = []
+    for _ in range(4):
+        tuned.base_model.write_through()
+        losses.append(step())
+    return error, losses
 
 
 def train_lost(mode: str, model: str) -> str:

@@ -126,6 +126,12 @@ def test_a_scan_that_cannot_be_written_does_not_start(saved_olmoe, tmp_path, mon
     assert code == 2 and words in errors
 
 
+def test_a_plot_of_an_unknown_format_is_refused_before_the_scan(saved_olmoe, tmp_path, monkeypatch):
+    monkeypatch.setattr("kappatune_plugin.scan", lambda *_, **__: pytest.fail("it scanned"))
+    code, _, errors = kappatune("scan", saved_olmoe, "--plot", tmp_path / "k.xyz", "--output", tmp_path / "r.json")
+    assert code == 2 and "k.xyz: its ending is none of" in errors and ".png" in errors
+
+
 def test_merged_is_a_plain_checkpoint_with_the_trained_values(run, saved_olmoe, tmp_path):
     code, out, _ = kappatune("merge", run, "--output_dir", tmp_path / "merged")
     assert code == 0 and str(tmp_path / "merged") in out

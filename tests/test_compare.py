@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from kappatune_plugin import KappaTuneError, scan
 from kappatune_plugin.gain import GAIN
-from kappatune_plugin.probes import kl_to_base
+from kappatune_plugin.probes import base_in_place, kl_to_base
 from kappatune_plugin.recipe import load_recipe
 from kappatune_plugin.study import bench as bench_module
 from kappatune_plugin.study import compare as compare_module
@@ -121,6 +122,33 @@ def test_each_method_has_its_best_learning_rate(whole):
     assert sum(lowest.values()) == 7 and lora is full is None
 
 
+def test_a_grid_is_widened_until_the_best_rate_is_inside(bench, tmp_path, monkeypatch):
+    """Validation loss as a function of the rate is made up: best near 3e-2."""
+
+    def made_up(bench, method, rate, *args):
+        return {**real, "validation_loss": abs(math.log(rate / 3e-2))}
+
+    real = train_run(bench, METHODS[0], 1e-3, 0, every=6)
+    monkeypatch.setattr(compare_module, "train_run", made_up)
+    for widen, expected, chosen in ((0, [1e-3, 3e-3], 3e-3), (1, [1e-3, 3e-3, 9e-3], 9e-3)):
+        (found,) = compare(bench, METHODS[:1], replace(SETTINGS, learning_rates=(1e-3, 3e-3), widen=widen), tmp_path)[
+            "methods"
+        ]
+        assert [float(rate) for rate in found["grid"]] == expected and found["learning_rate"] == chosen
+        assert found["at_edge_of_grid"]
+    wide = replace(SETTINGS, learning_rates=(1e-3, 3e-3), widen=9)
+    (found,) = compare(bench, METHODS[:1], wide, tmp_path)["methods"]
+    assert [float(rate) for rate in found["grid"]] == [1e-3, 3e-3, 9e-3, 2.7e-2, 8.1e-2]
+    assert found["learning_rate"] == 2.7e-2 and not found["at_edge_of_grid"]
+
+
+def test_the_rate_beyond_the_best_one():
+    assert compare_module.rate_beyond({1e-3: 0.5, 1e-2: 0.4}) == 0.1
+    assert compare_module.rate_beyond({1e-3: 0.4, 1e-2: 0.4, 1e-1: None}) == 1e-4
+    assert compare_module.rate_beyond({1e-3: 0.5, 1e-2: 0.4, 1e-1: 0.6}) is None
+    assert compare_module.rate_beyond({1e-3: None, 1e-2: None}) == 1e-4
+
+
 def test_what_was_forgotten_is_measured_against_the_base(bench):
     """`full` borrows the base's values for it, and gives them back."""
     before = {name: value.clone() for name, value in bench.base.state_dict().items()}
@@ -130,7 +158,7 @@ def test_what_was_forgotten_is_measured_against_the_base(bench):
             value.mul_(1.1)
     pieces = bench.probe.controls["control"]
     borrowed = copy.deepcopy(model)
-    borrowed.disable_adapter = lambda: training._base_in_place(borrowed, bench.base)
+    borrowed.disable_adapter = lambda: base_in_place(borrowed, bench.base)
     total, tokens = 0.0, 0
     for piece in pieces:
         ids = torch.tensor([piece])
@@ -259,6 +287,10 @@ def test_sweep_as_typed(recipe, tmp_path):
         (["--learning_rates", "1e-3,fast"], ["learning_rates", "fast"]),
         (["--learning_rates", "0"], ["learning_rates", "above 0"]),
         (["--every", "0", "--smooth", "0"], ["every", "smooth"]),
+        (["--smooth", "7"], ["mean over 7 steps", "a run has 6", "--smooth 6"]),
+        (["--target_loss", "-1"], ["target_loss: -1 is no loss"]),
+        (["--widen", "1", "--learning_rates", "1e-3"], ["widen", "2 learning_rates"]),
+        (["--methods", "lora:r=x"], ["'lora:r=x': r is 'x', and takes a whole number."]),
         (["--validation", "1.5"], ["validation", "1.5"]),
         (["--validation", "0.99"], ["too few"]),
         (["--kappatune.k", "1000"], ["1000", "58"]),
@@ -268,7 +300,8 @@ def test_sweep_as_typed(recipe, tmp_path):
 )
 def test_mistakes(recipe, tmp_path, words, expected):
     output = [] if "--output_dir" in words else ["--output_dir", str(tmp_path)]
-    code, _, errors = kappatune("compare", "--config", recipe, *output, *words)
+    smooth = [] if "--smooth" in words else ["--smooth", "2"]
+    code, _, errors = kappatune("compare", "--config", recipe, *output, *smooth, *words)
     assert code == 2
     for word in expected:
         assert word in errors, errors
@@ -321,3 +354,18 @@ def test_a_report_of_the_lowest_is_replaced_by_what_the_methods_rank_by(saved_ol
 def test_a_method_that_pefts_refuses_is_named(bench):
     with pytest.raises(KappaTuneError, match="prefix_tuning: PEFT"):
         train_run(bench, parse_methods("prefix_tuning")[0], 1e-3, 0, every=6)
+    # this one shows when its parameters are counted
+    with pytest.raises(KappaTuneError, match="lora:lora_dropout=2: PEFT"):
+        train_run(bench, parse_methods("lora:lora_dropout=2")[0], 1e-3, 0, every=6)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_only_what_peft_raises_is_put_down_to_it(bench, monkeypatch, method):
+    """Such as a GPU whose driver fails."""
+
+    def fails(*_, **__):
+        raise RuntimeError("the driver failed")
+
+    monkeypatch.setattr("trl.SFTTrainer.__init__", fails)
+    with pytest.raises(RuntimeError, match="the driver failed"):
+        train_run(bench, parse_methods(method)[0], 1e-3, 0, every=6)

@@ -1,6 +1,7 @@
 """A rank that is killed: the others stop with its name, and what was saved is there."""
 
 import importlib.util
+import time
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from rank_jobs import save_until_killed, scan_until_killed, scan_with_an_error, 
 from ranks import run_ranks
 from transformers import AutoModelForCausalLM
 
-from kappatune_plugin import scan, select
+from kappatune_plugin import KappaTuneError, distributed, scan, select, watch
 from kappatune_plugin.checkpoint import checkpoint_problems
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed isn't installed")
@@ -24,6 +25,51 @@ def test_killed_in_a_scan(mode, saved_olmoe):
 def test_an_error_in_a_scan_is_told_to_the_others(saved_olmoe):
     theirs, own = run_ranks(scan_with_an_error, mode="ddp", model=str(saved_olmoe))
     assert own == "'no row'" and theirs == "the scan: rank 1 stopped (KeyError: 'no row')."
+
+
+class Store(dict):
+    """What ranks meet at, until the process that holds it ends."""
+
+    gone = False
+
+    def set(self, key: str, value: str) -> None:
+        if self.gone:
+            raise RuntimeError("Connection reset by peer")
+        self[key] = value.encode()
+
+    def check(self, keys: list[str]) -> bool:
+        return keys[0] in self
+
+
+@pytest.fixture
+def store(monkeypatch) -> Store:
+    store = Store()
+    monkeypatch.setattr(watch, "_own_connection", lambda: store)
+    monkeypatch.setattr(watch, "BEAT", 0.05)
+    monkeypatch.setattr(watch, "SILENT", 0.2)
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    return store
+
+
+def test_a_rank_that_is_done_doesnt_need_the_others(store):
+    with watch.together("the scan", stop_stuck=False):
+        store.gone = True
+
+
+def test_who_is_missing_is_said_where_the_others_cant_be_told(store, monkeypatch):
+    """The store goes away between the look at it and the word about what is missing there."""
+
+    def set_or_fail(key: str, value: str) -> None:
+        if key.endswith("problem"):
+            raise RuntimeError("Connection reset by peer")
+        Store.set(store, key, value)
+
+    store.set = set_or_fail
+    with pytest.raises(KappaTuneError, match="the scan: rank 1 has given no sign of life for 0 seconds"):
+        with watch.together("the scan", stop_stuck=False):
+            store[f"kappatune/{watch._times}/1"] = b"0 here"
+            time.sleep(1)
+            raise RuntimeError("gloo")
 
 
 @pytest.mark.distributed

@@ -66,4 +66,6 @@ def test_what_cannot_be_drawn(tmp_path):
         plot_report(report(row("a.weight", status="zero")), tmp_path / "kappa.png")
     with pytest.raises(KappaTuneError, match="kappa.txt"):
         plot_report(report(row("a.weight")), tmp_path / "kappa.txt")
+    with pytest.raises(KappaTuneError, match="kappa: its ending is none of .*.png"):
+        plot_report(report(row("a.weight")), tmp_path / "kappa")
     assert not list(tmp_path.iterdir())

@@ -53,7 +53,7 @@ def test_a_published_comparison_names_no_folder_of_this_machine(tmp_path):
         "recipe": f"{REPOSITORY}/recipes/q",
     }
     (output / "compare.json").write_text(json.dumps(content))
-    study.publish(output / "compare.json", tmp_path / "published" / "q.json", data, output)
+    study.publish(output / "compare.json", tmp_path / "published" / "q.json", {data: "data", output: "study"})
     found = json.loads((tmp_path / "published" / "q.json").read_text())
     assert found == {"model": "data/models/m", "train": "study/dense/data/train.jsonl", "recipe": "./recipes/q"}
 

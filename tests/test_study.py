@@ -312,6 +312,8 @@ def test_numbers_as_shown():
     assert shown({"mean": 0.0534, "half": 0.0121}, "{:+.3f}") == "+0.053 ± .012"
     assert shown({"mean": 0.97, "half": 0.012}, "{:.1%}") == "97.0% ± 1.2"
     assert shown({"mean": 2.0, "half": 1.25}, "{:.2f}") == "2.00 ± 1.25"
+    assert shown({"mean": -0.0004, "half": 0.0001}, "{:+.3f}") == "+0.000 ± .000"
+    assert shown({"mean": -0.0006, "half": None}, "{:+.3f}") == "-0.001"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,10 @@ from recipes import write_rows
 from tiny import tiny_model, tiny_tokenizer
 
 REPOSITORY = Path(__file__).parents[1]
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+
+import study_gpu  # noqa: E402
+
 DATA = Path(os.environ.get("KAPPATUNE_DATA", REPOSITORY.parent / "shared" / "data"))
 TWEETS = [{"text": f"what a {word} day {i}", "label": i % 2} for i in range(8) for word in ("lovely", "rainy")]
 PAIRS = [{"sentence1": "the cat sat", "sentence2": "yes", "label": i % 2} for i in range(16)]
@@ -122,3 +127,24 @@ def test_the_metamathqa_recipe_on_gsm8k(saved_llama, tmp_path):
     for ids, labels, row in zip(first["input_ids"], first["labels"], fitting, strict=False):
         text = f"Question: {row['query']} Think step by step.\nAnswer:{row['response']}<eos>"
         assert tokenizer.decode(ids[labels != -100]) == text
+
+
+@pytest.mark.parametrize("task", study_gpu.TASKS)
+def test_the_study_for_a_gpu(saved_olmoe, tmp_path, task):
+    """As it stands but for the model, the rows and their number; bfloat16 as there."""
+    given = {
+        **files(tmp_path, TWEETS if task == "irony" else SENTENCES),
+        "forgetting.control": json.dumps({"path": str(write_rows(tmp_path / "wiki.jsonl", WIKI))}),
+        "kappatune.k": 6,
+        "max_steps": 2,
+        "use_cpu": "true",
+        "bf16": "false",
+    }
+    words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+    words += ["--model", str(saved_olmoe), "--tasks", task, "--methods", "lowest,lora", "--seeds", "1", "--widen", "1"]
+    words += ["--every", "1", "--smooth", "1", "--output", str(tmp_path / "out"), "--results", str(tmp_path)]
+    study_gpu.main(words)
+    text = (tmp_path / f"olmoe-{task}.json").read_text(encoding="utf-8")
+    content = json.loads(text)
+    assert content["recipe"]["dtype"] == "bfloat16" and content["recipe"]["model_name_or_path"] == "model"
+    assert [len(method["grid"]) for method in content["methods"]] == [3, 3] and str(saved_olmoe) not in text

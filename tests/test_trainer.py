@@ -202,3 +202,15 @@ def test_killed_while_saving_leaves_the_checkpoint_before_it(saved_olmoe, tmp_pa
     whole.train()
     assert losses(resumed)[-4:] == losses(whole)[-4:]
     shutil.rmtree(tmp_path / "run")
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+def test_the_output_head_is_trained(task_type, saved_olmoe, tmp_path):
+    """TRL reads its weight from outside, and PEFT calls the base model past the tuner where it knows no task."""
+    config = KappaTuneConfig(k=1, include=["head"], exclude=(), task_type=task_type)
+    one = trainer(saved_olmoe, tmp_path, config)
+    before = values(one.model.get_base_model())
+    one.train()
+    after = values(one.model.get_base_model())
+    assert [name for name in before if not torch.equal(before[name], after[name])] == ["lm_head.weight"]
+    assert losses(one)[-1] < losses(one)[0] - 0.1

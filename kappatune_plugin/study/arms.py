@@ -1,8 +1,10 @@
 """From a method's name to what PEFT is asked for, with as many trainable parameters as the others where it can."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -136,7 +138,8 @@ def _peft_config(method: Method, pool: Pool, base: nn.Module) -> "PeftConfig":
     if not (settings.get("target_modules", True) or settings.get("target_parameters")):
         raise KappaTuneError(f"{method.name}: PEFT's {method.base} adapts linear layers, and none is left here.")
     if "r" in fields and "r" not in settings:
-        settings["r"] = max(1, round(pool.values / _trainable(base, _built(method, known, {**settings, "r": 1}))))
+        of_rank_1 = _trainable(method.name, base, _built(method, known, {**settings, "r": 1}))
+        settings["r"] = max(1, round(pool.values / of_rank_1))
         if "lora_alpha" in fields:
             # the scale of PEFT's updates is lora_alpha / r: the same at every rank
             settings.setdefault("lora_alpha", 2 * settings["r"])
@@ -158,11 +161,24 @@ def _built(method: Method, known: type, settings: dict[str, Any]) -> "PeftConfig
         raise KappaTuneError(f"{method.name}: PEFT refuses its settings: {error}") from error
 
 
-def _trainable(base: nn.Module, config: "PeftConfig") -> int:
+@contextmanager
+def peft_refusals(name: str) -> Iterator[None]:
+    """What PEFT raises for a model or settings that a method doesn't fit, of any kind, names the method `name`."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError, ImportError) as error:
+        frames = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
+        ours = isinstance(error, KappaTuneError | torch.cuda.OutOfMemoryError)
+        if ours or not any(module.partition(".")[0] == "peft" for module in frames):
+            raise
+        raise KappaTuneError(f"{name}: PEFT can't apply it to this model: {error}") from error
+
+
+def _trainable(name: str, base: nn.Module, config: "PeftConfig") -> int:
     """How many parameters `config` would train, on a copy of `base` without values."""
     from peft import get_peft_model
 
-    with torch.device("meta"):
+    with torch.device("meta"), peft_refusals(name):
         model = get_peft_model(type(base)(base.config), config)
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 

@@ -1,7 +1,8 @@
 """A comparison: every method at its best learning rate, on the same data order, at the same training loss."""
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +37,7 @@ class Settings:
         smooth: steps that the smoothed training loss is the mean of.
         target_loss: smoothed training loss to compare at; None for the highest of the runs' lowest, which all reach.
         stop_at_target: end every run there: nothing is compared after equal steps then.
+        widen: how many rates to add at most, one at a time, for a method whose best is at an edge of its grid.
 
     Raises:
         KappaTuneError: numbers that can't be right.
@@ -47,6 +49,7 @@ class Settings:
     smooth: int
     target_loss: float | None = None
     stop_at_target: bool = False
+    widen: int = 0
 
     def __post_init__(self) -> None:
         problems = []
@@ -57,8 +60,12 @@ class Settings:
         for key in ("every", "smooth"):
             if getattr(self, key) < 1:
                 problems.append(f"{key}: {getattr(self, key)} is not a number of steps from 1 on.")
+        if self.target_loss is not None and not self.target_loss > 0:
+            problems.append(f"target_loss: {self.target_loss:g} is no loss above 0 that a run could reach.")
         if self.stop_at_target and self.target_loss is None:
             problems.append("stop_at_target: the target has to be known beforehand: give target_loss.")
+        if self.widen < 0 or (self.widen and len(set(self.learning_rates)) < 2):
+            problems.append("widen: how many rates to add, from 0 on, to a grid of 2 learning_rates at least.")
         if problems:
             raise KappaTuneError("\n  - ".join(["compare:", *problems]))
 
@@ -136,9 +143,13 @@ class _Runner:
         """`method` at the learning rate of lowest validation loss with the first seed, and there with all seeds."""
         seeds, rates = self.settings.seeds, sorted(self.settings.learning_rates)
         grid = {rate: self._run(method, rate, seeds[0]) for rate in rates}
-        losses = {rate: run["validation_loss"] for rate, run in grid.items()}
-        finite = [rate for rate in rates if losses[rate] is not None]
-        chosen = min(finite, key=lambda rate: losses[rate]) if finite else rates[0]
+        for _ in range(self.settings.widen):
+            beyond = rate_beyond({rate: run["validation_loss"] for rate, run in grid.items()})
+            if beyond is None:
+                break
+            self.bar.total += 1
+            grid[beyond] = self._run(method, beyond, seeds[0])
+        chosen = best_rate({rate: run["validation_loss"] for rate, run in grid.items()})
         runs = [grid[chosen], *(self._run(method, chosen, seed) for seed in seeds[1:])]
         return Tried(method, chosen, runs, grid, [None] * len(seeds))
 
@@ -185,6 +196,18 @@ class _Runner:
         )
         self.bar.update()
         return run
+
+
+def best_rate(losses: Mapping[float, float | None]) -> float:
+    """The rate of lowest loss, the lower of two equally good; the lowest rate if every loss is None (diverged)."""
+    return min(sorted(losses), key=lambda rate: math.inf if losses[rate] is None else losses[rate])
+
+
+def rate_beyond(losses: Mapping[float, float | None]) -> float | None:
+    """The rate as far beyond the best one as its neighbour is on the other side; None if that is not at an edge."""
+    rates, best = sorted(losses), best_rate(losses)
+    neighbours = {rates[0]: rates[1], rates[-1]: rates[-2]}
+    return float(f"{best * best / neighbours[best]:.2g}") if best in neighbours else None
 
 
 def _common_target(tried: Iterable[Tried], window: int) -> float | None:

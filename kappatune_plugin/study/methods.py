@@ -3,7 +3,8 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -20,6 +21,8 @@ PARTS = ("mlp", "attention")
 PER_TYPE = "per_type"
 # what `NAME:key=value` may set for a KappaTune method; the rest is the recipe's, or matched
 KAPPATUNE_SETTINGS = ("k", "rank_by", "include", "exclude")
+
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list"}
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,8 @@ def _parse(word: str) -> Method:
             raise KappaTuneError(f"{word}: {' '.join(problems)}")
         return Method(word, "kappatune", base, part, _checked(word, settings, KAPPATUNE_SETTINGS))
     if base in known and part != PER_TYPE:
-        fields = known[base].__dataclass_fields__
-        return Method(word, "peft", base, part, _checked(word, settings, fields))
+        checked = _checked(word, settings, known[base].__dataclass_fields__)
+        return Method(word, "peft", base, part, _typed(word, checked, known[base]))
     names = [*ORDERS, *ALIASES, *(f"{order}_{part}" for order in ORDERS for part in (*PARTS, PER_TYPE)), "full"]
     names += [f"{each}{ending}" for each in known for ending in ("", *(f"_{part}" for part in PARTS))]
     there_are = (
@@ -131,6 +134,37 @@ def _checked(word: str, settings: dict[str, Any], known: Iterable[str]) -> dict[
             takes = f" It takes {', '.join(known)}." if known else " It takes none."
             raise KappaTuneError(f"'{word}' has no setting '{key}'.{did_you_mean(key, known) or takes}")
     return settings
+
+
+def _typed(word: str, settings: dict[str, Any], config: type) -> dict[str, Any]:
+    """`settings` whose values are of the types that the dataclass `config` names."""
+    hints = get_type_hints(config)
+    problems = []
+    for key, value in settings.items():
+        union = isinstance(hints[key], UnionType) or get_origin(hints[key]) is Union
+        arms = get_args(hints[key]) if union else (hints[key],)
+        if not any(_is_a(value, arm) for arm in arms):
+            takes = " or ".join(dict.fromkeys(_type_name(arm) for arm in arms if arm is not NoneType))
+            problems.append(f"{key} is {value!r}, and takes {takes}.")
+    if problems:
+        raise KappaTuneError(f"'{word}': {' '.join(problems)}")
+    return settings
+
+
+def _is_a(value: Any, arm: Any) -> bool:
+    if get_origin(arm) is Literal:
+        return value in get_args(arm)
+    kind = get_origin(arm) or arm
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _type_name(arm: Any) -> str:
+    if get_origin(arm) is Literal:
+        return " or ".join(repr(value) for value in get_args(arm))
+    kind = get_origin(arm) or arm
+    return TYPE_NAMES.get(kind, kind.__name__)
 
 
 def _without_part(name: str) -> tuple[str, str | None]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kappatune_plugin.console import number
 from kappatune_plugin.study.plots import task_measure
 
 # what counts as equal where one seed gives no interval: a point of accuracy, a hundredth of a nat
@@ -53,7 +54,7 @@ def _words(
         text += ". It is the largest that was tried, and a larger one may learn more"
     rise, other = chosen["final"].get("control_loss_change"), best["final"].get("control_loss_change")
     if rise:
-        text += f". Control loss {rise['mean']:+.3f} nats a token"
+        text += f". Control loss {number('{:+.3f}', rise['mean'])} nats a token"
         if chosen is not best and other:
-            text += f", against {other['mean']:+.3f}"
+            text += f", against {number('{:+.3f}', other['mean'])}"
     return text + "."

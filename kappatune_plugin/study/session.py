@@ -31,7 +31,7 @@ class Asked:
         config, overrides: the recipe.
         seeds: how many, from the recipe's on.
         learning_rates: the grid as written; None for the command's default.
-        every, smooth, target_loss, stop_at_target: as in `Settings`; `every` None for a tenth of the run.
+        every, smooth, target_loss, stop_at_target, widen: as in `Settings`; `every` None for a tenth of the run.
         validation: share of the training rows to hold out.
         output_dir: None for the recipe's with the command's name behind.
     """
@@ -46,6 +46,7 @@ class Asked:
     validation: float = 0.1
     output_dir: Path | None = None
     stop_at_target: bool = False
+    widen: int = 0
 
 
 def compare_session(asked: Asked, methods: str) -> dict[str, Any]:
@@ -105,13 +106,23 @@ def _prepare(asked: Asked, grid: Sequence[float], what: str, ranks: Sequence[str
     seeds = tuple(range(args.seed, args.seed + asked.seeds))
     every = 1 if asked.every is None else asked.every
     # before the model: what is wrong with them shows at once
-    settings = Settings(seeds, rates, every, asked.smooth, asked.target_loss, asked.stop_at_target)
+    settings = Settings(seeds, rates, every, asked.smooth, asked.target_loss, asked.stop_at_target, asked.widen)
+    if args.max_steps > 0:
+        _check_smooth(settings.smooth, args.max_steps)
     folder = asked.output_dir or Path(f"{args.output_dir}-{what}")
     check_writable(folder)
     bench = Bench.load(asked.config, asked.overrides, asked.validation, ranks)
+    _check_smooth(settings.smooth, bench.steps)
     if asked.every is None:
         settings = replace(settings, every=max(1, bench.steps // MEASUREMENTS))
     return bench, settings, folder
+
+
+def _check_smooth(smooth: int, steps: int) -> None:
+    if smooth > steps:
+        raise KappaTuneError(
+            f"smooth: a mean over {smooth} steps, and a run has {steps}: write --smooth {steps} or less."
+        )
 
 
 def _rates(text: str | None, recipes: float, grid: Sequence[float]) -> tuple[float, ...]:

@@ -19,12 +19,12 @@ def summarize(tried: "Tried", before: Mapping[str, float], settings: "Settings")
     A measure over seeds is {"mean", "half" (of the 95% interval; null for one value), "values" (one a seed; null where
     the run has none)}.
     """
-    rates = sorted(settings.learning_rates)
+    rates = sorted(tried.grid)
     return {
         "name": tried.method.name,
         "learning_rate": tried.learning_rate,
         "at_edge_of_grid": len(rates) > 1 and tried.learning_rate in (rates[0], rates[-1]),
-        "grid": {f"{rate:g}": _try(run, before, settings) for rate, run in tried.grid.items()},
+        "grid": {f"{rate:g}": _try(tried.grid[rate], before, settings) for rate in rates},
         "trainable": over_seeds([run["trainable"] for run in tried.runs]),
         "seconds": over_seeds([run["seconds"] for run in tried.runs]),
         "training_mib": over_seeds([run["training_bytes"] / MIB for run in tried.runs]),
@@ -75,12 +75,17 @@ def _at(points: Sequence[Mapping[str, Any] | None], before: Mapping[str, float])
 
 
 def _try(run: Mapping[str, Any], before: Mapping[str, float], settings: "Settings") -> dict[str, Any]:
-    """One learning rate with the first seed; "at_target" only for a target that was given beforehand."""
+    """One learning rate with the first seed; "at_target" only for a target that was given beforehand, "final" where
+    runs don't end there."""
     point, target = run["at_target"], settings.target_loss
     # a run that is there from before may have been made for another target
     step = None if target is None else first_crossing(smoothed(run["losses"], settings.smooth), target)
     measured = point is not None and point["step"] == step
-    return {"validation_loss": run["validation_loss"], "at_target": changes(point, before) if measured else None}
+    return {
+        "validation_loss": run["validation_loss"],
+        "at_target": changes(point, before) if measured else None,
+        "final": None if settings.stop_at_target else changes(run["points"][-1], before),
+    }
 
 
 def _lowest(run: Mapping[str, Any], window: int) -> float | None:

@@ -7,6 +7,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from kappatune_plugin.console import number
 from kappatune_plugin.report_table import short_number
 
 # key of a measure -> heading, how to show it
@@ -15,7 +16,7 @@ MEASURES = {
     "task_answer_accuracy": ("written\nanswers", "{:.1%}"),
     "task_loss": ("task\nloss", "{:.3f}"),
     "control_loss_change": ("control\nloss", "{:+.3f}"),
-    "control_ppl_change": ("control\npplx", "{:+.2f}"),
+    "control_ppl_change": ("control\nperplexity", "{:+.2f}"),
     "control_kl": ("KL on\ncontrol", "{:.3f}"),
     "task_text_kl": ("KL on\ntask text", "{:.2f}"),
     "recall": ("recall", "{:.1%}"),
@@ -41,7 +42,7 @@ def shown(measure: Mapping[str, Any] | None, form: str, gap: str = " ") -> str:
     """ "97.0% ± 1.2", "0.053 ± .012" or "-", with `gap` before the sign."""
     if measure is None:
         return "-"
-    text = form.format(measure["mean"])
+    text = number(form, measure["mean"])
     if measure["half"] is None:
         return text
     share = form.endswith("%}")
@@ -92,7 +93,7 @@ def _costs(content: Mapping[str, Any]) -> Table:
 def _notes(content: Mapping[str, Any]) -> list[Text]:
     notes = []
     if any(method["at_edge_of_grid"] for method in content["methods"]):
-        notes.append("* at an edge of the grid: a wider one (--learning_rates) may find a better rate.")
+        notes.append("* at an edge of the grid: a wider one (--learning_rates, --widen 2) may find a better rate.")
     missed = [method["name"] for method in content["methods"] if _missed(method)]
     if missed:
         notes.append(

@@ -5,7 +5,7 @@ import gc
 import hashlib
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,9 +16,9 @@ from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.forgetting import finite_or_none
-from kappatune_plugin.study.arms import arm_config
+from kappatune_plugin.probes import base_in_place
+from kappatune_plugin.study.arms import arm_config, peft_refusals
 from kappatune_plugin.study.methods import Method
 from kappatune_plugin.study.statistics import first_crossing, smoothed
 
@@ -95,8 +95,8 @@ def _trainer(bench: "Bench", method: Method, learning_rate: float, seed: int, fo
     if config is None:
         model.requires_grad_(True)
         # what is measured against the base asks the model for it, as PEFT's models offer it
-        model.disable_adapter = partial(_base_in_place, model, bench.base)
-    try:
+        model.disable_adapter = partial(base_in_place, model, bench.base)
+    with peft_refusals(method.name) if method.kind == "peft" else nullcontext():
         trainer = SFTTrainer(
             model=model,
             args=args,
@@ -105,9 +105,6 @@ def _trainer(bench: "Bench", method: Method, learning_rate: float, seed: int, fo
             processing_class=bench.tokenizer,
             peft_config=config,
         )
-    except (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError, ImportError) as error:
-        # PEFT's methods raise any of these for a model that they don't fit
-        raise KappaTuneError(f"{method.name}: PEFT can't apply it to this model: {error}") from error
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -121,22 +118,6 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-
-
-@contextmanager
-def _base_in_place(model: nn.Module, base: nn.Module) -> Iterator[None]:
-    """`model` with the base's values while the context lasts; nothing is copied."""
-
-    def swap() -> None:
-        for trained, original in zip(model.parameters(), base.parameters(), strict=True):
-            trained.data, original.data = original.data, trained.data
-
-    base.to(next(model.parameters()).device)
-    swap()
-    try:
-        yield
-    finally:
-        swap()
 
 
 class _Course(TrainerCallback):
