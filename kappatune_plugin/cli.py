@@ -25,20 +25,22 @@ def sft(
     """Fine-tune as a recipe says.
 
     --key value sets any key of it: --learning_rate 1e-4, --kappatune.k 10%, --data.train.split 'train[:20]'.
-    --accelerate_config zero3 (or a path) and the flags of `accelerate launch` run it in several processes, as in TRL.
+    Where there are several GPUs, or `accelerate config` was run, it runs in several processes, as `trl sft` does.
+    --accelerate_config zero3 (or a path) and the flags of `accelerate launch`, such as --num_processes, say how.
     """
-    from kappatune_plugin.launch import is_launched, launch, split_words
+    from kappatune_plugin.launch import is_launched, launch, split_words, starts_several
     from kappatune_plugin.recipe import load_recipe
     from kappatune_plugin.recipe_yaml import read_yaml
-    from kappatune_plugin.run import run_sft
+    from kappatune_plugin.run import needs_one_process, run_sft
 
     launch_words, words = split_words(context.args, read_yaml(config)[0])
-    if launch_words and not is_launched():
-        # a mistake in the recipe is one message, not one from each process
-        load_recipe(config, words)
+    # a mistake in the recipe is one message, not one from each process
+    recipe = load_recipe(config, words, launches=not is_launched())
+    alone = recipe.training_args.use_cpu or needs_one_process(recipe)
+    if not is_launched() and (launch_words or (starts_several() and not alone)):
         launch(launch_words, ["sft", "--config", str(config), *words])
     else:
-        run_sft(load_recipe(config, words))
+        run_sft(recipe)
 
 
 @app.command()

@@ -77,7 +77,7 @@ def gather_while_running(module: nn.Module, parameter: Tensor) -> None:
 
 def shards_with_fsdp() -> bool:
     """Whether accelerate shards the model with FSDP when training starts."""
-    return world() > 1 and _switched_on("ACCELERATE_USE_FSDP")
+    return world() > 1 and switched_on("ACCELERATE_USE_FSDP")
 
 
 def first_rank_loads() -> bool:
@@ -85,10 +85,11 @@ def first_rank_loads() -> bool:
 
     That is accelerate's `fsdp_cpu_ram_efficient_loading`.
     """
-    return shards_with_fsdp() and _switched_on("FSDP_CPU_RAM_EFFICIENT_LOADING")
+    return shards_with_fsdp() and switched_on("FSDP_CPU_RAM_EFFICIENT_LOADING")
 
 
-def _switched_on(variable: str) -> bool:
+def switched_on(variable: str) -> bool:
+    """Whether the environment's `variable` says yes, as accelerate spells it."""
     return os.environ.get(variable, "").lower() in ("1", "true", "yes")
 
 

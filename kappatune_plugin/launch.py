@@ -1,6 +1,8 @@
 """`kappatune sft` in several processes: what `trl sft` gives to `accelerate launch`, given to it as well."""
 
 import os
+import subprocess
+import warnings
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import resources
@@ -10,18 +12,62 @@ from typing import Any
 from kappatune_plugin.errors import KappaTuneError
 
 CONFIG = "accelerate_config"
+# set for the processes that `launch` starts: accelerate tells one that runs alone nothing
+LAUNCHED = "KAPPATUNE_LAUNCHED"
 
 
 def is_launched() -> bool:
     """Whether this process is one that accelerate, torchrun or deepspeed started."""
-    return "LOCAL_RANK" in os.environ
+    return "LOCAL_RANK" in os.environ or LAUNCHED in os.environ
+
+
+def starts_several() -> bool:
+    """Whether `trl sft` may start several processes here: there are several GPUs, or `accelerate config` was run."""
+    import torch
+    from accelerate.commands.config.config_args import default_config_file
+
+    return torch.accelerator.device_count() > 1 or Path(default_config_file).is_file()
+
+
+def devices_problem(training_args: Any) -> str | None:
+    """Why a Trainer with these arguments can't train here, where it sees several GPUs and is alone."""
+    if training_args.n_gpu <= 1:
+        return None
+    return (
+        f"This one process sees {training_args.n_gpu} GPUs, and torch.nn.DataParallel isn't supported. Start one for "
+        f"each (`kappatune sft --num_processes {training_args.n_gpu}`, `torchrun --nproc_per_node "
+        f"{training_args.n_gpu}`), or let it see one: CUDA_VISIBLE_DEVICES=0."
+    )
+
+
+def offload_problem(training_args: Any) -> str | None:
+    """Why FSDP2 can't offload to the CPU here: it pins what it offloads for copies to a GPU, and there is none."""
+    import torch
+
+    from kappatune_plugin.distributed import switched_on
+
+    offloads = training_args.fsdp and (training_args.fsdp_config or {}).get("cpu_offload")
+    offloads = offloads or (switched_on("ACCELERATE_USE_FSDP") and switched_on("FSDP_OFFLOAD_PARAMS"))
+    if not offloads or torch.accelerator.is_available():
+        return None
+    return "FSDP2 offloads to the CPU from a GPU, and this machine has none: delete cpu_offload (fsdp_offload_params)."
+
+
+def warn_of_unused(content: Mapping[str, Any]) -> None:
+    """Say which launch keys of a recipe are not used, where it isn't `kappatune sft` that starts the processes."""
+    keys = [str(key) for key in content if is_launch_key(str(key))]
+    if keys and LAUNCHED not in os.environ and os.environ.get("RANK", "0") == "0":
+        why = "a launcher has started the processes" if is_launched() else "only `kappatune sft` starts processes"
+        warnings.warn(f"{', '.join(keys)}: not used, {why}.", stacklevel=3)
 
 
 def is_launch_key(key: str) -> bool:
     """Whether `key` speaks to `accelerate launch` (num_processes, main_process_port, ...) and not to TRL."""
+    from kappatune_plugin.recipe_yaml import BLOCKS
     from kappatune_plugin.trl_keys import trl_keys
 
-    return key not in trl_keys() and (key == CONFIG or key in _launch_options())
+    # a recipe's `env` is a block, accelerate's an option
+    return key not in trl_keys() and key not in BLOCKS and (key == CONFIG or key in _launch_options())
 
 
 def split_words(words: Iterable[str], content: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -51,8 +97,11 @@ def launch(arguments: list[str], words: list[str]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     parsed = launch_command_parser().parse_args([*arguments, "--module", "kappatune_plugin", *words])
+    os.environ[LAUNCHED] = "1"
     try:
         launch_command(parsed)
+    except subprocess.CalledProcessError as error:
+        raise KappaTuneError(f"The process ended with exit code {error.returncode}. What it says is above.") from error
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         raise KappaTuneError(
@@ -92,7 +141,8 @@ def _launch_options() -> frozenset[str]:
     from accelerate.commands.launch import launch_command_parser
 
     actions = launch_command_parser()._actions
-    return frozenset(option[2:].replace("-", "_") for action in actions for option in action.option_strings)
+    options = [option for action in actions for option in action.option_strings if option.startswith("--")]
+    return frozenset(option[2:].replace("-", "_") for option in options)
 
 
 def _as_words(key: str, value: Any) -> list[str]:

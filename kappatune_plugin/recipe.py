@@ -10,6 +10,7 @@ from kappatune_plugin.auto_budget import AutoBudget
 from kappatune_plugin.config import KAPPATUNE_KEYS, KappaTuneConfig
 from kappatune_plugin.data import find_local, local_spec
 from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.launch import warn_of_unused
 from kappatune_plugin.recipe_blocks import (
     auto_block,
     data_problems,
@@ -60,10 +61,14 @@ class Recipe:
     gain: "GainConfig | None" = None
 
 
-def load_recipe(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(path: str | os.PathLike, overrides: Iterable[str] = (), launches: bool = False) -> Recipe:
     """Read the recipe at `path` with the command line's `overrides` (["--learning_rate", "1e-4", ...]) laid over it.
 
     Sets the environment variables of its `env:` mapping, as TRL does.
+
+    Args:
+        launches: whether the caller starts processes as the keys of `accelerate launch` say (num_processes, ...).
+            Otherwise a warning names those that the recipe has.
 
     Raises:
         KappaTuneError: everything that is wrong with it, in one message.
@@ -73,6 +78,8 @@ def load_recipe(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Recip
     problems += nest_flat_keys(content)
     problems += apply_overrides(content, list(overrides))
     problems += _set_environment(content.get("env"))
+    if not launches:
+        warn_of_unused(content)
     blocks = {name: content.pop(name) for name in BLOCKS if name in content}
     arguments, found = _trl_arguments(content)
     problems += found + _cross_problems(arguments, blocks)

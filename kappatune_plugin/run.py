@@ -12,6 +12,7 @@ from kappatune_plugin.checkpoint import checkpoint_to_resume
 from kappatune_plugin.console import console
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.files import write_text
+from kappatune_plugin.launch import devices_problem, offload_problem
 from kappatune_plugin.loading import cannot_load
 from kappatune_plugin.run_data import eval_rows, load_data, task_examples
 from kappatune_plugin.versions import newer_tokenizer
@@ -49,6 +50,13 @@ class RunResult:
     forgetting: "ForgettingReport | None"
 
 
+def needs_one_process(recipe: "Recipe") -> bool:
+    """Whether `recipe` asks for what several processes can't do: `k: auto`, or measuring gain over forgetting."""
+    from kappatune_plugin.gain_run import needs_gain
+
+    return recipe.auto is not None or needs_gain(recipe.kappatune)
+
+
 def run_sft(recipe: "Recipe") -> RunResult:
     """Train as `recipe` says and write everything that the run decided to its output_dir.
 
@@ -56,6 +64,8 @@ def run_sft(recipe: "Recipe") -> RunResult:
         KappaTuneError: a mistake of the user that shows only now: data, model, checkpoint, or output_dir.
     """
     args = recipe.training_args
+    if problem := devices_problem(args) or offload_problem(args):
+        raise KappaTuneError(problem)
     output_dir = Path(args.output_dir)
     check_writable(output_dir)
     resume = checkpoint_to_resume(args.resume_from_checkpoint, output_dir, args.save_only_model)

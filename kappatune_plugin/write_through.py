@@ -17,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from kappatune_plugin import distributed
 from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.launch import devices_problem
 
 
 class WritesThrough(Protocol):
@@ -72,12 +73,11 @@ def _checkpointing_problem(model: nn.Module, finds_unused: bool, deepspeed: str 
     return None
 
 
-def _check_checkpointing(model: nn.Module, args: Any) -> None:
+def _check_mode(model: nn.Module, args: Any) -> None:
     from transformers.integrations import is_deepspeed_zero3_enabled
 
-    problem = _checkpointing_problem(
-        model, _finds_unused(args), version("deepspeed") if is_deepspeed_zero3_enabled() else None
-    )
+    deepspeed = version("deepspeed") if is_deepspeed_zero3_enabled() else None
+    problem = devices_problem(args) or _checkpointing_problem(model, _finds_unused(args), deepspeed)
     if problem:
         raise KappaTuneError(problem)
 
@@ -103,7 +103,7 @@ def _add_trainer_callback() -> None:
         def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
             tuner = getattr(model, "base_model", None)
             if tuner in _followed:
-                _check_checkpointing(model, args)
+                _check_mode(model, args)
                 # DeepSpeed loads a checkpoint into its own copies, past load_state_dict
                 tuner.write_through(everything=True)
 

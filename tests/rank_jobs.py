@@ -78,6 +78,9 @@ def mode_settings(mode: str) -> dict[str, Any]:
         # without a GPU accelerate knows no FSDP
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         os.environ["ACCELERATE_USE_FSDP"] = "true"
+        if "offload" in mode:
+            # what is offloaded gets pinned for copies to a GPU, which takes one
+            torch.Tensor.pin_memory = lambda tensor, *given: tensor
         config = {
             "version": 2,
             "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",

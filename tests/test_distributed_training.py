@@ -88,6 +88,7 @@ def test_with_deepspeed(mode, saved_olmoe, tmp_path, selection, one_process):
     [
         ("ddp", {**REENTRANT, "ddp_find_unused_parameters": False}),
         ("fsdp2", REENTRANT),
+        ("fsdp2_offload", {}),
         *[pytest.param("zero1", each, marks=needs_deepspeed) for each in ({}, REENTRANT)],
         *[pytest.param("zero2", each, marks=needs_deepspeed) for each in (REENTRANT,)],
         *[pytest.param("zero3", each, marks=needs_deepspeed) for each in ({"gradient_checkpointing": False},)],

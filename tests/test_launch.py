@@ -8,16 +8,22 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import accelerate.commands.launch
 import pytest
+import torch
 from peft import PeftModel
 from ranks import ENVIRONMENT, free_port
 from transformers import AutoModelForCausalLM
+from trl import SFTConfig
+from typer.testing import CliRunner
 
 from kappatune_plugin import KappaTuneError
-from kappatune_plugin.launch import launch, split_words
+from kappatune_plugin.cli import app
+from kappatune_plugin.launch import LAUNCHED, is_launched, launch, offload_problem, split_words, warn_of_unused
 from kappatune_plugin.recipe import load_recipe
+from kappatune_plugin.run import run_sft
 from recipes import tiny_recipe, write_recipe
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed isn't installed")
@@ -38,7 +44,7 @@ def test_a_path_and_keys_of_the_recipe(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("distributed_type: 'NO'\n")
     found, rest = split_words(
-        [f"--accelerate_config={path}"], {"accelerate_config": "zero3", "num_processes": 2, "k": 1}
+        [f"--accelerate_config={path}"], {"accelerate_config": "zero3", "num_processes": 2, "env": {"A": "b"}}
     )
     assert found == ["--config_file", str(path), "--num_processes", "2"] and rest == []
 
@@ -50,17 +56,122 @@ def test_an_unknown_configuration_names_those_there_are():
         split_words(["--accelerate_config"], {})
 
 
-def test_a_recipe_may_hold_launch_keys(saved_olmoe, tmp_path):
+@pytest.fixture
+def no_launcher(monkeypatch) -> None:
+    for name in ("LOCAL_RANK", "RANK", LAUNCHED):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_launch_keys_that_nobody_uses_are_said(no_launcher, saved_olmoe, tmp_path, monkeypatch, recwarn):
     recipe = tiny_recipe(tmp_path, saved_olmoe, accelerate_config="zero3", num_processes=2)
-    assert load_recipe(write_recipe(tmp_path / "recipe.yaml", recipe)).kappatune.k == 7
+    path = write_recipe(tmp_path / "recipe.yaml", recipe)
+    assert load_recipe(path, launches=True).kappatune.k == 7
+    # in the processes that they started
+    with monkeypatch.context() as context:
+        context.setenv(LAUNCHED, "1")
+        load_recipe(path)
+    # torchrun's other ranks
+    with monkeypatch.context() as context:
+        context.setenv("RANK", "1")
+        load_recipe(path)
+    assert not [each for each in recwarn if "not used" in str(each.message)]
+    with pytest.warns(UserWarning, match="accelerate_config, num_processes: not used, only `kappatune sft`"):
+        load_recipe(path)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.warns(UserWarning, match="accelerate_config, num_processes: not used, a launcher has started"):
+        warn_of_unused(recipe)
 
 
-def test_accelerate_gets_the_command(monkeypatch):
+def test_accelerate_gets_the_command(no_launcher, monkeypatch):
     seen = []
     monkeypatch.setattr(accelerate.commands.launch, "launch_command", seen.append)
+    # so that it is deleted after the test
+    monkeypatch.setenv(LAUNCHED, "")
     launch(["--num_processes", "2"], ["sft", "--config", "r.yaml", "--seed", "1"])
     assert seen[0].num_processes == 2 and seen[0].module and seen[0].training_script == "kappatune_plugin"
     assert seen[0].training_script_args == ["sft", "--config", "r.yaml", "--seed", "1"]
+    assert is_launched()
+
+
+@pytest.fixture
+def launched(no_launcher, monkeypatch, tmp_path) -> list:
+    """What `kappatune sft` gives to the launcher, [] for a run in this process, which doesn't happen."""
+    seen: list = []
+    monkeypatch.setattr("kappatune_plugin.launch.launch", lambda *given: seen.extend(given))
+    monkeypatch.setattr("kappatune_plugin.run.run_sft", lambda recipe: None)
+    monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(tmp_path / "default.yaml"))
+    return seen
+
+
+def sft(path: Path, *words: str) -> None:
+    result = CliRunner().invoke(app, ["sft", "--config", str(path), *words])
+    assert result.exit_code == 0, result.output
+
+
+def test_sft_runs_on_all_gpus_as_trl_does(launched, saved_olmoe, tmp_path, monkeypatch):
+    path = run_recipe(tmp_path, saved_olmoe)
+    sft(path)
+    assert launched == []
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 8)
+    sft(path, "--seed", "1")
+    # none of its flags: accelerate's defaults
+    assert launched == [[], ["sft", "--config", str(path), "--seed", "1"]]
+
+
+def test_sft_follows_what_accelerate_config_wrote(launched, saved_olmoe, tmp_path):
+    (tmp_path / "default.yaml").touch()
+    path = run_recipe(tmp_path, saved_olmoe)
+    sft(path)
+    assert launched == [[], ["sft", "--config", str(path)]]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_cpu": True},
+        {"kappatune": {"k": 7, "rank_by": "gain_over_forgetting", "order": "highest"}},
+    ],
+    ids=str,
+)
+def test_what_runs_in_one_process_is_not_launched(changes, launched, saved_olmoe, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 8)
+    path = run_recipe(tmp_path, saved_olmoe, **changes)
+    sft(path)
+    assert launched == []
+    sft(path, "--num_processes", "2")
+    assert launched == [["--num_processes", "2"], ["sft", "--config", str(path)]]
+
+
+def test_several_gpus_in_one_process_are_an_error_that_says_what_to_type(saved_olmoe, tmp_path, monkeypatch):
+    monkeypatch.setattr(SFTConfig, "n_gpu", 8)
+    recipe = load_recipe(run_recipe(tmp_path, saved_olmoe, use_cpu=True))
+    with pytest.raises(KappaTuneError, match="sees 8 GPUs.*--num_processes 8.*CUDA_VISIBLE_DEVICES=0"):
+        run_sft(recipe)
+
+
+def test_fsdp_offloads_from_a_gpu_only(saved_olmoe, tmp_path, monkeypatch):
+    recipe = load_recipe(run_recipe(tmp_path, saved_olmoe, use_cpu=True))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with monkeypatch.context() as context:
+        context.setenv("ACCELERATE_USE_FSDP", "true")
+        context.setenv("FSDP_OFFLOAD_PARAMS", "true")
+        with pytest.raises(KappaTuneError, match="FSDP2 offloads to the CPU from a GPU"):
+            run_sft(recipe)
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+        assert offload_problem(recipe.training_args) is None
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    args = SimpleNamespace(fsdp=True, fsdp_config={"cpu_offload": True})
+    assert "delete cpu_offload" in offload_problem(args)
+
+
+def test_one_process_is_launched_once(saved_olmoe, tmp_path):
+    """accelerate tells one that runs alone nothing, and the recipe says again how many there are."""
+    path = run_recipe(tmp_path, saved_olmoe, use_cpu=True, num_processes=1, mixed_precision="no")
+    command = [sys.executable, "-m", "kappatune_plugin", "sft", "--config", str(path)]
+    environment = {key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", LAUNCHED)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file() and "not used" not in done.stderr
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
