@@ -9,8 +9,11 @@ from pathlib import Path
 
 from kappatune_plugin import distributed
 from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.selection import Selection
 
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
+# in the place of the adapter, in a checkpoint that FSDP2 divides over files (SHARDED_STATE_DICT)
+SELECTION, SHARDS = "selection.json", "pytorch_model_fsdp_0"
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -54,8 +57,13 @@ def checkpoint_problems(folder: Path, save_only_model: bool = False) -> list[str
     """What keeps the checkpoint in `folder` from being complete; reads no tensor."""
     if not folder.is_dir():
         return ["it is not a folder"]
-    checks = [(ADAPTER_CONFIG, _check_json), (ADAPTER, _check_safetensors), ("trainer_state.json", _check_json)]
-    if not save_only_model:
+    adapter = [(ADAPTER_CONFIG, _check_json), (ADAPTER, _check_safetensors)]
+    # .metadata is written when all ranks have written theirs
+    shards = [(SELECTION, _check_json), (f"{SHARDS}/.metadata", _check_not_empty)]
+    checks = [*(shards if (folder / SHARDS).is_dir() else adapter), ("trainer_state.json", _check_json)]
+    if not save_only_model and (folder / SHARDS).is_dir():
+        checks += [("scheduler.pt", _check_zip), ("optimizer_0/.metadata", _check_not_empty)]
+    elif not save_only_model:
         checks += [("scheduler.pt", _check_zip), *((name, _check_zip) for name in _optimizer_files(folder))]
     problems = _world_problems(folder)
     for name, check in checks:
@@ -70,19 +78,27 @@ def checkpoint_problems(folder: Path, save_only_model: bool = False) -> list[str
     return problems
 
 
+def keep_selection(folder: Path, selection: Selection) -> None:
+    """Write `selection` into a checkpoint that holds no adapter, as FSDP2's divided ones; on the first rank."""
+    if distributed.rank() == 0 and folder.is_dir() and not (folder / ADAPTER_CONFIG).is_file():
+        selection.save(folder / SELECTION)
+
+
 def check_selection(folder: Path, units: Iterable[str]) -> None:
-    """Refuse the checkpoint in `folder` if its selection, that adapter_config.json holds, isn't `units`.
+    """Refuse the checkpoint in `folder` if its selection isn't `units`.
 
     Raises:
         KappaTuneError: names what differs.
     """
-    if not (folder / ADAPTER_CONFIG).is_file():
-        return
-    selection = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("selection")
-    if selection:
-        there, here = {row["name"] for row in selection["units"]}, set(units)
-        if there != here:
-            raise other_selection(there - here, here - there)
+    if (folder / ADAPTER_CONFIG).is_file():
+        selection = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("selection")
+        names = [row["name"] for row in selection["units"]] if selection else None
+    else:
+        path = folder / SELECTION
+        names = [row.name for row in Selection.load(path).units] if path.is_file() else None
+    there, here = set(names or ()), set(units)
+    if names is not None and there != here:
+        raise other_selection(there - here, here - there)
 
 
 def other_selection(there: Iterable[str], here: Iterable[str]) -> KappaTuneError:
@@ -104,8 +120,7 @@ def _optimizer_files(folder: Path) -> list[str]:
         states = [f"{tag}/{path.name}" for path in sorted((folder / tag).glob("*_states.pt"))] if tag else []
         return states or ["latest"]
     if list(folder.glob("pytorch_model_fsdp*")):
-        sharded = (folder / "pytorch_model_fsdp_0").is_dir()
-        return [] if sharded else ["pytorch_model_fsdp.bin", "optimizer.bin"]
+        return ["pytorch_model_fsdp.bin", "optimizer.bin"]
     return ["optimizer.pt"]
 
 
@@ -144,3 +159,8 @@ def _check_zip(path: Path) -> None:
     with zipfile.ZipFile(path) as file:
         if not file.namelist():
             raise ValueError("it is empty")
+
+
+def _check_not_empty(path: Path) -> None:
+    if path.stat().st_size == 0:
+        raise ValueError("it is empty")

@@ -83,7 +83,7 @@ def run_sft(recipe: "Recipe") -> RunResult:
         trainer.train(resume_from_checkpoint=resume)
         if recipe.auto is not None:
             selection = _settle_budget(trainer, forgetting, output_dir)
-        trainer.save_model(args.output_dir)
+        _save_adapter(trainer)
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=recipe.script_args.dataset_name)
     if hasattr(trainer, "end"):
@@ -92,6 +92,13 @@ def run_sft(recipe: "Recipe") -> RunResult:
     _say_the_end(out, output_dir, forgetting)
     _say_findings(out, recipe, trainer, selection, forgetting)
     return RunResult(output_dir, trainer, selection, forgetting)
+
+
+def _save_adapter(trainer: "SFTTrainer") -> None:
+    if trainer.is_fsdp_enabled:
+        # with SHARDED_STATE_DICT the Trainer leaves parts for the same number of ranks, and no adapter
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model(trainer.args.output_dir)
 
 
 def check_writable(folder: Path) -> None:

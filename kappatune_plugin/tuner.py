@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kappatune_plugin import distributed
 from kappatune_plugin.binding import BINDINGS, bind, bound, unbind
 from kappatune_plugin.budget import parse_budget
-from kappatune_plugin.checkpoint import check_selection, other_selection
+from kappatune_plugin.checkpoint import check_selection, keep_selection, other_selection
 from kappatune_plugin.config import DEFAULT_K, KappaTuneConfig
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.layer import NOT_WRITTEN, KappaTuneLayer, check_finite
@@ -121,6 +121,11 @@ class KappaTuneModel(BaseTuner):
         """Refuse a Trainer's checkpoint of another selection. Raises KappaTuneError."""
         for adapter in self.active_adapters:
             check_selection(Path(folder), (unit.name for unit in self.selections[adapter].units))
+
+    def keep_selection(self, folder: str) -> None:
+        """Have a Trainer's checkpoint say what it trains, if it holds no adapter that does."""
+        for adapter in self.active_adapters:
+            keep_selection(Path(folder), self.selections[adapter])
 
     def rest_after(self, count: int, adapter_name: str = "default") -> None:
         """Train the first `count` units of the selection; the others rest where they are (see `KappaTuneLayer`)."""

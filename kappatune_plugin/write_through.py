@@ -29,6 +29,8 @@ class WritesThrough(Protocol):
 
     def check_checkpoint(self, folder: str) -> None: ...
 
+    def keep_selection(self, folder: str) -> None: ...
+
 
 _followed: weakref.WeakSet[Any] = weakref.WeakSet()
 _hook: Any = None
@@ -106,6 +108,11 @@ def _add_trainer_callback() -> None:
                 _check_mode(model, args)
                 # DeepSpeed loads a checkpoint into its own copies, past load_state_dict
                 tuner.write_through(everything=True)
+
+        def on_save(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
+            tuner = getattr(model, "base_model", None)
+            if tuner in _followed:
+                tuner.keep_selection(f"{args.output_dir}/checkpoint-{state.global_step}")
 
     trainer.DEFAULT_CALLBACKS.append(KappaTuneWriteThrough)
 

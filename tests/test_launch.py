@@ -15,6 +15,7 @@ import pytest
 import torch
 from peft import PeftModel
 from ranks import ENVIRONMENT, free_port
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 from typer.testing import CliRunner
@@ -193,6 +194,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def run_recipe(folder: Path, model: Path, **changes: object) -> Path:
+    folder.mkdir(exist_ok=True)
     settings = {"use_cpu": None, "forgetting": None, **changes}
     return write_recipe(folder / "recipe.yaml", tiny_recipe(folder, model, **settings))
 
@@ -210,16 +212,37 @@ def assert_trained(folder: Path, model: Path) -> None:
     assert all(merged[name].equal(value) for name, value in plain.items())
 
 
+def sft_on_two(recipe: Path, name: str, *more: str) -> subprocess.CompletedProcess:
+    words = ["--accelerate_config", name, "--num_processes", "2", "--mixed_precision", "no", *more]
+    words += ["--main_process_port", str(free_port())]
+    command = [sys.executable, "-m", "kappatune_plugin", "sft", "--config", str(recipe), *words]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=500)
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", ["fsdp2", *[pytest.param(f"zero{n}", marks=needs_deepspeed) for n in (2, 3)]])
 def test_accelerate_config(name, saved_olmoe, tmp_path):
-    recipe = run_recipe(tmp_path, saved_olmoe, save_strategy="steps", save_steps=4)
-    words = ["--accelerate_config", name, "--num_processes", "2", "--mixed_precision", "no"]
-    words += ["--main_process_port", str(free_port())]
-    command = [sys.executable, "-m", "kappatune_plugin", "sft", "--config", str(recipe), *words]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=500)
+    done = sft_on_two(run_recipe(tmp_path, saved_olmoe, save_strategy="steps", save_steps=4), name)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     assert_trained(tmp_path, saved_olmoe)
+
+
+@pytest.mark.distributed
+def test_divided_checkpoints_of_fsdp2(saved_olmoe, tmp_path):
+    """SHARDED_STATE_DICT: the Trainer's checkpoints hold no adapter. The run's end does, and they can be resumed."""
+    divided = ["--fsdp_state_dict_type", "SHARDED_STATE_DICT"]
+    whole = run_recipe(tmp_path / "whole", saved_olmoe, save_strategy="steps", save_steps=2)
+    done = sft_on_two(whole, "fsdp2", *divided)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    assert_trained(tmp_path / "whole", saved_olmoe)
+    checkpoint = str(tmp_path / "whole" / "out" / "checkpoint-2")
+    resumed = run_recipe(tmp_path / "resumed", saved_olmoe, resume_from_checkpoint=checkpoint)
+    done = sft_on_two(resumed, "fsdp2", *divided)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    first, second = (load_file(tmp_path / name / "out" / "adapter_model.safetensors") for name in ("whole", "resumed"))
+    assert all(second[name].equal(value) for name, value in first.items())
+    done = sft_on_two(resumed, "fsdp2", *divided, "--kappatune.k", "6")
+    assert done.returncode == 2 and "The checkpoint trains another selection than this run" in done.stderr
 
 
 @pytest.fixture
