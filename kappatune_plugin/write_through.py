@@ -75,11 +75,23 @@ def _checkpointing_problem(model: nn.Module, finds_unused: bool, deepspeed: str 
     return None
 
 
-def _check_mode(model: nn.Module, args: Any) -> None:
-    from transformers.integrations import is_deepspeed_zero3_enabled
+def _saving_problem(zero3: dict[str, Any]) -> str | None:
+    """Why the Trainer would save no adapter; `zero3` is DeepSpeed's `zero_optimization` of stage 3."""
+    if zero3.get("stage3_gather_16bit_weights_on_model_save") or Version(version("transformers")) >= Version("5.6"):
+        return None
+    return (
+        f"With transformers {version('transformers')} a run under ZeRO-3 leaves no adapter unless zero_optimization "
+        "has `stage3_gather_16bit_weights_on_model_save: true` (accelerate's `zero3_save_16bit_model`): write that."
+    )
 
-    deepspeed = version("deepspeed") if is_deepspeed_zero3_enabled() else None
-    problem = devices_problem(args) or _checkpointing_problem(model, _finds_unused(args), deepspeed)
+
+def _check_mode(model: nn.Module, args: Any) -> None:
+    from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
+
+    zero3 = is_deepspeed_zero3_enabled()
+    problem = devices_problem(args)
+    problem = problem or _checkpointing_problem(model, _finds_unused(args), version("deepspeed") if zero3 else None)
+    problem = problem or (_saving_problem(deepspeed_config()["zero_optimization"]) if zero3 else None)
     if problem:
         raise KappaTuneError(problem)
 

@@ -19,6 +19,7 @@ from datasets import Dataset
 from peft import get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 from trl import SFTConfig, SFTTrainer
@@ -220,6 +221,15 @@ def plain_deepspeed(stage: int, model: str) -> tuple[str, list[float]]:
         tuned.base_model.write_through()
         losses.append(step())
     return error, losses
+
+
+def placed_by_columns() -> str:
+    """The error for a weight that isn't divided along its first axis."""
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    layer = torch.nn.Linear(8, 6, bias=False)
+    layer.weight = torch.nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Shard(1)]))
+    return error_of(lambda: get_peft_model(layer, KappaTuneConfig(k=1)))[0]
 
 
 def train_lost(mode: str, model: str) -> str:

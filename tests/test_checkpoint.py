@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from kappatune_plugin import KappaTuneError
-from kappatune_plugin.checkpoint import checkpoint_problems, checkpoint_to_resume
+from kappatune_plugin import KappaTuneError, Selection
+from kappatune_plugin.checkpoint import check_selection, checkpoint_problems, checkpoint_to_resume, keep_selection
 from kappatune_plugin.recipe import load_recipe
 from kappatune_plugin.run import run_sft
 from recipes import tiny_recipe, write_recipe
@@ -57,6 +57,34 @@ def test_each_file_missing_or_cut_short(copy, name, harm):
         assert checkpoint_to_resume(True, copy) == str(copy / "checkpoint-2")
     with pytest.raises(KappaTuneError, match=f"is not a complete checkpoint: {name}"):
         checkpoint_to_resume(str(copy / "checkpoint-4"), copy)
+
+
+@pytest.mark.parametrize("name", ["selection.json", "pytorch_model_fsdp_0/.metadata", "optimizer_0/.metadata"])
+def test_what_fsdp2_divides_over_files(copy, name):
+    """SHARDED_STATE_DICT leaves no adapter; `.metadata` comes last."""
+    folder = copy / "checkpoint-4"
+    for adapter in ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt"):
+        (folder / adapter).unlink()
+    shutil.copy(copy / "selection.json", folder)
+    for part in ("pytorch_model_fsdp_0", "optimizer_0"):
+        (folder / part).mkdir()
+        (folder / part / ".metadata").write_bytes(b"all parts")
+    assert checkpoint_problems(folder) == []
+    (folder / name).write_bytes(b"")
+    assert [problem.split()[0] for problem in checkpoint_problems(folder)] == [name]
+    (folder / name).unlink()
+    assert checkpoint_problems(folder) == [f"{name} is missing"]
+
+
+def test_another_selection_is_refused(copy):
+    selection = Selection.load(copy / "selection.json")
+    names = [unit.name for unit in selection.units]
+    check_selection(copy / "checkpoint-4", names)
+    for file in ("adapter_config.json", "selection.json"):
+        with pytest.raises(KappaTuneError, match="1 weights only in the checkpoint .*, 1 only here .other.weight"):
+            check_selection(copy / "checkpoint-4", [*names[1:], "other.weight"])
+        (copy / "checkpoint-4" / file).unlink(missing_ok=True)
+        keep_selection(copy / "checkpoint-4", selection)
 
 
 def test_none_complete_is_an_error(copy, tmp_path):

@@ -3,14 +3,15 @@
 import importlib.util
 import json
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
-from rank_jobs import gather_peak, scan_divided, train_lost
+from rank_jobs import gather_peak, placed_by_columns, scan_divided, train_lost
 from ranks import run_ranks
 from transformers import AutoModelForCausalLM
 
-from kappatune_plugin import scan
+from kappatune_plugin import KappaTuneError, distributed, scan
 from kappatune_plugin.dealing import cost, deal, rounds
 from kappatune_plugin.units import WeightUnit
 
@@ -55,3 +56,17 @@ def test_a_part_that_was_not_loaded_is_not_trained(mode, saved_olmoe):
     name = "model.layers.1.mlp.experts.4.gate_proj.weight"
     for error in run_ranks(train_lost, mode=mode, model=str(saved_olmoe)):
         assert f"Matrices with other values: rank 1: 8, such as {name}. " in error
+
+
+def test_other_ways_to_divide_are_an_error(monkeypatch):
+    for error in run_ranks(placed_by_columns):
+        assert "only FSDP2's own, along their first axis, is supported" in error
+    parameter = torch.empty(0)
+    parameter.ds_tensor = torch.ones(4)
+    parameter.ds_secondary_tensor = torch.ones(2)
+    with pytest.raises(KappaTuneError, match="delete zero_hpz_partition_size"):
+        distributed.block_ranges(parameter, ())
+    monkeypatch.setattr(distributed, "_ranges", lambda parameter: [(0, 4)])
+    parameter.ds_tensor.status = SimpleNamespace(name="NOT_AVAILABLE")
+    with pytest.raises(KappaTuneError, match="write offload_param.device: cpu"):
+        distributed.read_block(parameter, ())

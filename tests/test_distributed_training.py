@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from kappatune_plugin import Selection, scan, select
 from kappatune_plugin.checkpoint import checkpoint_problems
+from tiny import tiny_model
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed isn't installed")
 REENTRANT = {"gradient_checkpointing_kwargs": {"use_reentrant": True}}
@@ -184,20 +185,30 @@ def test_a_safe_merge_looks_at_all_parts(mode, saved_olmoe, tmp_path, selection)
         assert "of adapter 'default' has values that aren't finite: not merged" in error
 
 
+@pytest.fixture(scope="module")
+def tied_olmoe(saved_olmoe, tmp_path_factory) -> Path:
+    """Its output head is its embedding."""
+    folder = tmp_path_factory.mktemp("tied")
+    tiny_model("olmoe", vocab_size=300, tie_word_embeddings=True).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.distributed
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
     "mode", ["ddp", "fsdp2", *[pytest.param(f"zero{stage}", marks=needs_deepspeed) for stage in (1, 2, 3)]]
 )
-def test_the_output_head(mode, saved_olmoe, tmp_path):
+def test_the_output_head(mode, tied, saved_olmoe, tied_olmoe, tmp_path):
     """TRL reads its weight from outside, where a divided one isn't whole."""
-    model = AutoModelForCausalLM.from_pretrained(saved_olmoe, dtype=torch.float32)
+    base = tied_olmoe if tied else saved_olmoe
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     head = select(scan(model, include=["head"], exclude=(), progress=False), k=1)
     if mode in ("zero3", "fsdp2"):
         with pytest.raises(AssertionError, match="KappaTuneError: The output head is selected and divided over ranks"):
-            on_ranks(mode, saved_olmoe, tmp_path, head)
+            on_ranks(mode, base, tmp_path, head)
         return
-    found = on_ranks(mode, saved_olmoe, tmp_path, head)
-    alone = {"mode": "one", "model": str(saved_olmoe), "output": str(tmp_path / "one")}
+    found = on_ranks(mode, base, tmp_path, head)
+    alone = {"mode": "one", "model": str(base), "output": str(tmp_path / "one")}
     expected = train(**alone, config={"selection": head.to_dict()}, per_device_train_batch_size=4)
     assert expected["losses"][-1] < expected["losses"][0]
     assert_equal(found, expected)

@@ -1,4 +1,4 @@
-"""Which gradient checkpointing fails where; tests/test_distributed_training.py runs what doesn't."""
+"""What would fail under a Trainer; tests/test_distributed_training.py runs what doesn't."""
 
 import functools
 
@@ -6,7 +6,8 @@ import pytest
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from kappatune_plugin.write_through import _checkpointing_problem
+from kappatune_plugin import write_through
+from kappatune_plugin.write_through import _checkpointing_problem, _saving_problem
 
 
 @pytest.mark.parametrize(
@@ -27,3 +28,11 @@ def test_checkpointing_that_would_fail(use_reentrant, finds_unused, deepspeed, w
         model[0]._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=use_reentrant)
     problem = _checkpointing_problem(model, finds_unused, deepspeed)
     assert (problem is None) if words is None else (words in problem)
+
+
+@pytest.mark.parametrize(("transformers", "saves"), [("4.57.6", False), ("5.6.0", True)])
+def test_zero3_that_would_save_no_adapter(transformers, saves, monkeypatch):
+    monkeypatch.setattr(write_through, "version", {"transformers": transformers}.get)
+    assert _saving_problem({"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}) is None
+    problem = _saving_problem({"stage": 3})
+    assert problem is None if saves else "leaves no adapter unless zero_optimization has" in problem

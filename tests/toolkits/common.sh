@@ -24,7 +24,11 @@ environment() {
     # DeepSpeed 0.18.9 loses weights on a machine without a GPU where it gathers several at once
     cat > zero3.json <<JSON
 {
-  "zero_optimization": {"stage": 3, "stage3_allgather_sequential": true},
+  "zero_optimization": {
+    "stage": 3,
+    "stage3_gather_16bit_weights_on_model_save": true,
+    "stage3_allgather_sequential": true
+  },
   "train_micro_batch_size_per_gpu": 1,
   "gradient_accumulation_steps": 1
 }
