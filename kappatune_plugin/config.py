@@ -62,6 +62,9 @@ class KappaTuneConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Tokens whose embeddings are trained too; TRL sets it for tokens it adds."}
     )
+    base_quantization: dict[str, Any] | None = field(
+        default=None, metadata={"help": "How the base was quantized, noted for `kappatune merge`."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,11 +78,13 @@ class KappaTuneConfig(PeftConfig):
         return {**super().to_dict(), "report": None, "scan_from": None}
 
 
-# what the block `kappatune:` of a recipe takes; PEFT and TRL set the other fields
+# TRL and the tuner set these
+NOT_ASKED_FOR = ("trainable_token_indices", "base_quantization")
+# what the block `kappatune:` of a recipe takes; PEFT sets the other fields
 KAPPATUNE_KEYS = tuple(
     each.name
     for each in fields(KappaTuneConfig)
-    if each.name not in PeftConfig.__dataclass_fields__ and each.name != "trainable_token_indices"
+    if each.name not in PeftConfig.__dataclass_fields__ and each.name not in NOT_ASKED_FOR
 )
 
 

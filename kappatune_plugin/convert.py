@@ -24,6 +24,10 @@ from kappatune_plugin.yaml_edit import YamlText
 MATCHES = ("params", "share")
 PLUGIN = "kappatune_plugin.toolkits.axolotl.KappaTunePlugin"
 GIB = 2**30
+# arXiv 2506.16289
+PAPER_RATE = 5e-5
+# of TRL and LLaMA-Factory
+STAYS_QUANTIZED = ("load_in_4bit", "load_in_8bit", "quantization_bit")
 
 
 @dataclass(frozen=True)
@@ -211,15 +215,26 @@ def _losses(kind: Toolkit, content: Mapping[str, Any], size: LoraSize | None) ->
         key = f"{NAME}_include" if kind is LLAMAFACTORY else f"to {NAME} include"
         notes.append(f"To train only where LoRA sat, add {key}: [{', '.join(targets)}].")
     if QUANTIZED in reasons:
-        needed = f"; in bfloat16 it takes {2 * size.model / GIB:.1f} GiB" if size else ""
-        notes.append(f"The base is loaded unquantized{needed}.")
-    notes.append(
-        f"learning_rate stays {content.get('learning_rate', 'at its default')}: LoRA's are high for weights that are "
-        "trained themselves; the paper uses 5e-5."
-    )
+        needed = f", where it takes {2 * size.model / GIB:.1f} GiB" if size else ""
+        notes.append(f"The base is loaded in bfloat16{needed}; one that was saved quantized by bitsandbytes stays so.")
+    if any(content.get(key) and not kind.reason(key) for key in STAYS_QUANTIZED):
+        notes.append("The base stays quantized, except for the selected matrices: they become what they stand for.")
+    rate = content.get("learning_rate", "at its default")
+    if not _at_most(rate, PAPER_RATE):
+        notes.append(
+            f"learning_rate stays {rate}: LoRA's are high for weights that are trained themselves; the paper uses 5e-5."
+        )
     if kind is TRL:
         notes += _other_trainer(content)
     return notes
+
+
+def _at_most(value: Any, limit: float) -> bool:
+    """Whether `value` is a number up to `limit`; YAML reads 5e-5 as a text."""
+    try:
+        return float(value) <= limit
+    except (TypeError, ValueError):
+        return False
 
 
 def _restriction(options: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ SCALE = "the scale of LoRA's product: KappaTune trains the weights themselves, n
 DROPOUT = "the dropout before LoRA's matrices: KappaTune adds no matrices to drop from"
 WHERE = "where LoRA sits: KappaTune ranks all matrices of the model"
 DORA = "the magnitudes that DoRA trains beside LoRA: in a weight that is trained itself they are free anyway"
-QUANTIZED = "KappaTune trains the weights themselves, which a quantized base doesn't hold"
+QUANTIZED = "Axolotl quantizes only for its own adapters"
 SAVED = "carried over to modules_to_save"
 TRAINED = "a LoRA trained earlier: merge it into the base, and start from that"
 INIT = "how LoRA's matrices start: KappaTune starts at the base weights"
@@ -142,8 +142,6 @@ TRL = Toolkit(
         **_all(WHERE, "lora_target_modules", "lora_target_parameters"),
         **_all(SAVED, "lora_modules_to_save"),
         **_all(DORA, "use_dora"),
-        **_all(QUANTIZED, "load_in_4bit", "load_in_8bit", "use_bnb_nested_quant"),
-        **_all(QUANTIZED, "bnb_4bit_quant_type", "bnb_4bit_quant_storage"),
     },
     prefixes=("lora_",),
     kept=(),
@@ -194,8 +192,6 @@ LLAMAFACTORY = Toolkit(
         **_all(WHERE, "lora_target"),
         **_all(SAVED, "additional_target"),
         **_all(DORA, "use_dora"),
-        **_all(QUANTIZED, "quantization_bit", "quantization_method", "quantization_type", "double_quantization"),
-        **_all(QUANTIZED, "quantization_device_map"),
         **_all(TRAINED, "adapter_name_or_path", "create_new_adapter"),
         **_all(INIT, "pissa_init", "pissa_iter", "pissa_convert"),
         **_all(RATES, "loraplus_lr_ratio", "loraplus_lr_embedding"),

@@ -1,6 +1,7 @@
 """How much a LoRA trains, and the KappaTune budget that trains about as much; from a model's config alone."""
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +68,10 @@ def _trained(model: nn.Module, options: dict[str, Any]) -> int:
 
     try:
         config = LoraConfig(**{key: value for key, value in options.items() if value is not None})
-        with_lora = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+        with warnings.catch_warnings():
+            # of PEFT, about a model that is only counted
+            warnings.simplefilter("ignore")
+            with_lora = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
     except (ValueError, TypeError, RuntimeError) as error:
         raise KappaTuneError(f"PEFT can't attach this LoRA to the model: {error}") from error
     return sum(parameter.numel() for parameter in with_lora.parameters() if parameter.requires_grad)

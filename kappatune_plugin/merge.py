@@ -4,13 +4,15 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kappatune_plugin.adapters import adapter_config, check_adapter, load_adapter
 from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.quantized import whole_model
 from kappatune_plugin.versions import newer_tokenizer
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
     from transformers import PreTrainedModel
 
 
@@ -22,6 +24,9 @@ def merge_adapter(
     trust_remote_code: bool = False,
 ) -> Path:
     """Write the base with the adapter's values in it to `output_dir`, as `save_pretrained` does, with the tokenizer.
+
+    A base that was quantized in training is quantized again, and written as what the quantized weights stand for: the
+    checkpoint computes what was trained and measured.
 
     The folder appears under its name when it is complete, or not at all.
 
@@ -40,7 +45,8 @@ def merge_adapter(
         raise KappaTuneError(f"'{adapter}' doesn't name its base model. Give it with --model.")
     check_adapter(adapter)
     _check_free(output_dir, [adapter, Path(base)], overwrite)
-    merged = _merged(adapter, base, config.revision if model is None else None, trust_remote_code)
+    options = {"revision": config.revision} if model is None and config.revision else {}
+    merged = _merged(adapter, base, config, {"trust_remote_code": trust_remote_code, **options})
     tokenizer = _tokenizer(adapter, base, trust_remote_code)
     temporary = _sibling(output_dir)
     try:
@@ -66,12 +72,12 @@ def _check_free(output_dir: Path, sources: list[Path], overwrite: bool) -> None:
         raise KappaTuneError(f"output_dir '{output_dir}' is not empty. Give another folder, or add --overwrite.")
 
 
-def _merged(adapter: Path, base: str, revision: str | None, trust_remote_code: bool) -> "PreTrainedModel":
+def _merged(adapter: Path, base: str, config: "PeftConfig", options: dict[str, Any]) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
-    options = {"trust_remote_code": trust_remote_code, **({"revision": revision} if revision else {})}
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", **options)
+        quantization = _quantization(base, config, options)
+        model = whole_model(AutoModelForCausalLM.from_pretrained(base, dtype="auto", **options, **quantization))
     except Exception as error:
         # a damaged base raises SafetensorError, RuntimeError, OSError or ValueError
         raise KappaTuneError(f"Can't load the base model '{base}': {error}\nGive its place with --model.") from error
@@ -81,6 +87,17 @@ def _merged(adapter: Path, base: str, revision: str | None, trust_remote_code: b
     except (ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
         # values that aren't finite, a method of PEFT that can't be merged
         raise KappaTuneError(f"Can't merge the adapter '{adapter}': {error}") from error
+
+
+def _quantization(base: str, config: "PeftConfig", options: dict[str, Any]) -> dict[str, Any]:
+    """What to give to `from_pretrained` for the base that was quantized when it was loaded for training."""
+    from transformers import AutoConfig
+    from transformers.quantizers import AutoQuantizationConfig
+
+    noted = getattr(config, "base_quantization", None)
+    if not noted or getattr(AutoConfig.from_pretrained(base, **options), "quantization_config", None):
+        return {}
+    return {"quantization_config": AutoQuantizationConfig.from_dict(noted)}
 
 
 def _tokenizer(adapter: Path, base: str, trust_remote_code: bool) -> object:

@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from kappatune_plugin.errors import KappaTuneError
 
@@ -49,7 +51,8 @@ def dequantized(module: nn.Module, name: str) -> Tensor:
     if kind == FOUR_BIT:
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(parameter.data, module._parameters[name].quant_state)
+        _unpack(module, module._parameters[name].quant_state)
+        return dequantize_4bit(module._parameters[name].data, module._parameters[name].quant_state)
     if kind == EIGHT_BIT:
         from bitsandbytes.functional import int8_vectorwise_dequant
 
@@ -65,6 +68,14 @@ def dequantized(module: nn.Module, name: str) -> Tensor:
         )
     block = getattr(module, "block_size", None) or FLOAT8_BLOCK
     return dequantize_float8(parameter, found[0].detach(), block)
+
+
+def _unpack(module: nn.Module, state: Any) -> None:
+    """Undo how bitsandbytes packs 4 bit weights to run on some CPUs; a state dict alone would lose the scales."""
+    if getattr(state, "packing_format_for_cpu", False):
+        scales = state.absmax.T.reshape(-1).float()
+        module.state_dict()
+        state.absmax, state.nested = scales, False
 
 
 def dequantize_float8(weight: Tensor, scales: Tensor, block: Sequence[int] = FLOAT8_BLOCK) -> Tensor:
@@ -89,3 +100,51 @@ def dequantize_float8(weight: Tensor, scales: Tensor, block: Sequence[int] = FLO
                 f"one, one a row, or one for each block of {tuple(block)}."
             )
     return weight.float() * scales
+
+
+class WholeLinear(nn.Linear):
+    """A linear layer in the place of a quantized one. As there, the input may have another dtype than the weight."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        bias = None if bias is None else bias.to(weight.dtype)
+        return functional.linear(values.to(weight.dtype), weight, bias).to(values.dtype)
+
+
+def make_whole(model: nn.Module, name: str) -> None:
+    """Put in the place of the quantized linear layer `name` one that holds the weight it stands for, frozen.
+
+    Raises:
+        KappaTuneError: it isn't a linear layer of bitsandbytes.
+    """
+    old = model.get_submodule(name)
+    if type(old._parameters.get("weight")).__name__ not in (FOUR_BIT, EIGHT_BIT) or not isinstance(old, nn.Linear):
+        raise KappaTuneError(
+            f"{name} is a quantized {type(old).__name__}: of quantized weights only those of bitsandbytes' linear "
+            "layers (NF4, FP4, int8) can be trained. Exclude it, or load the model in bfloat16."
+        )
+    weight = dequantized(old, "weight")
+    new = WholeLinear(old.in_features, old.out_features, bias=False, device="meta").train(old.training)
+    new.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    new.bias = old.bias
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, new)
+
+
+def whole_model(model: nn.Module) -> nn.Module:
+    """A model of transformers that bitsandbytes quantized, as the weights it stands for; any other as it is."""
+    settings = quantization_of(model)
+    if not settings or settings.get("quant_method") != "bitsandbytes":
+        return model
+    # a config read from a file may hold its name, which transformers 5.16 takes for a device
+    model.config.dtype = model.dtype
+    model = model.dequantize()
+    # up to 5.16 those of the quantized weights stay, and can't be undone when the model is saved
+    model.__dict__.pop("_weight_conversions", None)
+    return model
+
+
+def quantization_of(model: nn.Module) -> dict[str, Any] | None:
+    """How transformers was told to quantize `model`, as in its config.json; None if it isn't quantized."""
+    settings = getattr(getattr(model, "config", None), "quantization_config", None)
+    return settings if settings is None or isinstance(settings, dict) else settings.to_dict()

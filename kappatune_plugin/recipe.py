@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from kappatune_plugin.gain import GainConfig
 
 # keys of TRL's ModelConfig that ask for another method
-OTHER_METHODS = ("use_peft", "use_rslora", "use_dora", "load_in_8bit", "load_in_4bit", "use_bnb_nested_quant")
-OTHER_PREFIXES = ("lora_", "bnb_")
+OTHER_METHODS = ("use_peft", "use_rslora", "use_dora")
+OTHER_PREFIX = "lora_"
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _cross_problems(arguments: Mapping[str, Any], blocks: Mapping[str, Any]) -> 
     if "kappatune" not in blocks:
         problems.append("the block kappatune is missing: add the lines `kappatune:` and `  k: 75`.")
     other = [key for key in OTHER_METHODS if arguments.get(key)]
-    other += [key for key in arguments if key.startswith(OTHER_PREFIXES)]
+    other += [key for key in arguments if key.startswith(OTHER_PREFIX)]
     if other:
         problems.append(f"{', '.join(other)}: another method's; KappaTune trains the weights. Delete these lines.")
     named = [key for key in ("dataset_name", "datasets") if arguments.get(key)]

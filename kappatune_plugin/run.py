@@ -191,8 +191,12 @@ def _forgetting_data(recipe: "Recipe", test: "Dataset | None") -> "ForgettingDat
 
 def model_init_kwargs(recipe: "Recipe") -> dict[str, Any]:
     """How to load the recipe's model, as trl/scripts/sft.py gives it to `from_pretrained`."""
+    from trl import get_quantization_config
+
     args, model = recipe.training_args, recipe.model_args
+    quantization = get_quantization_config(model)
     return {
+        **({"quantization_config": quantization} if quantization else {}),
         "revision": model.model_revision,
         "trust_remote_code": _trusts_remote_code(recipe),
         "attn_implementation": model.attn_implementation,

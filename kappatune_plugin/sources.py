@@ -80,7 +80,10 @@ class ModelSource(Source):
         self.divided = partitioned or distributed.first_rank_loads()
         self._forms = {unit.name: form for unit in self.units if (form := self._form(unit))}
         if self._forms and self.divided:
-            raise KappaTuneError("A quantized model that is divided over ranks can't be scanned. Use scan_from.")
+            raise KappaTuneError(
+                "A quantized model that is divided over ranks (ZeRO-3, FSDP2) can't be ranked. Use DDP or ZeRO-2, or "
+                "load it unquantized."
+            )
 
     def dtype(self, unit: WeightUnit) -> str:
         form = self._forms.get(unit.name)

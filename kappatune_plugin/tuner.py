@@ -4,7 +4,7 @@ Everything that relies on the inside of PEFT is here, in layer.py and in peft_me
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,14 +23,20 @@ from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.layer import NOT_WRITTEN, KappaTuneLayer, check_finite
 from kappatune_plugin.patterns import DEFAULT_EXCLUDE
 from kappatune_plugin.peft_method import PREFIX, register
+from kappatune_plugin.quantized import make_whole, quantization_of, quantized_form
 from kappatune_plugin.report import KappaReport
 from kappatune_plugin.scan import scan
 from kappatune_plugin.selection import Selection, select
-from kappatune_plugin.units import WeightUnit, base_hash, find_units
+from kappatune_plugin.sources import ModelSource
+from kappatune_plugin.units import WeightUnit, find_units
 from kappatune_plugin.watch import together
 from kappatune_plugin.write_through import follow
 
 MASTER = ".kappatune_master"
+UNQUANTIZED = (
+    " The base was quantized in training, and this model isn't: quantize it in the same way, or make a plain "
+    "checkpoint with `kappatune merge`."
+)
 
 
 class KappaTuneModel(BaseTuner):
@@ -46,6 +52,8 @@ class KappaTuneModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
     # whether DeepSpeed made a step whose values didn't reach the base yet
     _late = False
+    # adapters on a quantized base whose values are float32
+    _float32: Set[str] = frozenset()
 
     selections: dict[str, Selection]
     reports: dict[str, KappaReport | None]
@@ -57,7 +65,7 @@ class KappaTuneModel(BaseTuner):
             KappaTuneError: the selection is empty, was made on another base, or can't be attached whole.
         """
         if "selections" not in self.__dict__:
-            self.selections, self.reports, self._base_hash = {}, {}, base_hash(model)
+            self.selections, self.reports, self._base_hash = {}, {}, ModelSource(model).base_hash()
             self.register_load_state_dict_pre_hook(_check_loaded_keys)
             self._running: list[ExitStack] = []
             self._hooks = [
@@ -67,6 +75,9 @@ class KappaTuneModel(BaseTuner):
         # a config may be used for several models: what it settles to here is this model's
         config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         selection, units = self._settle(model, adapter_name, config)
+        config.base_quantization = quantization_of(model)
+        for name in _quantized_owners(model, units):
+            make_whole(model, name)
         self._targets: dict[str, list[WeightUnit]] = {}
         for unit in units:
             self._targets.setdefault(unit.parameter.rpartition(".")[0], []).append(unit)
@@ -126,6 +137,18 @@ class KappaTuneModel(BaseTuner):
         """Have a Trainer's checkpoint say what it trains, if it holds no adapter that does."""
         for adapter in self.active_adapters:
             keep_selection(Path(folder), self.selections[adapter])
+
+    def keep_float32(self) -> None:
+        """Undo the cast to bfloat16 that TRL makes of all that is trained on a quantized base.
+
+        It is meant for LoRA's matrices, which begin at zero. Most updates of a weight are below bfloat16's resolution.
+        """
+        for layer in self.layers():
+            for name in self._float32 & set(layer.kappatune_master):
+                master = layer.kappatune_master[name]
+                master.data = master.data.float()
+        if self._float32:
+            self.write_through(everything=True)
 
     def rest_after(self, count: int, adapter_name: str = "default") -> None:
         """Train the first `count` units of the selection; the others rest where they are (see `KappaTuneLayer`)."""
@@ -191,12 +214,13 @@ class KappaTuneModel(BaseTuner):
             k = DEFAULT_K if config.k is None else config.k
             selection = select(report, k=k, order=config.order, rank_by=config.rank_by, seed=config.seed)
         if selection.base["hash"] != self._base_hash:
+            hint = UNQUANTIZED if config.base_quantization and not quantization_of(model) else ""
             raise KappaTuneError(
                 f"The selection was made on the base model '{selection.base['name']}' "
                 f"(fingerprint {selection.base['hash']}), but this model's fingerprint is {self._base_hash}. Load that "
-                "base in the dtype it was scanned in, or drop `selection` and let this model be scanned."
+                f"base in the dtype it was scanned in, or drop `selection` and let this model be scanned.{hint}"
             )
-        units = {unit.name: unit for unit in find_units(model)}
+        units = {unit.name: unit for unit in find_units(model, quantized=True)}
         wrong = [f"{row.name} {tuple(row.shape)}" for row in selection.units if not _fits(row, units)]
         if wrong:
             raise KappaTuneError(f"{len(wrong)} selected weights are not in this model, such as {wrong[:3]}.")
@@ -261,6 +285,8 @@ class KappaTuneModel(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        if autocast_adapter_dtype and self.peft_config[adapter_name].base_quantization:
+            self._float32 = {*self._float32, adapter_name}
         # the values are new tensors now: take note of their version
         self.write_through(everything=True)
 
@@ -325,6 +351,16 @@ def _given_selection(config: KappaTuneConfig) -> Selection:
 
 def _fits(row: Any, units: dict[str, WeightUnit]) -> bool:
     return row.name in units and tuple(row.shape) == units[row.name].shape
+
+
+def _quantized_owners(model: nn.Module, units: Iterable[WeightUnit]) -> list[str]:
+    """Names of the modules that hold quantized ones of these units."""
+    owners = []
+    for unit in units:
+        owner = unit.parameter.rpartition(".")[0]
+        if quantized_form(model.get_submodule(owner), model.get_parameter(unit.parameter)) is not None:
+            owners.append(owner)
+    return owners
 
 
 def _child_name(unit: WeightUnit) -> str:

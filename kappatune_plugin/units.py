@@ -57,7 +57,7 @@ def find_units(model: nn.Module, quantized: bool = False) -> list[WeightUnit]:
 
     Args:
         quantized: also weights that are stored quantized in a way that `quantized.dequantized` knows, as what they
-            stand for. They can be ranked, but not trained in place.
+            stand for.
 
     Raises:
         KappaTuneError: another weight is quantized.
@@ -70,19 +70,19 @@ def find_units(model: nn.Module, quantized: bool = False) -> list[WeightUnit]:
             continue
         for short_name, parameter in module.named_parameters(recurse=False):
             whole = distributed.layout(parameter)
-            form = quantized_form(module, parameter) if quantized else None
-            if form is not None:
+            form = quantized_form(module, parameter)
+            if form is not None and quantized:
                 whole = torch.empty(form[1], device="meta")
             elif quantized and is_scale(short_name):
                 continue
             if whole.ndim < 2 or short_name.endswith("bias"):
                 continue
             full_name = f"{module_name}.{short_name}" if module_name else short_name
-            if not whole.is_floating_point() or whole.element_size() < 2:
+            if (form is not None and not quantized) or not whole.is_floating_point() or whole.element_size() < 2:
                 raise KappaTuneError(
-                    f"{full_name} is stored as {whole.dtype}: a quantized base can't be trained in place. "
-                    "Load the model in bfloat16, float16 or float32 to train it. `scan` ranks weights of bitsandbytes "
-                    "(NF4, FP4, int8) and float8."
+                    f"{full_name} is stored as {form[0] if form else whole.dtype}: load the model in bfloat16, "
+                    "float16 or float32. Of quantized weights those of bitsandbytes (NF4, FP4, int8) can be ranked and "
+                    "trained, float8 ones ranked; comparisons and gain_over_forgetting take none."
                 )
             groups = _groups(model, module_name, module, inputs, outputs)
             if id(parameter) in units:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from packaging.version import Version
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from kappatune_plugin import distributed
@@ -30,6 +31,8 @@ class WritesThrough(Protocol):
     def check_checkpoint(self, folder: str) -> None: ...
 
     def keep_selection(self, folder: str) -> None: ...
+
+    def keep_float32(self) -> None: ...
 
 
 _followed: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -96,6 +99,18 @@ def _check_mode(model: nn.Module, args: Any) -> None:
         raise KappaTuneError(problem)
 
 
+def _match_groups(scheduler: Any) -> None:
+    """Let a learning rate scheduler forget the groups that DeepSpeed has taken out of its optimizer.
+
+    transformers 4 makes the scheduler before DeepSpeed drops groups without parameters, here that of norms and biases,
+    and newer torch doesn't step with more rates than groups (LoRA fails so too). All groups have one rate.
+    """
+    groups = len(scheduler.optimizer.param_groups)
+    if len(set(scheduler.base_lrs)) == 1:
+        scheduler.base_lrs = scheduler.base_lrs[:groups]
+        scheduler.lr_lambdas = scheduler.lr_lambdas[:groups]
+
+
 def _add_trainer_callback() -> None:
     """Give every Trainer made from now on the callback, through transformers' list of default callbacks."""
     try:
@@ -107,6 +122,11 @@ def _add_trainer_callback() -> None:
     class KappaTuneWriteThrough(TrainerCallback):
         """Writes trained values into the base model after each step, and those of a checkpoint before the first."""
 
+        def on_init_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
+            tuner = getattr(model, "base_model", None)
+            if tuner in _followed:
+                tuner.keep_float32()
+
         def on_optimizer_step(
             self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any
         ) -> None:
@@ -114,10 +134,14 @@ def _add_trainer_callback() -> None:
             if tuner in _followed:
                 tuner.write_through(everything=True)
 
-        def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
+        def on_train_begin(
+            self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **others: Any
+        ) -> None:
             tuner = getattr(model, "base_model", None)
             if tuner in _followed:
                 _check_mode(model, args)
+                if isinstance(others.get("lr_scheduler"), LambdaLR):
+                    _match_groups(others["lr_scheduler"])
                 # DeepSpeed loads a checkpoint into its own copies, past load_state_dict
                 tuner.write_through(everything=True)
 

@@ -218,6 +218,24 @@ def test_dpo_does_not_drop_an_adapter_in_silence(plugin, tmp_path):
         plugin.load_adapter(tiny_model("llama"), cfg, config_only=True)
 
 
+def test_the_model_that_dpo_leaves_beside_the_adapter_is_taken_away(plugin, tmp_path):
+    """Axolotl saves the base too, with the adapter's parts in it; what others saved stays."""
+    cfg = Cfg(RIGHT, rl="dpo", output_dir=str(tmp_path))
+    tuned = get_peft_model(tiny_model("llama"), KappaTuneConfig(k=5))
+    tuned.save_pretrained(tmp_path)
+    tuned.get_base_model().save_pretrained(tmp_path, max_shard_size="20KB")
+    kept = {"README.md", "adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json"}
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    plugin.post_train(Cfg(cfg, local_rank=1), tuned)
+    plugin.post_train(Cfg(cfg, rl=None), tuned)
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    plugin.post_train(cfg, tuned)
+    assert {path.name for path in tmp_path.iterdir()} == kept
+    tiny_model("llama").save_pretrained(tmp_path)
+    plugin.post_train(cfg, tuned)
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, "model.safetensors"}
+
+
 def test_adapters_of_other_methods_are_refused(plugin, tmp_path):
     from peft import LoraConfig
 

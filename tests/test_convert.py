@@ -61,7 +61,7 @@ def test_all_but_loras_keys_stay_as_they_were(example, configs, tmp_path):
     assert [key for key in after if not key.startswith("kappatune") and key not in mine] == stay
     assert {key: after[key] for key in stay} == {key: before[key] for key in stay}
     others = [key for key in after if key not in toolkit.kept]
-    assert not [key for key in others if key.startswith(("lora_", "peft_", "load_in", "bnb_", "use_peft", "use_dora"))]
+    assert not [key for key in others if key.startswith(("lora_", "peft_", "use_peft", "use_dora"))]
     comments = [line for line in converted.before.splitlines() if line.startswith("#")]
     assert [line for line in converted.after.splitlines() if line.startswith("#")] == comments
     assert path.read_text(encoding="utf-8") == converted.before, "nothing is written"
@@ -143,15 +143,37 @@ def test_other_budgets(configs, tmp_path, options, k):
 def test_each_key_that_is_lost_is_explained(configs, tmp_path):
     example = next(path for path in EXAMPLES if path.stem == "qlora")
     notes = "\n".join(convert_recipe(on_disk(example, configs, tmp_path)).notes)
-    for words in (
-        "load_in_4bit, bnb_4bit_quant_type, use_bnb_nested_quant",
-        "loaded unquantized; in bfloat16 it takes",
-    ):
-        assert words in notes
     assert "include: ['*.q_proj.weight', " in notes and "learning_rate stays 0.0002" in notes
     text = "beta: 0.1\nuse_dora: true\nuse_rslora: false\n"
     notes = "\n".join(convert_recipe(lora(tmp_path, configs, text)).notes)
     assert "beta: no keys of `trl sft`" in notes and "use_dora: the magnitudes" in notes and "use_rslora" not in notes
+
+
+@pytest.mark.parametrize(
+    ("stem", "keys", "words"),
+    [
+        ("qlora", ["load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant"], "stays quantized"),
+        ("int8", ["load_in_8bit"], "stays quantized"),
+        ("llama3_qlora_sft", ["quantization_bit", "quantization_method"], "stays quantized"),
+        # Axolotl quantizes for lora and qlora alone
+        ("qlora_moe", [], "loaded in bfloat16, where it takes"),
+    ],
+)
+def test_the_base_stays_quantized_where_it_can(configs, tmp_path, stem, keys, words):
+    example = next(path for path in EXAMPLES if path.stem == stem)
+    converted = convert_recipe(on_disk(example, configs, tmp_path))
+    after = yaml.safe_load(converted.after)
+    assert [key for key in after if key.startswith(("load_in", "bnb_", "use_bnb", "quantiz"))] == keys
+    assert words in "\n".join(converted.notes)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [("learning_rate: 2e-5", False), ("learning_rate: 5.0e-5", False), ("learning_rate: 1e-4", True), ("", True)],
+)
+def test_a_learning_rate_of_loras_is_pointed_out(configs, tmp_path, line, said):
+    notes = convert_recipe(lora(tmp_path, configs, f"{line}\n")).notes
+    assert any(note.startswith("learning_rate stays") for note in notes) is said
 
 
 @pytest.mark.parametrize(

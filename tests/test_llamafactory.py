@@ -67,7 +67,6 @@ from dataclasses import dataclass
 class ModelArguments:
     adapter_name_or_path: str | None = None
     resize_vocab: bool = False
-    quantization_bit: int | None = None
     use_unsloth: bool = False
     use_kt: bool = False
 """
@@ -215,7 +214,6 @@ def test_trained_adapters_are_loaded_by_llamafactory(installed, tmp_path):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"quantization_bit": 4}, "quantization_bit: not supported"),
         ({"use_unsloth": True, "use_kt": True}, "use_unsloth: not supported.*\nuse_kt: not supported"),
         ({"resize_vocab": True}, r"add kappatune_modules_to_save: \[embed_tokens, lm_head\]"),
         ({"is_trainable": False}, "no trained adapter to run: add adapter_name_or_path"),

@@ -1,19 +1,27 @@
-"""Quantized weights are ranked as what they stand for, or by the weights they were made of."""
+"""Quantized weights: ranked as what they stand for, or by the weights they were made of; the selected are trained."""
 
 import importlib.util
+import json
 
 import pytest
 import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from trl import SFTConfig, SFTTrainer
 
 from kappatune_plugin import KappaTuneConfig
 from kappatune_plugin.condition import condition_number
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.quantized import dequantized
+from kappatune_plugin.merge import merge_adapter
+from kappatune_plugin.quantized import dequantized, whole_model
+from kappatune_plugin.recipe import load_recipe
+from kappatune_plugin.run import model_init_kwargs
 from kappatune_plugin.scan import scan
 from kappatune_plugin.selection import select
 from kappatune_plugin.units import find_units
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokenizer
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes isn't installed"
@@ -91,12 +99,143 @@ def test_scan_from_ranks_by_the_unquantized_weights(tmp_path):
         scan(coarse, progress=False, scan_from=tmp_path / "other")
 
 
-@needs_bitsandbytes
-def test_training_on_a_quantized_base_is_refused():
-    from peft import get_peft_model
+def numbers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What each linear layer multiplies with, by its name."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            kind = type(module.weight).__name__
+            weight = dequantized(module, "weight") if kind in ("Params4bit", "Int8Params") else module.weight
+            found[name] = weight.detach().float().clone()
+    return found
 
-    with pytest.raises(KappaTuneError, match="can't be trained in place"):
-        get_peft_model(quantize(model(), "nf4"), KappaTuneConfig(k=2))
+
+def owner(unit_name: str) -> str:
+    return unit_name.removesuffix(".weight")
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_the_selected_are_trained_as_what_they_stand_for(kind):
+    coarse = quantize(model(), kind)
+    before = numbers(coarse)
+    tuned = get_peft_model(coarse, KappaTuneConfig(k=3))
+    selected = {owner(unit.name) for unit in tuned.base_model.selections["default"].units}
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    optimizer = torch.optim.AdamW([each for each in tuned.parameters() if each.requires_grad], lr=0.01)
+    tuned(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    # the names of what is trained have the model inside PEFT's two wrappers
+    assert {name for name, each in numbers(coarse).items() if not torch.equal(each, before[name])} == selected
+    kinds = {name: type(coarse.get_submodule(name).weight).__name__ for name in before if name != "lm_head"}
+    assert {name for name, each in kinds.items() if each == "Parameter"} == selected
+    with tuned.disable_adapter():
+        assert all(torch.equal(each, before[name]) for name, each in numbers(coarse).items())
+
+
+@needs_bitsandbytes
+def test_half_precision_goes_through_a_layer_that_was_quantized():
+    tuned = get_peft_model(quantize(model(), "int8").to(torch.float16), KappaTuneConfig(k=2))
+    name = tuned.base_model.selections["default"].units[0].name
+    layer = tuned.base_model.model.get_submodule(owner(name))
+    assert layer.weight.dtype == torch.float32
+    assert layer(torch.ones(1, layer.in_features, dtype=torch.float16)).dtype == torch.float16
+
+
+@needs_bitsandbytes
+def test_what_a_layer_packed_to_run_is_unpacked():
+    """CPUs with AVX512 run 4 bit weights without gradients in another layout, and with scales in bfloat16."""
+    wide = quantize(tiny_model("llama", hidden_size=64, intermediate_size=128), "nf4").eval()
+    before = numbers(wide)
+    with torch.no_grad():
+        first = wide(input_ids=torch.tensor([[1, 2, 3]])).logits
+        for name, each in numbers(wide).items():
+            torch.testing.assert_close(each, before[name], rtol=2**-8, atol=0)
+        assert torch.equal(wide(input_ids=torch.tensor([[1, 2, 3]])).logits, first)
+
+
+@needs_bitsandbytes
+def test_from_a_trainer_to_a_plain_checkpoint(tmp_path):
+    """A base that is quantized when it is loaded. TRL casts all that is trained on such a base to bfloat16."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    lengths = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 300}
+    tiny_model("olmoe", torch.bfloat16, **lengths).save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+
+    def load() -> nn.Module:
+        return AutoModelForCausalLM.from_pretrained(base, quantization_config=settings, dtype=torch.bfloat16)
+
+    args = {"max_steps": 2, "learning_rate": 0.01, "bf16": False, "use_cpu": True, "report_to": "none"}
+    trainer = SFTTrainer(
+        model=load(),
+        args=SFTConfig(str(out), save_strategy="no", disable_tqdm=True, **args),
+        train_dataset=Dataset.from_dict({"text": ["the cat sat on the mat"] * 16}),
+        processing_class=tiny_tokenizer(),
+        peft_config=KappaTuneConfig(k=6, include=["attention"]),
+    )
+    assert {each.dtype for each in trainer.model.parameters() if each.requires_grad} == {torch.float32}
+    trainer.train()
+    trainer.save_model(str(out))
+    selected = {owner(unit.name) for unit in trainer.model.base_model.selections["default"].units}
+    trained, before = numbers(trainer.model.get_base_model()), numbers(load())
+    assert {name for name, each in trained.items() if not torch.equal(each, before[name])} == selected
+    again = numbers(PeftModel.from_pretrained(load(), out).get_base_model())
+    assert all(torch.equal(each, trained[name]) for name, each in again.items())
+    merge_adapter(out, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert all(torch.equal(each, trained[name]) for name, each in numbers(merged).items())
+    assert merged.dtype == torch.bfloat16 and not hasattr(merged.config, "quantization_config")
+    with pytest.raises(KappaTuneError, match="quantized in training, and this model isn't.*kappatune merge"):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out)
+
+
+@needs_bitsandbytes
+def test_a_base_that_was_saved_quantized(tmp_path):
+    base, out = tmp_path / "base", tmp_path / "out"
+    wide = tiny_model("llama", hidden_size=64, intermediate_size=128, vocab_size=300)
+    wide.save_pretrained(tmp_path / "wide")
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "wide", quantization_config=settings).save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(base), KappaTuneConfig(k=4))
+    with torch.no_grad():
+        for layer in tuned.base_model.layers():
+            layer.master.add_(0.5)
+    tuned.base_model.write_through()
+    tuned.save_pretrained(out)
+    merge_adapter(out, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    expected = numbers(tuned.get_base_model())
+    assert all(torch.equal(each, expected[name]) for name, each in numbers(merged).items())
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+
+
+def test_a_model_that_is_not_quantized_is_whole_already():
+    plain = model()
+    assert whole_model(plain) is plain
+
+
+@needs_bitsandbytes
+def test_other_quantized_layers_are_not_trained():
+    coarse = model()
+    layer = coarse.model.layers[0].mlp.up_proj
+    layer.weight = nn.Parameter((8 * layer.weight.data).to(torch.float8_e4m3fn), requires_grad=False)
+    layer.weight_scale_inv = nn.Parameter(torch.ones(1, 1), requires_grad=False)
+    with pytest.raises(KappaTuneError, match="model.layers.0.mlp.up_proj is a quantized Linear: .* Exclude it"):
+        get_peft_model(coarse, KappaTuneConfig(k=1, include=["model.layers.0.mlp.up_proj.weight"]))
+    assert get_peft_model(coarse, KappaTuneConfig(k=1, include=["*q_proj*"]))
+
+
+@needs_bitsandbytes
+def test_a_recipe_asks_for_it_as_in_trl(tmp_path):
+    lines = {"model_name_or_path": "x", "output_dir": str(tmp_path), "dataset_name": "y", "kappatune": {"k": 3}}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps({**lines, "load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "use_cpu": True}))
+    settings = model_init_kwargs(load_recipe(path))["quantization_config"]
+    assert settings.load_in_4bit and settings.bnb_4bit_quant_type == "fp4"
+    path.write_text(json.dumps({**lines, "use_cpu": True}))
+    assert "quantization_config" not in model_init_kwargs(load_recipe(path))
 
 
 def test_float8_layers_in_memory():
@@ -118,8 +257,6 @@ def test_float8_layers_in_memory():
 
 
 def test_config_takes_scan_from(saved_olmoe):
-    from peft import get_peft_model
-
     base = tiny_model("olmoe", vocab_size=300)
     tuned = get_peft_model(base, KappaTuneConfig(k=3, scan_from=str(saved_olmoe)))
     report = tuned.base_model.reports["default"]

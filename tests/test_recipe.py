@@ -118,7 +118,6 @@ def test_all_problems_at_once(load):
         ({"data": None}, ["data is missing"]),
         ({"dataset_name": "some/thing"}, ["data and dataset_name", "delete one"]),
         ({"use_peft": True, "lora_r": 8}, ["use_peft, lora_r", "Delete"]),
-        ({"load_in_4bit": True}, ["load_in_4bit"]),
         ({"eval_strategy": "stepps"}, ["eval_strategy", "steps"]),
         ({"kappatune_k": 3}, ["kappatune_k and kappatune.k", "delete one"]),
         ({"kappatune": 75, "kappatune_k": 3}, ["kappatune_k and kappatune: 75", "make kappatune a mapping"]),

@@ -1,13 +1,19 @@
-"""What would fail under a Trainer; tests/test_distributed_training.py runs what doesn't."""
+"""What fails in whose Trainer, and what is done about it; tests/test_distributed_training.py runs what doesn't."""
 
 import functools
+from types import SimpleNamespace
 
 import pytest
+import torch
+from peft import get_peft_model
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
+from transformers import Trainer, TrainingArguments
 
-from kappatune_plugin import write_through
+from kappatune_plugin import KappaTuneConfig, write_through
 from kappatune_plugin.write_through import _checkpointing_problem, _saving_problem
+from tiny import tiny_model
 
 
 @pytest.mark.parametrize(
@@ -36,3 +42,18 @@ def test_zero3_that_would_save_no_adapter(transformers, saves, monkeypatch):
     assert _saving_problem({"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}) is None
     problem = _saving_problem({"stage": 3})
     assert problem is None if saves else "leaves no adapter unless zero_optimization has" in problem
+
+
+def test_a_scheduler_forgets_the_groups_that_deepspeed_drops(tmp_path):
+    """As transformers 4 does it: the scheduler is made first, then the group without parameters goes."""
+    tuned = get_peft_model(tiny_model("llama"), KappaTuneConfig(k=2))
+    trainer = Trainer(tuned, TrainingArguments(str(tmp_path), report_to="none", use_cpu=True))
+    trained = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW([{"params": trained}, {"params": []}], lr=0.1)
+    scheduler = LambdaLR(optimizer, lambda step: 0.5**step)
+    optimizer.param_groups[:] = optimizer.param_groups[:1]
+    trainer.callback_handler.lr_scheduler = scheduler
+    trainer.callback_handler.on_train_begin(trainer.args, trainer.state, SimpleNamespace())
+    optimizer.step()
+    scheduler.step()
+    assert scheduler.get_last_lr() == [0.05] and scheduler.base_lrs == [0.1]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+from safetensors import safe_open
 from torch import nn
 from transformers import TrainerCallback
 
@@ -13,6 +14,7 @@ from kappatune_plugin.budget import parse_budget
 from kappatune_plugin.checkpoint import ADAPTER
 from kappatune_plugin.config import KappaTuneConfig
 from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.peft_method import PREFIX
 from kappatune_plugin.selection import Selection, differences
 from kappatune_plugin.tuner import KappaTuneModel
 
@@ -87,6 +89,19 @@ class WriteDecisions(TrainerCallback):
         tuner.selections[name].save(Path(args.output_dir) / "selection.json")
         if tuner.reports[name] is not None:
             tuner.reports[name].save(Path(args.output_dir) / "kappa_report.json")
+
+
+def remove_models_with_adapters(folder: str | os.PathLike) -> None:
+    """Delete the weights in `folder` that hold a whole model and an adapter inside: nothing loads them as they are."""
+    files = sorted(Path(folder).glob("model*.safetensors"))
+    if any(f".{PREFIX}" in name for path in files for name in _tensor_names(path)):
+        for path in [*files, *Path(folder).glob("model.safetensors.index.json")]:
+            path.unlink()
+
+
+def _tensor_names(path: Path) -> list[str]:
+    with safe_open(path, "pt") as file:
+        return list(file.keys())
 
 
 def is_adapter(folder: str | os.PathLike) -> bool:

@@ -13,11 +13,13 @@ from torch import nn
 
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.peft_method import NAME
+from kappatune_plugin.quantized import whole_model
 from kappatune_plugin.toolkits.adapters import (
     WriteDecisions,
     is_adapter,
     kappatune_config,
     new_adapter,
+    remove_models_with_adapters,
     trained_adapter,
 )
 
@@ -82,6 +84,9 @@ class KappaTunePlugin(BasePlugin):
                     "one into a base_model first."
                 )
             return None, kappatune_config(model, given)
+        if cfg.merge_lora:
+            # `merge-lora` writes plain checkpoints
+            model = whole_model(model)
         options = {}
         if cfg.peft_autocast_adapter_dtype is not None:
             options["autocast_adapter_dtype"] = cfg.peft_autocast_adapter_dtype
@@ -96,6 +101,11 @@ class KappaTunePlugin(BasePlugin):
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
         """Write selection.json and kappa_report.json beside the adapter."""
         return [WriteDecisions()] if cfg.adapter == NAME else []
+
+    def post_train(self, cfg: Any, model: nn.Module) -> None:
+        """Take away the weights that `rl` leaves beside the adapter: the model with the adapter's parts in it."""
+        if cfg.adapter == NAME and cfg.rl and cfg.local_rank in (0, None):
+            remove_models_with_adapters(cfg.output_dir)
 
 
 def _output(cfg: Any) -> str:

@@ -65,7 +65,7 @@ def axolotl_problems(config: Mapping[str, Any]) -> list[str]:
     if quantized:
         problems.append(
             f"{', '.join(quantized)}: Axolotl quantizes only for its own adapters, and would load the model "
-            "unquantized. Delete these lines."
+            "unquantized. Delete these lines, or name a base_model that bitsandbytes quantized before it was saved."
         )
     if config.get("freeze_mm_modules"):
         problems.append(

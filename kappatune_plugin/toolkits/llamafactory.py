@@ -88,7 +88,7 @@ def _check(launcher: Any, parser: Any, loader: Any, finetuning: type, model: typ
         problems.append("launcher.__file__ isn't what torchrun starts")
     for owner, names in (
         (finetuning, ("finetuning_type", "pure_bf16", "create_new_adapter", "additional_target")),
-        (model, ("adapter_name_or_path", "resize_vocab", "quantization_bit", "use_unsloth", "use_kt")),
+        (model, ("adapter_name_or_path", "resize_vocab", "use_unsloth", "use_kt")),
     ):
         missing = [name for name in names if name not in owner.__dataclass_fields__]
         problems += [f"{owner.__name__} has no {name}" for name in missing]
@@ -133,7 +133,7 @@ def _check_model(config: Any, model_args: Any, given: dict[str, Any], is_trainab
     """Raise KappaTuneError for settings of the model that the adapter can't be attached or trained with."""
     problems = [
         f"{name}: not supported with finetuning_type: {NAME}. Delete it."
-        for name in ("quantization_bit", "use_unsloth", "use_kt")
+        for name in ("use_unsloth", "use_kt")
         if getattr(model_args, name)
     ]
     if is_trainable and model_args.resize_vocab and "modules_to_save" not in given:

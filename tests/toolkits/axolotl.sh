@@ -1,4 +1,4 @@
-# Axolotl 0.19: SFT, resume, two ranks, ZeRO-3, DPO, merge-lora, inference, and what has to be refused.
+# Axolotl 0.19: SFT, resume, two ranks, ZeRO-3, DPO, a 4 bit base, merge-lora, inference, and what has to be refused.
 
 install() {
     "$venv/bin/pip" install -q "torch==2.13.0"
@@ -89,6 +89,13 @@ pairs='datasets: [{path: ./dpo.jsonl, ds_type: json, split: train, type: {field_
 yaml dpo tiny-llama 5 "rl: dpo" "$pairs" "dataset_prepared_path: ./prepared-dpo"
 train dpo
 merged dpo tiny-llama
+[ ! -e out-dpo/model.safetensors ]
+
+# a base that bitsandbytes quantized before it was saved
+quietly quantized.log python "$here/make_quantized.py" .
+yaml quantized tiny-llama-4bit 5
+train quantized
+merged quantized tiny-llama-4bit-whole
 
 ranks='plugins: [kappatune_plugin.toolkits.axolotl.KappaTunePlugin, axolotl_cpu_ranks.CpuRanks]'
 zero3='deepspeed: ./zero3.json'

@@ -1,12 +1,12 @@
 # LLaMA-Factory 0.9.5 with the newest transformers it takes, or as llamafactory-4 with transformers 4: SFT, resume,
-# two ranks, ZeRO-3, DPO, export, and what has to be refused.
+# two ranks, ZeRO-3, DPO, a 4 bit base, export, and what has to be refused.
 
 install() {
     local transformers=5.6.0
     [ "$name" = llamafactory ] || transformers=4.57.6
     "$venv/bin/pip" install -q "torch==2.13.0"
     "$venv/bin/pip" install -q "transformers==$transformers" peft==0.18.1 accelerate==1.11.0 datasets==4.0.0 \
-        trl==0.24.0 omegaconf pyyaml deepspeed==0.18.9 ninja
+        trl==0.24.0 omegaconf pyyaml deepspeed==0.18.9 ninja bitsandbytes==0.50.2
     # its other dependencies serve its web pages and other data than text
     "$venv/bin/pip" install -q --no-deps llamafactory==0.9.5 torchaudio==2.11.0
     # there is no torchaudio for the CPU on PyPI; without its binaries it imports
@@ -81,6 +81,13 @@ merged olmoe tiny-olmoe
 yaml dpo tiny-llama 5
 train dpo stage=dpo dataset=pairs
 merged dpo tiny-llama
+
+# a base that is quantized when it is loaded; LLaMA-Factory exports none
+quietly quantized.log python "$here/make_quantized.py" .
+yaml quantized tiny-llama-wide 5 "quantization_bit: 4" "double_quantization: false"
+train quantized
+quietly merge.log kappatune merge out-quantized --output_dir merged-quantized
+only_selected tiny-llama-4bit-whole out-quantized merged-quantized
 
 yaml ddp tiny-olmoe 12
 FORCE_TORCHRUN=1 NPROC_PER_NODE=2 train ddp per_device_train_batch_size=1

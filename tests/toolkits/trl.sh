@@ -11,7 +11,7 @@ install() {
         *) echo "TRL's environments are trl-old, trl-mid and trl-latest" >&2; return 2 ;;
     esac
     # shellcheck disable=SC2086
-    "$venv/bin/pip" install -q torch==2.13.0 setuptools ninja pytest $versions -e "$repository"
+    "$venv/bin/pip" install -q torch==2.13.0 setuptools ninja pytest bitsandbytes $versions -e "$repository"
 }
 
 # train MODEL COMMAND...: a recipe run by COMMAND, merged, and compared with the model it began with
@@ -52,4 +52,4 @@ echo "== pytest"
 export OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$folder/extensions-$name
 python -m pytest -p no:cacheprovider --junitxml "$work/tests.xml" \
     test_versions.py test_units.py test_tuner.py test_trainer.py test_trl_trainers.py test_recipe.py test_run.py \
-    test_plan.py test_distributed_training.py
+    test_plan.py test_quantized.py test_write_through.py test_distributed_training.py
