@@ -29,30 +29,6 @@ def starts_several() -> bool:
     return torch.accelerator.device_count() > 1 or Path(default_config_file).is_file()
 
 
-def devices_problem(training_args: Any) -> str | None:
-    """Why a Trainer with these arguments can't train here, where it sees several GPUs and is alone."""
-    if training_args.n_gpu <= 1:
-        return None
-    return (
-        f"This one process sees {training_args.n_gpu} GPUs, and torch.nn.DataParallel isn't supported. Start one for "
-        f"each (`kappatune sft --num_processes {training_args.n_gpu}`, `torchrun --nproc_per_node "
-        f"{training_args.n_gpu}`), or let it see one: CUDA_VISIBLE_DEVICES=0."
-    )
-
-
-def offload_problem(training_args: Any) -> str | None:
-    """Why FSDP2 can't offload to the CPU here: it pins what it offloads for copies to a GPU, and there is none."""
-    import torch
-
-    from kappatune_plugin.distributed import switched_on
-
-    offloads = training_args.fsdp and (training_args.fsdp_config or {}).get("cpu_offload")
-    offloads = offloads or (switched_on("ACCELERATE_USE_FSDP") and switched_on("FSDP_OFFLOAD_PARAMS"))
-    if not offloads or torch.accelerator.is_available():
-        return None
-    return "FSDP2 offloads to the CPU from a GPU, and this machine has none: delete cpu_offload (fsdp_offload_params)."
-
-
 def warn_of_unused(content: Mapping[str, Any]) -> None:
     """Say which launch keys of a recipe are not used, where it isn't `kappatune sft` that starts the processes."""
     keys = [str(key) for key in content if is_launch_key(str(key))]

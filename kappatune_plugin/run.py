@@ -12,8 +12,8 @@ from kappatune_plugin.checkpoint import checkpoint_to_resume
 from kappatune_plugin.console import console
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.files import write_text
-from kappatune_plugin.launch import devices_problem, offload_problem
 from kappatune_plugin.loading import cannot_load
+from kappatune_plugin.modes import devices_problem, offload_problem
 from kappatune_plugin.run_data import eval_rows, load_data, task_examples
 from kappatune_plugin.versions import newer_tokenizer
 from kappatune_plugin.watch import together

@@ -7,18 +7,14 @@ running, and its `on_optimizer_step` comes after.
 
 import functools
 import weakref
-from importlib.metadata import version
 from typing import Any, Protocol
 
 import torch
-from packaging.version import Version
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from kappatune_plugin import distributed
-from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.launch import devices_problem
+from kappatune_plugin.modes import check_mode
 
 
 class WritesThrough(Protocol):
@@ -52,51 +48,6 @@ def follow(tuner: WritesThrough) -> None:
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     for tuner in list(_followed):
         tuner.stepped()
-
-
-def _finds_unused(args: Any) -> bool:
-    """Whether the Trainer of `args` runs DDP that looks for unused parameters, its default for PEFT models."""
-    ddp = distributed.world() > 1 and args.deepspeed_plugin is None and args.ddp_find_unused_parameters is not False
-    return ddp and not distributed.shards_with_fsdp()
-
-
-def _checkpointing_problem(model: nn.Module, finds_unused: bool, deepspeed: str | None) -> str | None:
-    """Why the gradient checkpointing of `model` would fail; `deepspeed` is its version if ZeRO-3 divides the model."""
-    functions = (getattr(module, "_gradient_checkpointing_func", None) for module in model.modules())
-    reentrant = {getattr(function, "keywords", {}).get("use_reentrant") for function in functions}
-    if True in reentrant and finds_unused:
-        return (
-            "Re-entrant gradient checkpointing fails under DDP while it looks for unused parameters: write "
-            "`gradient_checkpointing_kwargs: {use_reentrant: false}`, or "
-            "`ddp_find_unused_parameters: false`."
-        )
-    if False in reentrant and deepspeed is not None and Version(deepspeed) < Version("0.19"):
-        return (
-            f"Gradient checkpointing that isn't re-entrant fails under ZeRO-3 of DeepSpeed {deepspeed} where weights "
-            "are frozen: write `gradient_checkpointing_kwargs: {use_reentrant: true}`, or install deepspeed>=0.19."
-        )
-    return None
-
-
-def _saving_problem(zero3: dict[str, Any]) -> str | None:
-    """Why the Trainer would save no adapter; `zero3` is DeepSpeed's `zero_optimization` of stage 3."""
-    if zero3.get("stage3_gather_16bit_weights_on_model_save") or Version(version("transformers")) >= Version("5.6"):
-        return None
-    return (
-        f"With transformers {version('transformers')} a run under ZeRO-3 leaves no adapter unless zero_optimization "
-        "has `stage3_gather_16bit_weights_on_model_save: true` (accelerate's `zero3_save_16bit_model`): write that."
-    )
-
-
-def _check_mode(model: nn.Module, args: Any) -> None:
-    from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
-
-    zero3 = is_deepspeed_zero3_enabled()
-    problem = devices_problem(args)
-    problem = problem or _checkpointing_problem(model, _finds_unused(args), version("deepspeed") if zero3 else None)
-    problem = problem or (_saving_problem(deepspeed_config()["zero_optimization"]) if zero3 else None)
-    if problem:
-        raise KappaTuneError(problem)
 
 
 def _match_groups(scheduler: Any) -> None:
@@ -139,7 +90,7 @@ def _add_trainer_callback() -> None:
         ) -> None:
             tuner = getattr(model, "base_model", None)
             if tuner in _followed:
-                _check_mode(model, args)
+                check_mode(model, args)
                 if isinstance(others.get("lr_scheduler"), LambdaLR):
                     _match_groups(others["lr_scheduler"])
                 # DeepSpeed loads a checkpoint into its own copies, past load_state_dict

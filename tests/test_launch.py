@@ -22,7 +22,8 @@ from typer.testing import CliRunner
 
 from kappatune_plugin import KappaTuneError
 from kappatune_plugin.cli import app
-from kappatune_plugin.launch import LAUNCHED, is_launched, launch, offload_problem, split_words, warn_of_unused
+from kappatune_plugin.launch import LAUNCHED, is_launched, launch, split_words, warn_of_unused
+from kappatune_plugin.modes import offload_problem
 from kappatune_plugin.recipe import load_recipe
 from kappatune_plugin.run import run_sft
 from recipes import tiny_recipe, write_recipe

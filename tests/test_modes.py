@@ -11,8 +11,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments
 
-from kappatune_plugin import KappaTuneConfig, write_through
-from kappatune_plugin.write_through import _checkpointing_problem, _saving_problem
+from kappatune_plugin import KappaTuneConfig, modes
+from kappatune_plugin.modes import checkpointing_problem, saving_problem
 from tiny import tiny_model
 
 
@@ -32,15 +32,15 @@ def test_checkpointing_that_would_fail(use_reentrant, finds_unused, deepspeed, w
     if use_reentrant is not None:
         # as transformers' gradient_checkpointing_enable sets it
         model[0]._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=use_reentrant)
-    problem = _checkpointing_problem(model, finds_unused, deepspeed)
+    problem = checkpointing_problem(model, finds_unused, deepspeed)
     assert (problem is None) if words is None else (words in problem)
 
 
 @pytest.mark.parametrize(("transformers", "saves"), [("4.57.6", False), ("5.6.0", True)])
 def test_zero3_that_would_save_no_adapter(transformers, saves, monkeypatch):
-    monkeypatch.setattr(write_through, "version", {"transformers": transformers}.get)
-    assert _saving_problem({"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}) is None
-    problem = _saving_problem({"stage": 3})
+    monkeypatch.setattr(modes, "version", {"transformers": transformers}.get)
+    assert saving_problem({"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}) is None
+    problem = saving_problem({"stage": 3})
     assert problem is None if saves else "leaves no adapter unless zero_optimization has" in problem
 
 
