@@ -1,5 +1,6 @@
 """What doesn't work in which mode of training, as a message that says what to write instead."""
 
+import os
 from importlib.metadata import version
 from typing import Any
 
@@ -10,13 +11,18 @@ from torch import nn
 from kappatune_plugin import distributed
 from kappatune_plugin.errors import KappaTuneError
 
+FSDP1 = (
+    "FSDP's first version puts weights together in one, where a matrix can't be told: use its second "
+    "(`--accelerate_config fsdp2`, `fsdp_version: 2`)."
+)
+
 
 def check_mode(model: nn.Module, args: Any) -> None:
     """Raise KappaTuneError if training `model` in a Trainer with the arguments `args` would fail, or leave nothing."""
     from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
 
     zero3 = is_deepspeed_zero3_enabled()
-    problem = devices_problem(args)
+    problem = devices_problem(args) or (FSDP1 if is_fsdp1(model) else None)
     problem = problem or checkpointing_problem(model, _finds_unused(args), version("deepspeed") if zero3 else None)
     problem = problem or (saving_problem(deepspeed_config()["zero_optimization"]) if zero3 else None)
     if problem:
@@ -34,14 +40,24 @@ def devices_problem(training_args: Any) -> str | None:
     )
 
 
-def offload_problem(training_args: Any) -> str | None:
-    """Why FSDP2 can't offload to the CPU here: it pins what it offloads for copies to a GPU, and there is none."""
+def is_fsdp1(model: nn.Module) -> bool:
+    """Whether the first version of FSDP holds parts of `model`."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+
+
+def fsdp_problem(training_args: Any) -> str | None:
+    """Why FSDP as it is asked for can't run here, as far as can be told before the model is loaded."""
+    launched = distributed.switched_on("ACCELERATE_USE_FSDP")
+    if launched and not training_args.fsdp and os.environ.get("FSDP_VERSION", "1") == "1":
+        return FSDP1
     offloads = training_args.fsdp and (training_args.fsdp_config or {}).get("cpu_offload")
-    offloads = offloads or (
-        distributed.switched_on("ACCELERATE_USE_FSDP") and distributed.switched_on("FSDP_OFFLOAD_PARAMS")
-    )
-    if not offloads or torch.accelerator.is_available():
+    if not (offloads or (launched and distributed.switched_on("FSDP_OFFLOAD_PARAMS"))):
         return None
+    if torch.accelerator.is_available():
+        return None
+    # it pins what it offloads, for copies to a GPU
     return "FSDP2 offloads to the CPU from a GPU, and this machine has none: delete cpu_offload (fsdp_offload_params)."
 
 

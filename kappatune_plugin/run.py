@@ -13,7 +13,7 @@ from kappatune_plugin.console import console
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.files import write_text
 from kappatune_plugin.loading import cannot_load
-from kappatune_plugin.modes import devices_problem, offload_problem
+from kappatune_plugin.modes import devices_problem, fsdp_problem
 from kappatune_plugin.run_data import eval_rows, load_data, task_examples
 from kappatune_plugin.versions import newer_tokenizer
 from kappatune_plugin.watch import together
@@ -64,7 +64,7 @@ def run_sft(recipe: "Recipe") -> RunResult:
         KappaTuneError: a mistake of the user that shows only now: data, model, checkpoint, or output_dir.
     """
     args = recipe.training_args
-    if problem := devices_problem(args) or offload_problem(args):
+    if problem := devices_problem(args) or fsdp_problem(args):
         raise KappaTuneError(problem)
     output_dir = Path(args.output_dir)
     check_writable(output_dir)

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from kappatune_plugin import KappaTuneError
 from kappatune_plugin.cli import app
 from kappatune_plugin.launch import LAUNCHED, is_launched, launch, split_words, warn_of_unused
-from kappatune_plugin.modes import offload_problem
+from kappatune_plugin.modes import fsdp_problem
 from kappatune_plugin.recipe import load_recipe
 from kappatune_plugin.run import run_sft
 from recipes import tiny_recipe, write_recipe
@@ -151,19 +151,22 @@ def test_several_gpus_in_one_process_are_an_error_that_says_what_to_type(saved_o
         run_sft(recipe)
 
 
-def test_fsdp_offloads_from_a_gpu_only(saved_olmoe, tmp_path, monkeypatch):
+def test_fsdp_that_cant_run_here(saved_olmoe, tmp_path, monkeypatch):
     recipe = load_recipe(run_recipe(tmp_path, saved_olmoe, use_cpu=True))
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     with monkeypatch.context() as context:
         context.setenv("ACCELERATE_USE_FSDP", "true")
         context.setenv("FSDP_OFFLOAD_PARAMS", "true")
+        with pytest.raises(KappaTuneError, match="use its second .`--accelerate_config fsdp2`"):
+            run_sft(recipe)
+        context.setenv("FSDP_VERSION", "2")
         with pytest.raises(KappaTuneError, match="FSDP2 offloads to the CPU from a GPU"):
             run_sft(recipe)
         monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-        assert offload_problem(recipe.training_args) is None
+        assert fsdp_problem(recipe.training_args) is None
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     args = SimpleNamespace(fsdp=True, fsdp_config={"cpu_offload": True})
-    assert "delete cpu_offload" in offload_problem(args)
+    assert "delete cpu_offload" in fsdp_problem(args)
 
 
 def test_one_process_is_launched_once(saved_olmoe, tmp_path):

@@ -7,12 +7,13 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments
 
-from kappatune_plugin import KappaTuneConfig, modes
-from kappatune_plugin.modes import checkpointing_problem, saving_problem
+from kappatune_plugin import KappaTuneConfig, KappaTuneError, modes
+from kappatune_plugin.modes import check_mode, checkpointing_problem, saving_problem
 from tiny import tiny_model
 
 
@@ -57,3 +58,17 @@ def test_a_scheduler_forgets_the_groups_that_deepspeed_drops(tmp_path):
     optimizer.step()
     scheduler.step()
     assert scheduler.get_last_lr() == [0.05] and scheduler.base_lrs == [0.1]
+
+
+class FirstVersion(FullyShardedDataParallel):
+    """As accelerate wraps a layer, without the GPU that it takes."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+
+def test_the_first_version_of_fsdp_is_an_error():
+    args = SimpleNamespace(n_gpu=1)
+    with pytest.raises(KappaTuneError, match="FSDP's first version"):
+        check_mode(nn.Sequential(nn.Linear(2, 2), FirstVersion()), args)
+    assert not modes.is_fsdp1(nn.Sequential(nn.Linear(2, 2)))
