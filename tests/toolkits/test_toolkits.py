@@ -7,6 +7,6 @@ import pytest
 
 
 @pytest.mark.toolkit
-@pytest.mark.parametrize("name", ["axolotl", "llamafactory", "llamafactory-4"])
+@pytest.mark.parametrize("name", ["axolotl", "llamafactory", "llamafactory-4", "trl-old", "trl-mid", "trl-latest"])
 def test_trains_exactly_the_selected(name):
     subprocess.run([Path(__file__).with_name("run.sh"), name], check=True)
