@@ -22,7 +22,7 @@ INTEGRATIONS = {
         "own environment, pip install llamafactory",
     ),
     "deepspeed": (">=0.18.6", "ZeRO", f"pip install '{PACKAGE}[deepspeed]'"),
-    "bitsandbytes": (">=0.45", "8 bit optimizers", f"pip install '{PACKAGE}[quantized]'"),
+    "bitsandbytes": (">=0.45", "quantized bases", f"pip install '{PACKAGE}[quantized]'"),
     "lm_eval": (">=0.4.9", "tasks in forgetting", f"pip install '{PACKAGE}[lm_eval]'"),
 }
 

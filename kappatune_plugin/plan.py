@@ -5,6 +5,7 @@ experts into one parameter, none of them can train one expert's matrix alone.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -127,7 +128,10 @@ def lora_places(model: nn.Module, modules: Sequence[str], parameters: Sequence[s
     from peft.tuners.lora import LoraLayer
 
     config = LoraConfig(target_modules=list(modules) or None, target_parameters=list(parameters) or None)
-    with_lora = get_peft_model(model, config, low_cpu_mem_usage=True).base_model.model
+    with warnings.catch_warnings():
+        # of PEFT, about a model that nobody trains
+        warnings.simplefilter("ignore")
+        with_lora = get_peft_model(model, config, low_cpu_mem_usage=True).base_model.model
     places = set()
     for name, module in with_lora.named_modules():
         if isinstance(module, LoraLayer):
