@@ -10,19 +10,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kappatune_plugin.study.plots import frontier_plot, matched_plot
+from kappatune_plugin.console import number
+from kappatune_plugin.study.plots import budget_plot, frontier_plot, matched_plot
 from kappatune_plugin.study.statistics import interval
 from kappatune_plugin.study.tables import MEASURES, shown
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-REFERENCE = "lora"
+# differences are from the first of them that a comparison has
+REFERENCES = ("lora", "lowest")
 SETTINGS = {
     "quickstart": "Quickstart, 100 steps: a mixture of experts (4 layers, 16 experts) learns the tone of letters",
     "quickstart-target": "Quickstart, every method at one rate until it is there (400 steps at most)",
+    "quickstart-sweep": "Quickstart: how many matrices",
     "dense-subj": "tinystories-656k, dense: is a sentence a plot or an opinion (Subj)",
     "moe-subj": "tinystories-656k upcycled to 4 experts: Subj",
     "dense-sst2": "tinystories-656k, dense: sentiment (SST-2)",
     "moe-sst2": "tinystories-656k upcycled to 4 experts: SST-2",
+    "dense-subj-choices": "tinystories-656k, dense, Subj: every choice of matrices at one rate",
+    "moe-subj-choices": "tinystories-656k upcycled to 4 experts, Subj: every choice of matrices at one rate",
+    "moe-subj-sweep": "tinystories-656k upcycled to 4 experts, Subj: how many matrices",
+    "olmoe-irony": "OLMoE-1B-7B: irony in tweets",
+    "olmoe-sst2": "OLMoE-1B-7B: SST-2",
 }
 HEAD = """# Does it forget less?
 
@@ -34,10 +42,23 @@ Written by `python benchmarks/results.py` from the comparisons in [results](resu
 def main() -> None:
     contents = committed()
     for name, content in contents.items():
-        if not content["settings"]["stop_at_target"]:
-            frontier_plot(content, DOCS / "results" / f"{name}-frontier.png")
-        matched_plot(content, DOCS / "results" / f"{name}-matched.png")
+        for kind in pictures(content):
+            PICTURES[kind](content, DOCS / "results" / f"{name}-{kind}.png")
     (DOCS / "RESULTS.md").write_text(text(contents), encoding="utf-8")
+
+
+PICTURES = {
+    "matched": matched_plot,
+    "frontier": frontier_plot,
+    "budgets": lambda content, path: budget_plot(content, path, content["recommendation"]["method"]),
+}
+
+
+def pictures(content: Mapping[str, Any]) -> tuple[str, ...]:
+    """The kinds of picture that a comparison or sweep has."""
+    if "recommendation" in content:
+        return ("budgets",)
+    return ("matched",) if content["settings"]["stop_at_target"] else ("matched", "frontier")
 
 
 def committed() -> dict[str, Any]:
@@ -226,6 +247,7 @@ def how(contents: Mapping[str, Any]) -> str:
     for name, content in contents.items():
         settings, target = content["settings"], content["target_loss"]
         rates = ", ".join(f"{rate:g}" for rate in settings["learning_rates"])
+        rates += f" and {settings['widen']} more" if settings.get("widen") else ""
         given = "given" if settings["target_loss"] is not None else "the worst run's best"
         rows.append(
             f"| {name} | {content['parameters']:,} | {content['steps']} | "
@@ -240,8 +262,8 @@ loss on a tenth of the training rows, held out for that, with the first seed. Ka
 many parameters as the κ-lowest selection does, as near as whole matrices and ranks allow; full fine-tuning trains all.
 Forgetting is the rise of the loss on control text that the task doesn't touch, in nats a token. It is compared when the
 training loss, smoothed over {next(iter(contents.values()))["settings"]["smooth"]} steps, first reaches a target, and
-after equal steps. ± is the 95% interval of Student's t over seeds; intervals of three seeds are wide. A grid of two
-rates is small: what is chosen is at its edge, and no method had a lower one to choose.
+after equal steps. ± is the 95% interval of Student's t over seeds; intervals of three seeds are wide. Where the best
+rate of a method is at the edge of its grid, the next one beyond it is tried too, as often as the table says.
 
 {chr(10).join(rows)}
 
@@ -250,22 +272,51 @@ rates is small: what is chosen is at its edge, and no method had a lower one to 
 
 
 def setting(name: str, content: Mapping[str, Any]) -> str:
-    """A section: tables, what the KappaTune methods chose, and pictures."""
-    target = content["target_loss"]
-    parts = [
-        f"## {SETTINGS[name]}\n",
-        f"Before training: {before(content)}.\n",
-        f"When the smoothed training loss first reaches {target:.3f}:\n",
-        table(content, "matched"),
-        f"\n![forgotten at the target](results/{name}-matched.png)\n",
-    ]
+    """A section: tables, pictures, and what the KappaTune methods chose."""
+    parts = [f"## {SETTINGS[name]}\n", f"Before training: {before(content)}.\n"]
+    if "recommendation" not in content:
+        parts += [f"When the smoothed training loss first reaches {content['target_loss']:.3f}:\n"]
+        parts += [table(content, "matched"), f"\n![forgotten at the target](results/{name}-matched.png)\n"]
     if not content["settings"]["stop_at_target"]:
-        parts += [
-            f"After {content['steps']} steps:\n",
-            table(content, "final"),
-            f"\n![learned against forgotten](results/{name}-frontier.png)\n",
-        ]
+        parts += [f"After {content['steps']} steps:\n", table(content, "final"), ""]
+    if "recommendation" in content:
+        parts += [f"`kappatune sweep` says: {content['recommendation']['why']}\n"]
+        return "\n".join([*parts, f"![learned and forgotten by budget](results/{name}-budgets.png)\n"])
+    if "frontier" in pictures(content):
+        parts += [f"![learned against forgotten](results/{name}-frontier.png)\n"]
+    parts += rates_table(content)
     return "\n".join([*parts, "What they train (first seed), of each type of matrix:\n", choices(content), ""])
+
+
+def rates_table(content: Mapping[str, Any]) -> list[str]:
+    """A Markdown table of what every rate that was tried forgets, where that is in the file and rates differ."""
+    found = {
+        method["name"]: {float(rate): tried for rate, tried in method["grid"].items() if tried.get("final")}
+        for method in content["methods"]
+    }
+    rates = sorted({rate for grid in found.values() for rate in grid})
+    if len(rates) < 2:
+        return []
+    rows = ["| method | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|---" * (len(rates) + 1) + "|"]
+    for method in content["methods"]:
+        cells = []
+        for rate in rates:
+            tried = found[method["name"]].get(rate)
+            cell = "" if tried is None else rate_cell(tried)
+            cells.append(f"**{cell}**" if rate == method["learning_rate"] else cell)
+        rows.append(f"| `{method['name']}` | " + " | ".join(cells) + " |")
+    heading = (
+        f"What each learning rate has forgotten after {content['steps']} steps (control loss), and in brackets the "
+        "loss on held-out rows by which the rate in bold was chosen; first seed:\n"
+    )
+    return [heading, *rows, ""]
+
+
+def rate_cell(tried: Mapping[str, Any]) -> str:
+    forgotten, held_out = tried["final"]["control_loss_change"], tried["validation_loss"]
+    if forgotten is None or held_out is None:
+        return "diverged"
+    return f"{number('{:+.3f}', forgotten)} ({held_out:.3f})"
 
 
 def choices(content: Mapping[str, Any]) -> str:
@@ -289,21 +340,24 @@ def table(content: Mapping[str, Any], where: str) -> str:
     """A Markdown table of the measures, with the difference from LoRA of what was forgotten, paired by seed."""
     keys = [key for key in MEASURES if any(key in (method[where] or {}) for method in content["methods"])]
     headings = [MEASURES[key][0].replace("\n", " ") for key in keys]
-    heading = ["method", "rate", "trained", "steps", *headings, f"control loss against {REFERENCE}"]
+    by_name = {method["name"]: method for method in content["methods"]}
+    reference = next((by_name[name] for name in REFERENCES if name in by_name), None)
+    heading = ["method", "rate", "trained", "steps", *headings]
+    heading += [f"control loss against {reference['name']}"] if reference else []
     rows = ["| " + " | ".join(heading) + " |", "|---" * len(heading) + "|"]
-    reference = next((method for method in content["methods"] if method["name"] == REFERENCE), None)
     seeds = len(content["settings"]["seeds"])
     for method in content["methods"]:
         found = method[where]
         cells = [f"`{method['name']}`", f"{method['learning_rate']:g}", f"{method['trainable']['mean']:,.0f}"]
         if found is None:
             lowest = min(value for value in method["lowest_loss"]["values"] if value is not None)
-            cells += [f"not reached (lowest {lowest:.3f})", *("" for _ in keys), ""]
+            cells += [f"not reached (lowest {lowest:.3f})", *("" for _ in heading[4:])]
         else:
             reached = sum(value is not None for value in found["step"]["values"])
             steps = f"{found['step']['mean']:.0f}" + ("" if reached == seeds else f" ({reached} of {seeds} seeds)")
             cells += [steps, *(shown(found.get(key), MEASURES[key][1]) for key in keys)]
-            cells.append(against(found, reference[where] if reference and method is not reference else None))
+            if reference:
+                cells.append("" if method is reference else against(found, reference[where]))
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 

@@ -12,7 +12,7 @@ from kappatune_plugin import KappaTuneError, scan
 from kappatune_plugin.study.arms import Pool, arm_config, choose, nearest_count
 from kappatune_plugin.study.compare import Settings, Tried
 from kappatune_plugin.study.methods import DEFAULT_METHODS, Method, parse_methods
-from kappatune_plugin.study.plots import budget_plot
+from kappatune_plugin.study.plots import budget_plot, frontier_plot, matched_plot
 from kappatune_plugin.study.recommend import recommend
 from kappatune_plugin.study.statistics import first_crossing, interval, smoothed
 from kappatune_plugin.study.store import RunStore
@@ -37,6 +37,15 @@ def test_interval_is_students(freedom):
 def test_interval_by_hand():
     # mean 2, s = 1, t(2) = 4.303, sqrt(3) = 1.732
     assert interval([1.0, 2.0, 3.0]).half == pytest.approx(2.484, abs=1e-3)
+
+
+def test_interval_is_scipys():
+    from scipy.stats import ttest_1samp
+
+    values = [0.31, 0.28, 0.45, 0.3, 0.33]
+    low, high = ttest_1samp(values, 0).confidence_interval(0.95)
+    found = interval(values)
+    assert (found.mean - found.half, found.mean + found.half) == pytest.approx((low, high), rel=1e-12)
 
 
 def test_one_value_has_no_interval_and_none_is_an_error():
@@ -351,3 +360,23 @@ def test_a_budget_that_diverged_is_left_out_of_the_picture(tmp_path):
     diverged["final"] = entry("", [0.5], [0.1])["final"]
     budget_plot(content, tmp_path / "all.png", "lowest:k=10%")
     assert drawn.startswith(b"\x89PNG") and drawn != (tmp_path / "all.png").read_bytes()
+
+
+@pytest.mark.parametrize(("worst", "scale"), [(0.9, "linear"), (1.1, "symlog")])
+def test_methods_are_told_apart_beside_one_that_forgets_far_more(tmp_path, monkeypatch, worst, scale):
+    drawn = []
+    monkeypatch.setattr("kappatune_plugin.study.plots._save", lambda figure, axes, *_, **__: drawn.append(axes))
+    content = made_up(entry("lowest", [0.8] * 3, [0.02] * 3), entry("full", [0.9] * 3, [worst] * 3))
+    frontier_plot(content, tmp_path / "a.png")
+    matched_plot(content, tmp_path / "b.png")
+    assert [axes.get_xscale() for axes in drawn] == [scale] * 2
+    assert all(("logarithmic" in axes.get_xlabel()) == (scale == "symlog") for axes in drawn)
+
+
+def test_long_names_and_what_was_not_reached_are_on_lines_of_their_own(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("kappatune_plugin.study.plots._save", lambda figure, axes, *_, **__: drawn.append(axes))
+    long = entry("lowest:rank_by=kappa_over_null", [0.8, 0.9, 0.85], [0.1, 0.2, 0.3], reached=False)
+    matched_plot(made_up(entry("lora", [0.8] * 3, [0.1] * 3), long), tmp_path / "a.png")
+    labels = [label.get_text() for label in drawn[0].get_yticklabels()]
+    assert labels == ["lora", "lowest\n:rank_by=kappa_over_null\n(reached by 0 of 3)"]

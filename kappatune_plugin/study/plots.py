@@ -9,6 +9,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "osD^vPX*<>hp"
 LINES = ("-", "--", ":")
 WIDTH, LEGEND_BESIDE, DPI = 8.0, 6.2, 100
+LINEAR, LONGEST = 0.1, 22
 TASKS = {
     "task_accuracy": ("Task accuracy (%)", 100),
     "task_answer_accuracy": ("Task accuracy, written answers (%)", 100),
@@ -26,8 +27,10 @@ def frontier_plot(content: Mapping[str, Any], path: Path) -> None:
         points = [point for point in method["course"] if point.get(task) and point["control_loss_change"]]
         x = [0.0, *(point["control_loss_change"]["mean"] for point in points)]
         y = [base, *(point[task]["mean"] * scale for point in points)]
-        axes.plot(x, y, label=method["name"], **_style(i))
+        axes.plot(x, y, label=_broken(method["name"]), **_style(i))
     axes.set_xlabel("Forgotten: rise of the control loss (nats a token)")
+    ends = [method["course"][-1]["control_loss_change"] for method in content["methods"]]
+    _scale(axes, [end["mean"] for end in ends if end])
     axes.set_ylabel(f"Learned: {label[0].lower()}{label[1:]}")
     axes.set_title(
         _title(content, f"One curve a method, a mark every {content['settings']['every']} steps"), loc="left"
@@ -39,19 +42,21 @@ def matched_plot(content: Mapping[str, Any], path: Path) -> None:
     """What each method has forgotten when its training loss reaches the target: mean and 95% interval over seeds."""
     found = [(method, (method["matched"] or {}).get("control_loss_change")) for method in content["methods"]]
     found.sort(key=lambda row: (row[1] is None, row[1]["mean"] if row[1] else 0))
-    figure, axes = _figure(1.2 + 0.3 * len(found))
     seeds = len(content["settings"]["seeds"])
-    labels = []
-    for row, (method, measure) in enumerate(found):
-        reached = 0 if measure is None else sum(value is not None for value in measure["values"])
-        labels.append(method["name"] + ("" if reached == seeds else f"\n(reached by {reached} of {seeds})"))
+    each = [[value for value in (measure or {}).get("values", ()) if value is not None] for _, measure in found]
+    labels = [
+        _broken(method["name"]) + ("" if len(there) == seeds else f"\n(reached by {len(there)} of {seeds})")
+        for (method, _), there in zip(found, each, strict=True)
+    ]
+    lines = max(label.count("\n") for label in labels) + 1
+    figure, axes = _figure(1.2 + (0.14 + 0.11 * lines) * len(found))
+    for row, ((_, measure), there) in enumerate(zip(found, each, strict=True)):
         if measure is None:
             continue
-        colour = COLOURS[0] if reached == seeds else COLOURS[7]
-        there = [value for value in measure["values"] if value is not None]
+        colour = COLOURS[0] if len(there) == seeds else COLOURS[7]
         axes.plot(there, [row] * len(there), "o", color=colour, alpha=0.45, markersize=4, linestyle="none")
         axes.errorbar(measure["mean"], row, xerr=measure["half"], fmt="D", color=colour, capsize=3, markersize=6)
-    axes.set_yticks(range(len(found)), labels)
+    axes.set_yticks(range(len(found)), labels, fontsize=9)
     axes.set_ylim(len(found) - 0.5, -0.5)
     axes.axvline(0, color="0.6", linewidth=0.8)
     axes.set_xlabel("Rise of the control loss (nats a token): mean, 95% interval, each seed")
@@ -129,7 +134,29 @@ def _limit_to_means(axes: Any, measures: Sequence[Mapping[str, Any]]) -> None:
     if values:
         low, high = min(0.0, *values), max(0.0, *values)
         margin = 0.15 * (high - low) or 0.01
-        axes.set_xlim(low - margin, high + margin)
+        if _scale(axes, values):
+            axes.set_xlim(low - LINEAR / 2, 1.5 * high)
+        else:
+            axes.set_xlim(low - margin, high + margin)
+
+
+def _scale(axes: Any, values: Sequence[float]) -> bool:
+    """Whether the axis is made logarithmic beyond `LINEAR` nats: where one method forgets so much that the others could
+    not be told apart."""
+    from matplotlib.ticker import FuncFormatter
+
+    if not values or max(values) < 10 * LINEAR:
+        return False
+    axes.set_xscale("symlog", linthresh=LINEAR, linscale=0.5, subs=(2, 5))
+    axes.set_xlabel(f"{axes.get_xlabel()}\n(logarithmic from {LINEAR:g} on)")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    return True
+
+
+def _broken(name: str) -> str:
+    """A long name on a line for each setting."""
+    return name if len(name) <= LONGEST else name.replace(":", "\n:")
 
 
 def _tidy(axes: Any) -> None:
