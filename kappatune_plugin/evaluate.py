@@ -14,10 +14,11 @@ from kappatune_plugin.console import number
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.files import write_json
 from kappatune_plugin.forgetting import ForgettingData, ForgettingProbe, ForgettingReport, shown, shown_change
-from kappatune_plugin.probes import base_in_place
+from kappatune_plugin.probes import base_in_place, base_of
+from kappatune_plugin.quantized import quantization_of
 from kappatune_plugin.run import load_base, load_tokenizer
 from kappatune_plugin.run_data import load_test_rows, task_examples
-from kappatune_plugin.units import base_hash
+from kappatune_plugin.sources import ModelSource
 
 if TYPE_CHECKING:
     from torch import nn
@@ -69,21 +70,21 @@ def evaluate(recipe: "Recipe", places: Sequence[str]) -> Evaluation:
     """
     _check(recipe, places)
     data = ForgettingData.load(recipe.forgetting, task_examples(recipe.data, load_test_rows(recipe)), recipe.folder)
-    base = load_base(recipe).to(recipe.training_args.device)
-    fingerprint = {"name": recipe.model_args.model_name_or_path, "hash": base_hash(base)}
-    probe = ForgettingProbe.build(recipe.forgetting, data, base, load_tokenizer(recipe))
-    before, reports = probe.measure(base), {}
+    tokenizer, probe, reports = load_tokenizer(recipe), None, {}
     for place in places:
-        # an adapter changes the model that it is put on
-        base = base if base is not None else load_base(recipe).to(recipe.training_args.device)
+        # an adapter changes the model that it is put on: each gets its own
+        base = _loaded(recipe)
+        if probe is None:
+            named = {"name": recipe.model_args.model_name_or_path, "hash": ModelSource(base).base_hash()}
         model = _trained(recipe, place, base)
-        report = ForgettingReport(list(probe.controls), probe.metric, len(probe.facts))
-        report.before = before
-        report.after = {**probe.measure(model), **probe.divergences(model)}
-        reports[place] = report
-        del model
-        base = None
-    return Evaluation(fingerprint, reports)
+        if probe is None:
+            probe = ForgettingProbe.build(recipe.forgetting, data, model, tokenizer)
+            with base_of(model):
+                before = probe.measure(model)
+        report = reports[place] = ForgettingReport(list(probe.controls), probe.metric, len(probe.facts))
+        report.before, report.after = before, {**probe.measure(model), **probe.divergences(model)}
+        del base, model
+    return Evaluation(named, reports)
 
 
 def _check(recipe: "Recipe", places: Sequence[str]) -> None:
@@ -112,12 +113,24 @@ def _is_adapter(place: Path) -> bool:
     return (place / CONFIG).is_file()
 
 
+def _loaded(recipe: "Recipe", trained: str | None = None) -> "nn.Module":
+    """The base, or the checkpoint `trained`, where the recipe would train it."""
+    model = load_base(recipe, trained)
+    # bitsandbytes' models can't be moved, and are there already
+    return model if quantization_of(model) else model.to(recipe.training_args.device)
+
+
 def _trained(recipe: "Recipe", place: str, base: "nn.Module") -> "nn.Module":
     """The model at `place`, evaluated against `base` as PEFT's models are against theirs."""
     if _is_adapter(Path(place)):
         _warn_of_another_base(recipe, place)
         return load_adapter(base, Path(place))
-    model = load_base(recipe, place).to(recipe.training_args.device)
+    if quantization_of(base):
+        raise KappaTuneError(
+            f"'{place}' is a whole checkpoint, and the recipe's model is quantized: what that costs would be taken for "
+            "forgetting. Give the adapter, or the model unquantized (--load_in_4bit false)."
+        )
+    model = _loaded(recipe, place)
     ours, its = ({name: value.shape for name, value in each.named_parameters()} for each in (base, model))
     if ours != its:
         other = sorted(name for name in ours.keys() | its.keys() if ours.get(name) != its.get(name))

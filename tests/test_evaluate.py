@@ -1,5 +1,6 @@
 """Models trained before, measured beside their base."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -86,6 +87,21 @@ def test_adapters_of_another_method_leave_no_trace(trained, lora, saved_olmoe):
     expected = measured_by_the_run(trained)["control"]["control"]
     assert reports[places[1]].after["control_loss"] == pytest.approx(expected["loss_after"], rel=1e-5)
     assert reports[places[1]].after["control_kl"] == pytest.approx(expected["kl_after"], rel=1e-4)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes isn't installed")
+def test_adapter_of_a_quantized_base(tmp_path):
+    base = tiny_model("olmoe", hidden_size=64, intermediate_size=128, vocab_size=300)
+    base.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    recipe = tiny_recipe(tmp_path, tmp_path / "base", load_in_4bit=True, max_steps=2)
+    path = write_recipe(tmp_path / "recipe.yaml", recipe)
+    run_sft(load_recipe(path))
+    evaluate(load_recipe(path), [str(tmp_path / "out")]).save(tmp_path / "eval.json")
+    found = json.loads((tmp_path / "eval.json").read_text())["models"][str(tmp_path / "out")]
+    assert flat(found) == pytest.approx(flat(measured_by_the_run(tmp_path)), rel=1e-5)
+    with pytest.raises(KappaTuneError, match="is a whole checkpoint, and the recipe's model is quantized"):
+        evaluate(load_recipe(path), [str(tmp_path / "base")])
 
 
 def test_what_cannot_be_measured_is_said_before_anything_is_loaded(trained, lora, tmp_path):
