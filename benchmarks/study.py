@@ -61,6 +61,8 @@ class Run:
     sweep: bool = False
 
 
+# The given targets of the pretrained models are a little above the loss of who guesses the label and knows the rest:
+# ln 2 / 3 = .231 on Subj, ln 2 / 2 = .347 on SST-2, and with the routers' loss .04 more.
 RUNS = {
     "quickstart": Run(QUICKSTART, "1e-3,3e-3", 100, 50, 0.3),
     # every method at the lower rate until it is there, and other ways to choose
@@ -68,12 +70,12 @@ RUNS = {
     "quickstart-sweep": Run(BUDGETS, "1e-3", 100, 50, 0.3, sweep=True),
     "dense-subj": Run(EVERY_METHOD, "1e-3,3e-3", 120, 40, smooth=16, widen=2),
     "moe-subj": Run(EVERY_METHOD, "1e-3,3e-3", 120, 40, smooth=16, widen=2),
+    "dense-sst2": Run(EVERY_METHOD, "1e-3,3e-3", 80, 40, 0.36, 16),
+    "moe-sst2": Run(EVERY_METHOD, "1e-3,3e-3", 80, 40, 0.4, 16),
     # every choice of matrices at one rate
-    "dense-subj-choices": Run(CHOICES, "3e-3", 120, 40, smooth=16),
-    "moe-subj-choices": Run(f"{CHOICES},{NO_ROUTERS}", "3e-3", 120, 40, smooth=16),
-    "moe-subj-sweep": Run(BUDGETS, "3e-3", 120, 40, smooth=16, sweep=True),
-    "dense-sst2": Run(EVERY_METHOD, "1e-3,3e-3", 80, 40, smooth=16, widen=1),
-    "moe-sst2": Run(EVERY_METHOD, "1e-3,3e-3", 80, 40, smooth=16, widen=1),
+    "dense-subj-choices": Run(CHOICES, "3e-3", 120, 40, 0.235, 16),
+    "moe-subj-choices": Run(f"{CHOICES},{NO_ROUTERS}", "3e-3", 120, 40, 0.285, 16),
+    "moe-subj-sweep": Run(BUDGETS, "3e-3", 120, 40, 0.285, 16, sweep=True),
 }
 
 

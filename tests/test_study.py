@@ -345,6 +345,12 @@ def test_the_smallest_budget_that_cannot_be_told_from_the_best(accuracies, chose
     assert ("largest that was tried" in why) == (chosen == "lowest:k=50%")
 
 
+def test_nothing_larger_than_everything_is_suggested():
+    entries = [entry("lowest:k=10%", [0.5] * 3, [0.1] * 3), entry("lowest:k=100%", [0.89, 0.9, 0.91], [0.1] * 3)]
+    name, why = recommend(made_up(*entries))
+    assert name == "lowest:k=100%" and "largest that was tried" not in why
+
+
 def test_no_recommendation_without_a_task():
     content = made_up(entry("lowest:k=10%", [0.5], [0.1]))
     content["before"] = {"a_ppl": 2.0}

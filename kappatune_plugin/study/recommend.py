@@ -50,7 +50,7 @@ def _words(
     text = f"Recommended: k: {budget(chosen)}, {task.replace('_', ' ')} {figure(chosen)}"
     if chosen is not best:
         text += f", within {margin} of the best ({figure(best)} at k = {budget(best)})"
-    if chosen is methods[-1] and len(methods) > 1:
+    if chosen is methods[-1] and len(methods) > 1 and budget(chosen) != "100%":
         text += ". It is the largest that was tried, and a larger one may learn more"
     rise, other = chosen["final"].get("control_loss_change"), best["final"].get("control_loss_change")
     if rise:

@@ -1,0 +1,102 @@
+"""Figures out of the committed comparisons, as docs/RESULTS.md shows them."""
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+from kappatune_plugin.study.statistics import interval
+from kappatune_plugin.study.tables import shown
+
+
+def outcome(content: Mapping[str, Any], name: str) -> str:
+    method = method_of(content, name)
+    if method["matched"] is None:
+        return f"doesn't get there in {content['steps']} steps"
+    return f"{rise(content, name)} in {steps(content, name)} steps"
+
+
+def accuracy(content: Mapping[str, Any], name: str) -> str:
+    return shown(method_of(content, name)["final"]["task_accuracy"], "{:.1%}")
+
+
+def rise(content: Mapping[str, Any], name: str, where: str = "matched") -> str:
+    """What a method has forgotten, as the tables show it."""
+    return shown(method_of(content, name)[where]["control_loss_change"], "{:+.3f}")
+
+
+def steps(content: Mapping[str, Any], name: str) -> str:
+    """How many steps a method takes to the target."""
+    return f"{method_of(content, name)['matched']['step']['mean']:.0f}"
+
+
+def difference(content: Mapping[str, Any], name: str, other: str) -> str:
+    """What `name` has forgotten at the target more than `other`, paired by seed."""
+    return against(method_of(content, name)["matched"], method_of(content, other)["matched"])
+
+
+def less_than(content: Mapping[str, Any], name: str, other: str) -> str:
+    """ "2 of 3": how many runs of `name` have forgotten less at the target than every run of `other`."""
+    mine, others = (method_of(content, each)["matched"]["control_loss_change"]["values"] for each in (name, other))
+    return f"{sum(value < min(others) for value in mine)} of {len(mine)}"
+
+
+def method_of(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    return next(method for method in content["methods"] if method["name"] == name)
+
+
+def by_forgetting(content: Mapping[str, Any]) -> list[str]:
+    """The methods of which every run reaches the target, least forgotten first."""
+    whole = [method for method in content["methods"] if method["matched"] and not missed(method)]
+    ordered = sorted(whole, key=lambda method: method["matched"]["control_loss_change"]["mean"])
+    return [method["name"] for method in ordered]
+
+
+def missed(method: Mapping[str, Any]) -> bool:
+    return method["matched"] is None or None in method["matched"]["step"]["values"]
+
+
+def rate_ratios(content: Mapping[str, Any]) -> dict[str, float]:
+    """Method -> what the grid's highest rate forgets at the target over what its lowest does (first seed)."""
+    found = {}
+    for method in content["methods"]:
+        tries = [method["grid"][rate]["at_target"] for rate in sorted(method["grid"], key=float)]
+        if len(tries) > 1 and tries[0] and tries[-1]:
+            found[method["name"]] = tries[-1]["control_loss_change"] / tries[0]["control_loss_change"]
+    return found
+
+
+def against(found: Mapping[str, Any], reference: Mapping[str, Any] | None) -> str:
+    """The paired difference of what was forgotten, in bold where its interval leaves out zero."""
+    if reference is None:
+        return ""
+    pairs = zip(found["control_loss_change"]["values"], reference["control_loss_change"]["values"], strict=True)
+    differences = [a - b for a, b in pairs if a is not None and b is not None]
+    if not differences:
+        return ""
+    each = interval(differences)
+    text = shown({"mean": each.mean, "half": each.half}, "{:+.3f}")
+    return f"**{text}**" if each.half is not None and abs(each.mean) > each.half else text
+
+
+def times_a_third(content: Mapping[str, Any]) -> list[float]:
+    """What a rate has forgotten at the end over what a third of it has, for every method and pair of rates tried."""
+    ratios = []
+    for method in content["methods"]:
+        ends = [method["grid"][rate]["final"]["control_loss_change"] for rate in sorted(method["grid"], key=float)]
+        ratios += [high / low for low, high in pairwise(ends) if low and high]
+    return ratios
+
+
+def gentlest(content: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """Method -> (rate, what it has forgotten at the end) of the least forgetting one of the rates tried whose held-out
+    loss is no worse than the worst method's best."""
+    grids = {method["name"]: method["grid"] for method in content["methods"]}
+    losses = {name: {rate: tried["validation_loss"] for rate, tried in grid.items()} for name, grid in grids.items()}
+    bar = max(min(loss for loss in each.values() if loss is not None) for each in losses.values())
+    found = {}
+    for name, grid in grids.items():
+        good = [rate for rate, loss in losses[name].items() if loss is not None and loss <= bar]
+        ends = {rate: grid[rate]["final"]["control_loss_change"] for rate in good}
+        rate = min(ends, key=lambda rate: ends[rate])
+        found[name] = (float(rate), ends[rate])
+    return found
