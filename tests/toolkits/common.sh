@@ -6,19 +6,22 @@ trap 'rm -rf "$work"' EXIT
 export DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$folder/extensions-$name
 export HF_HUB_OFFLINE=1 HF_DATASETS_CACHE=$work/.datasets TOKENIZERS_PARALLELISM=false CUDA_VISIBLE_DEVICES=
 
-# environment PYTHON INSTALL: a virtual environment made by the function INSTALL, once for each text of that function
+# environment PYTHON INSTALL: a virtual environment made by the function INSTALL, once for each text of that function;
+# for names that end in -here the one that is active
 environment() {
     local recipe
     recipe=$(declare -f "$2"; "$1" --version)
-    if [ "$(cat "$venv/recipe" 2>/dev/null)" != "$recipe" ]; then
-        echo "== making $venv"
-        rm -rf "$venv"
-        "$1" -m venv "$venv"
-        "$2"
-        echo "$recipe" > "$venv/recipe"
+    if [ "${name##*-}" != here ]; then
+        if [ "$(cat "$venv/recipe" 2>/dev/null)" != "$recipe" ]; then
+            echo "== making $venv"
+            rm -rf "$venv"
+            "$1" -m venv "$venv"
+            "$2"
+            echo "$recipe" > "$venv/recipe"
+        fi
+        "$venv/bin/pip" install -q -e "$repository"
+        export PATH=$venv/bin:$PATH
     fi
-    "$venv/bin/pip" install -q -e "$repository"
-    export PATH=$venv/bin:$PATH
     python "$here/make_tiny.py" "$work"
     cd "$work"
     # DeepSpeed 0.18.9 loses weights on a machine without a GPU where it gathers several at once

@@ -4,7 +4,7 @@
 # NAME is axolotl, llamafactory, llamafactory-4, trl-old, trl-mid or trl-latest. FOLDER keeps the environments, so that
 # only the first run installs anything (minutes); default: kappatune-toolkits in the cache folder. Without a GPU, have
 # pip find PyTorch's CPU build: it spares the gigabytes of CUDA. With --quick TRL's leave out the tests and record
-# nothing.
+# nothing, and trl-here runs in the environment that is active.
 set -euo pipefail
 
 quick=
