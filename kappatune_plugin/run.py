@@ -143,10 +143,19 @@ def _trainer(recipe: "Recipe", train: "Dataset", test: "Dataset | None") -> "SFT
             raise
         raise cannot_load(model.model_name_or_path, error) from error
     except ValueError as error:
-        hint = newer_tokenizer(error)
+        hint = newer_tokenizer(_tokenizer_error(recipe) or error)
         if hint is None:
             raise KappaTuneError(f"TRL can't train '{model.model_name_or_path}' so: {error}") from error
         raise KappaTuneError(f"Can't load the tokenizer of '{model.model_name_or_path}': {error} {hint}") from error
+
+
+def _tokenizer_error(recipe: "Recipe") -> ValueError | None:
+    """What keeps the tokenizer from loading: TRL up to 0.24 asks for a processor, whose error doesn't say it."""
+    try:
+        load_tokenizer(recipe)
+    except ValueError as error:
+        return error
+    return None
 
 
 def load_base(recipe: "Recipe", trained: str | None = None) -> "nn.Module":

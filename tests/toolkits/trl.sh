@@ -63,5 +63,5 @@ if [ ! "$quick" ]; then
     python -m pytest -p no:cacheprovider --junitxml "$work/tests.xml" \
         --deselect test_versions.py::test_readmes_table_is_what_was_recorded \
         test_versions.py test_units.py test_tuner.py test_trainer.py test_trl_trainers.py test_recipe.py test_run.py \
-        test_plan.py test_quantized.py test_write_through.py test_distributed_training.py
+        test_plan.py test_quantized.py test_modes.py test_distributed_training.py
 fi
