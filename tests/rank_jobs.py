@@ -16,7 +16,6 @@ import torch.distributed as dist
 import transformers.training_args
 from accelerate import DistributedType, PartialState
 from datasets import Dataset
-from packaging.version import Version
 from peft import get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -28,15 +27,15 @@ from trl import SFTConfig, SFTTrainer
 import kappatune_plugin
 from kappatune_plugin import KappaTuneConfig, KappaTuneError, distributed, measure, safetensors_source, sources, watch
 from kappatune_plugin.tuner import MASTER
+from recipes import known
 from tiny import tiny_tokenizer
 
 if importlib.util.find_spec("deepspeed"):
     import deepspeed
 
-    # on the CPU it would compile an extension of its own first, minutes where two cores are busy; gloo does, but not
-    # for ZeRO-2 of older versions. The attribute `torch` of deepspeed.comm is torch itself
-    if Version(deepspeed.__version__) >= Version("0.19.8"):
-        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    # on the CPU it would compile an extension of its own first, minutes where two cores are busy; gloo does.
+    # The attribute `torch` of deepspeed.comm is torch itself
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 
 # asked where use_cpu is off, as DeepSpeed and FSDP2 want it
 transformers.training_args.is_torch_bf16_gpu_available = lambda: True
@@ -110,7 +109,7 @@ def make_trainer(mode: str, model: str, output: str, config: dict[str, Any], **s
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "router_aux_loss_coef": 0.0,
+        **known(SFTConfig, router_aux_loss_coef=0.0),
         "model_init_kwargs": {"dtype": "float32"},
         **settings,
         **mode_settings(mode),

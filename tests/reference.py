@@ -39,7 +39,9 @@ def train_with_full_gradients(
             loss.backward()
             losses.append(loss.item())
         for unit, copy in copies:
-            copy.grad = unit_block(model.get_parameter(unit.parameter).grad, unit).float().clone()
+            grad = model.get_parameter(unit.parameter).grad
+            # a separate expert that saw no token has none
+            copy.grad = None if grad is None else unit_block(grad, unit).float().clone()
         optimizer.step()
         with torch.no_grad():
             for unit, copy in copies:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -174,7 +175,9 @@ def test_from_a_trainer_to_a_plain_checkpoint(tmp_path):
         processing_class=tiny_tokenizer(),
         peft_config=KappaTuneConfig(k=6, include=["attention"]),
     )
-    assert {each.dtype for each in trainer.model.parameters() if each.requires_grad} == {torch.float32}
+    # TRL 0.24 takes what is on a CPU for divided over ranks, where it asks for the model's dtype
+    expected = torch.bfloat16 if version("trl").startswith("0.24") else torch.float32
+    assert {each.dtype for each in trainer.model.parameters() if each.requires_grad} == {expected}
     trainer.train()
     trainer.save_model(str(out))
     selected = {owner(unit.name) for unit in trainer.model.base_model.selections["default"].units}

@@ -31,6 +31,8 @@ def refused(load, *overrides, **changes) -> str:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_shipped_recipes_can_be_read(path):
+    if "train_sampling_strategy" in path.read_text() and "train_sampling_strategy" not in trl_keys():
+        pytest.skip("it needs a key of transformers 5")
     recipe = load_recipe(path)
     assert recipe.forgetting is not None and {"norm", "bias"} < set(recipe.kappatune.exclude)
 
@@ -141,7 +143,7 @@ def test_each_mistake_is_named(load, changes, words):
 @pytest.mark.parametrize("key", list(GONE_KEYS))
 def test_keys_that_came_and_went_between_versions(load, key):
     """They pass where the installed versions have them, and are explained where not."""
-    value = 0.1 if key == "warmup_ratio" else True
+    value = {"warmup_ratio": 0.1, "logging_dir": "logs", "torch_dtype": "float32"}.get(key, True)
     if key in trl_keys():
         assert load(**{key: value}).resolved[key] is not None
     else:

@@ -79,6 +79,8 @@ class SeparateExperts(nn.Module):
 def test_fused_and_separate_experts_are_the_same_units(kind):
     model = tiny_model(kind)
     layer = model.model.layers[1]
+    if isinstance(layer.mlp.experts, nn.ModuleList):
+        pytest.skip("transformers 4 has no fused ones of this architecture")
     fused = {unit.name: unit_matrix(model, unit) for unit in find_units(model) if ".experts." in unit.name}
     fused = {name.removeprefix("model.layers.1.mlp."): value for name, value in fused.items() if ".layers.1." in name}
     separate_model = SeparateExperts(layer.mlp.experts)
