@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch.distributed as dist
 import transformers.training_args
 from accelerate import DistributedType, PartialState
 from datasets import Dataset
+from packaging.version import Version
 from peft import get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -30,7 +32,10 @@ from kappatune_plugin.tuner import MASTER
 from recipes import known
 from tiny import tiny_tokenizer
 
-if importlib.util.find_spec("deepspeed"):
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+OLD_DEEPSPEED = HAS_DEEPSPEED and Version(version("deepspeed")) < Version("0.19.8")
+
+if HAS_DEEPSPEED:
     import deepspeed
 
     # on the CPU it would compile an extension of its own first, minutes where two cores are busy; gloo does.
@@ -54,6 +59,8 @@ def zero(stage: int, **settings: Any) -> dict[str, Any]:
             "stage": stage,
             "stage3_gather_16bit_weights_on_model_save": True,
             "stage3_param_persistence_threshold": 0,
+            # where it gathers several at once, it loses weights now and then over gloo
+            **({"stage3_allgather_sequential": True} if OLD_DEEPSPEED else {}),
             **settings,
         },
     }

@@ -186,7 +186,7 @@ def test_from_a_trainer_to_a_plain_checkpoint(tmp_path):
     again = numbers(PeftModel.from_pretrained(load(), out).get_base_model())
     assert all(torch.equal(each, trained[name]) for name, each in again.items())
     merge_adapter(out, tmp_path / "merged")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
     assert all(torch.equal(each, trained[name]) for name, each in numbers(merged).items())
     assert merged.dtype == torch.bfloat16 and not hasattr(merged.config, "quantization_config")
     with pytest.raises(KappaTuneError, match="quantized in training, and this model isn't.*kappatune merge"):

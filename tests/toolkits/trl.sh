@@ -59,9 +59,13 @@ if [ ! "$quick" ]; then
     cd "$repository/tests"
     echo "== pytest"
     export OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$folder/extensions-$name
+    # transformers 4 weighs the losses of ranks otherwise, and needs a GPU for FSDP
+    ranks=test_distributed_training.py
+    [ "$name" != trl-old ] || ranks=
     # README gets the row only when all this has run
+    # shellcheck disable=SC2086
     python -m pytest -p no:cacheprovider --junitxml "$work/tests.xml" \
-        --deselect test_versions.py::test_readmes_table_is_what_was_recorded \
+        --deselect tests/test_versions.py::test_readmes_table_is_what_was_recorded \
         test_versions.py test_units.py test_tuner.py test_trainer.py test_trl_trainers.py test_recipe.py test_run.py \
-        test_plan.py test_quantized.py test_modes.py test_distributed_training.py
+        test_plan.py test_quantized.py test_modes.py $ranks
 fi
