@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pkgutil
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,8 @@ class Cache:
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self._may_write, self._warned = True, False
+        # a scan measures in several threads
+        self._lock = threading.Lock()
 
     def row(self, content: str, unit: WeightUnit, rtol: float, above: float = math.inf) -> UnitReport | None:
         """The row of `unit`, whose matrix has the hash `content`; None if that isn't known.
@@ -85,8 +88,9 @@ class Cache:
         return entry if is_right(entry) else self._damaged(path, "it has other content")
 
     def _damaged(self, path: Path, reason: str) -> None:
-        if not self._warned:
-            self._warned = True
+        with self._lock:
+            first, self._warned = not self._warned, True
+        if first:
             warnings.warn(f"Damaged entries of the cache are made anew, such as {path}: {reason}.", stacklevel=2)
 
     def _write(self, kind: str, key: str, entry: dict[str, Any]) -> None:
@@ -98,8 +102,10 @@ class Cache:
         try:
             write_text(self._path(kind, key), f"{checksum}\n{text}", durable=False)
         except KappaTuneError as error:
-            self._may_write = False
-            warnings.warn(f"The cache is not written any more: {error}", stacklevel=2)
+            with self._lock:
+                first, self._may_write = self._may_write, False
+            if first:
+                warnings.warn(f"The cache is not written any more: {error}", stacklevel=2)
 
     def _path(self, kind: str, key: str) -> Path:
         return self.folder / kind / key[:2] / f"{key}.json"
