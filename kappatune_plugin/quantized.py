@@ -78,6 +78,18 @@ def _unpack(module: nn.Module, state: Any) -> None:
         state.absmax, state.nested = scales, False
 
 
+def keep_unpacked(model: nn.Module) -> None:
+    """Have bitsandbytes run 4 bit weights as they are stored, on CPUs too.
+
+    The layout that it packs them into, when the model is evaluated on a CPU with AVX512, would stay when training
+    begins, and gives no gradient.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+            _unpack(module, module.weight.quant_state)
+
+
 def dequantize_float8(weight: Tensor, scales: Tensor, block: Sequence[int] = FLOAT8_BLOCK) -> Tensor:
     """`weight`, (rows, columns) in float8, times its scales, in float32.
 

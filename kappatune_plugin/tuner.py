@@ -23,7 +23,7 @@ from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.layer import NOT_WRITTEN, KappaTuneLayer, check_finite
 from kappatune_plugin.patterns import DEFAULT_EXCLUDE
 from kappatune_plugin.peft_method import PREFIX, register
-from kappatune_plugin.quantized import make_whole, quantization_of, quantized_form
+from kappatune_plugin.quantized import keep_unpacked, make_whole, quantization_of, quantized_form
 from kappatune_plugin.report import KappaReport
 from kappatune_plugin.scan import scan
 from kappatune_plugin.selection import Selection, select
@@ -76,6 +76,7 @@ class KappaTuneModel(BaseTuner):
         config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         selection, units = self._settle(model, adapter_name, config)
         config.base_quantization = quantization_of(model)
+        keep_unpacked(model)
         for name in _quantized_owners(model, units):
             make_whole(model, name)
         self._targets: dict[str, list[WeightUnit]] = {}

@@ -156,6 +156,24 @@ def test_what_a_layer_packed_to_run_is_unpacked():
 
 
 @needs_bitsandbytes
+def test_measuring_before_training_takes_no_gradient_away():
+    """The layout without gradients would stay when training begins."""
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    gradients = []
+    for measured in (False, True):
+        coarse = quantize(tiny_model("llama", hidden_size=64, intermediate_size=128), "nf4")
+        tuned = get_peft_model(coarse, KappaTuneConfig(k=3, include=["*layers.0.*"]))
+        if measured:
+            with torch.no_grad():
+                tuned.eval()(input_ids=tokens)
+        tuned.train()(input_ids=tokens, labels=tokens).loss.backward()
+        gradients.append([each.grad for each in tuned.parameters() if each.requires_grad])
+    assert len(gradients[0]) == 3
+    for never, before in zip(*gradients, strict=True):
+        assert never.abs().max() > 0 and torch.equal(never, before)
+
+
+@needs_bitsandbytes
 def test_from_a_trainer_to_a_plain_checkpoint(tmp_path):
     """A base that is quantized when it is loaded. TRL casts all that is trained on such a base to bfloat16."""
     base, out = tmp_path / "base", tmp_path / "out"
