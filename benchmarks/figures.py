@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from kappatune_plugin.study.statistics import interval
+from kappatune_plugin.study.summary import interval
 from kappatune_plugin.study.tables import shown
 
 

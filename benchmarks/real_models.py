@@ -16,8 +16,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from kappatune_plugin.recipe import load_recipe
-from kappatune_plugin.run import run_sft
+from kappatune_plugin.recipe.recipe import load_recipe
+from kappatune_plugin.run.train import run_sft
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECIPE = REPOSITORY / "recipes" / "sst2_tinystories.yaml"

@@ -23,9 +23,9 @@ from peft.helpers import KappaTuneSelector
 from torch import Tensor, nn
 
 from kappatune_plugin import scan
-from kappatune_plugin.condition import condition_number
-from kappatune_plugin.measure import cost
-from kappatune_plugin.sources import open_source
+from kappatune_plugin.condition.number import condition_number
+from kappatune_plugin.distributed.work import cost
+from kappatune_plugin.weights.open_source import open_source
 
 # (name, rows, columns, number) in one layer; OLMoE-1B-7B has 64 experts, Llama-7B's MLP has 11008 rows
 OLMOE = {"attention": (2048, 2048, 4), "gate_up": (1024, 2048, 128), "down": (2048, 1024, 64)}

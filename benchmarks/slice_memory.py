@@ -13,7 +13,7 @@ from peft import get_peft_model
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from kappatune_plugin import KappaTuneConfig, scan, select
-from kappatune_plugin.units import find_units, unit_block
+from kappatune_plugin.weights.units import find_units, unit_block
 
 
 def model(layers: int, experts: int, hidden: int) -> OlmoeForCausalLM:

@@ -3,13 +3,14 @@
 Importing this package registers the method `kappatune` with PEFT.
 """
 
-from kappatune_plugin.condition import Kappa, condition_number
-from kappatune_plugin.config import KappaTuneConfig
+from kappatune_plugin.condition.kappa import Kappa
+from kappatune_plugin.condition.number import condition_number
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.report import KappaReport
-from kappatune_plugin.scan import scan
-from kappatune_plugin.selection import Selection, select
-from kappatune_plugin.tuner import KappaTuneModel
+from kappatune_plugin.scanning.scan import scan
+from kappatune_plugin.selection.report import KappaReport
+from kappatune_plugin.selection.selection import Selection, select
+from kappatune_plugin.tuner.config import KappaTuneConfig
+from kappatune_plugin.tuner.model import KappaTuneModel
 from kappatune_plugin.version import __version__
 
 __all__ = [

@@ -20,3 +20,12 @@ def console(quiet: bool = False) -> Console:
         quiet: says nothing, as on all processes but the main one.
     """
     return Console(quiet=quiet, width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE)
+
+
+def short_number(value: float | None) -> str:
+    """Three significant digits, thousands written out, "-" for None."""
+    if value is None:
+        return "-"
+    if value >= 1e6:
+        return f"{value:.1e}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:#.3g}".rstrip(".")

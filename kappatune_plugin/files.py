@@ -61,3 +61,19 @@ def read_json(path: str | os.PathLike, what: str) -> dict[str, Any]:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise KappaTuneError(f'{path} is not {what} of this version: expected "format": {FORMAT}, found {found!r}.')
     return content
+
+
+def check_writable(folder: Path) -> None:
+    """Make `folder` and try to write in it, so that the error doesn't come after minutes of work.
+
+    Raises:
+        KappaTuneError: it can't be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise KappaTuneError(
+            f"Can't write in '{folder}': {error.strerror}. Choose a folder that you may write to."
+        ) from error

@@ -2,8 +2,8 @@
 
 import math
 
-from kappatune_plugin.condition import Kappa
-from kappatune_plugin.report import KappaReport, UnitReport
+from kappatune_plugin.condition.kappa import Kappa
+from kappatune_plugin.selection.report import KappaReport, UnitReport
 
 
 def row(name: str, kappa: float = 2.0, shape: tuple[int, int] = (4, 4), status: str = "ok", groups=()) -> UnitReport:

@@ -21,14 +21,19 @@ from packaging.version import Version
 from peft import get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 from trl import SFTConfig, SFTTrainer
 
 import kappatune_plugin
-from kappatune_plugin import KappaTuneConfig, KappaTuneError, distributed, measure, safetensors_source, sources, watch
-from kappatune_plugin.tuner import MASTER
+from kappatune_plugin import KappaTuneConfig, KappaTuneError
+from kappatune_plugin.distributed import lost_ranks as watch
+from kappatune_plugin.distributed import ranks, shards
+from kappatune_plugin.scanning import measure
+from kappatune_plugin.tuner.model import MASTER
+from kappatune_plugin.weights import model_source as sources
+from kappatune_plugin.weights import open_source
 from recipes import known
 from tiny import tiny_tokenizer
 
@@ -132,7 +137,7 @@ def make_trainer(mode: str, model: str, output: str, config: dict[str, Any], **s
 
 def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Every parameter of the base model, whole, under its name; collective."""
-    from kappatune_plugin.distributed import whole_block
+    from kappatune_plugin.distributed.shards import whole_block
 
     return {name: whole_block(value, ()).clone() for name, value in model.named_parameters() if "kappatune" not in name}
 
@@ -149,7 +154,7 @@ def train(
     return {
         "losses": [entry["loss"] for entry in log if "loss" in entry],
         "norms": [float(entry["grad_norm"]) for entry in log if "grad_norm" in entry],
-        "weights": weights if distributed.rank() == 0 else None,
+        "weights": weights if ranks.rank() == 0 else None,
     }
 
 
@@ -177,12 +182,12 @@ def load_divided(mode: str, model: str, dtype: torch.dtype = torch.float32) -> A
 def scan_divided(mode: str, model: str, from_disk: bool) -> tuple[str, list[str], bool]:
     """The report as JSON, the names that this rank measured, and whether any weight was gathered."""
     measured, gathered = [], []
-    real_row, real_whole = measure._row, distributed.whole_block
+    real_row, real_whole = measure._row, shards.whole_block
     measure._row = lambda unit, *given: measured.append(unit.name) or real_row(unit, *given)
-    distributed.whole_block = lambda *given: gathered.append(given) or real_whole(*given)
+    shards.whole_block = lambda *given: gathered.append(given) or real_whole(*given)
     loaded = load_divided(mode, model)
     if not from_disk:
-        safetensors_source.same_on_disk = lambda model, source: None
+        open_source.same_on_disk = lambda model, source: None
     report = kappatune_plugin.scan(loaded, progress=False, cache=False)
     return json.dumps(asdict(report)), measured, bool(gathered)
 
@@ -193,9 +198,9 @@ def merge_not_finite(mode: str, model: str, output: str, config: dict[str, Any])
     one.train()
     tuned = one.accelerator.unwrap_model(one.model)
     masters = [value for name, value in tuned.named_parameters() if MASTER in name]
-    assert all(distributed.is_partitioned(value) for value in masters)
+    assert all(shards.is_partitioned(value) for value in masters)
     held = masters[0].ds_tensor if mode == "zero3" else masters[0].to_local()
-    if distributed.rank() == distributed.world() - 1:
+    if ranks.rank() == ranks.world() - 1:
         held.data[0] = float("nan")
     error = error_of(lambda: tuned.merge_and_unload(safe_merge=True))[0]
     held.data.nan_to_num_()
@@ -243,7 +248,7 @@ def placed_by_columns() -> str:
 def train_lost(mode: str, model: str) -> str:
     """The error of training where the last rank's part of one parameter was not loaded."""
     loaded = load_divided(mode, model)
-    if distributed.rank() == distributed.world() - 1:
+    if ranks.rank() == ranks.world() - 1:
         parameter = loaded.model.layers[1].mlp.experts.gate_up_proj
         held = parameter.ds_tensor if mode == "zero3" else parameter.to_local()
         held.data.normal_()
@@ -256,7 +261,7 @@ def die(count: int, rank: int, real: Callable[..., Any]) -> Callable[..., Any]:
 
     def dying(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)
-        if len(calls) == count and distributed.rank() == rank:
+        if len(calls) == count and ranks.rank() == rank:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*args, **kwargs)
 
@@ -283,7 +288,7 @@ def scan_with_an_error(mode: str, model: str) -> str:
     """What the scan ends with where one rank meets an error that no one foresaw."""
 
     def failing(unit: Any, *given: Any) -> Any:
-        if distributed.rank() == 1:
+        if ranks.rank() == 1:
             raise KeyError("no row")
         return real(unit, *given)
 
@@ -328,14 +333,14 @@ def gather_peak(mode: str, rows: int, columns: int) -> tuple[float, list[float]]
     def held() -> int:
         gc.collect()
         tensors = [each for each in gc.get_objects() if isinstance(each, torch.Tensor) and not each.is_meta]
-        parts = [each.to_local() if isinstance(each, distributed.DTensor) else each for each in tensors]
+        parts = [each.to_local() if isinstance(each, DTensor) else each for each in tensors]
         return sum({part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}.values())
 
     source = sources.ModelSource(stack)
     before = held()
     peaks = []
-    real = distributed.dist.all_to_all_single
-    distributed.dist.all_to_all_single = lambda *given: (real(*given), peaks.append(held() - before))[0]
+    real = dist.all_to_all_single
+    dist.all_to_all_single = lambda *given: (real(*given), peaks.append(held() - before))[0]
     for _, load in source.work(source.units):
         peaks.append(held() - before)
         del load

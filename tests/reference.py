@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from kappatune_plugin.units import WeightUnit, find_units, unit_block
+from kappatune_plugin.weights.units import WeightUnit, find_units, unit_block
 
 
 def train_with_full_gradients(

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kappatune_plugin.batched import condition_numbers
-from kappatune_plugin.condition import condition_number
-from kappatune_plugin.kappa import Kappa
+from kappatune_plugin.condition.batched import condition_numbers
+from kappatune_plugin.condition.kappa import Kappa
+from kappatune_plugin.condition.number import condition_number
 
 # a folder of model folders; beside the repository unless the environment names one
 DEFAULT_MODELS = Path(__file__).resolve().parents[2] / "shared" / "data" / "models"

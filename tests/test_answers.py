@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from kappatune_plugin import KappaTuneError
-from kappatune_plugin.answers import answer_accuracy, final_answer, write_answers
+from kappatune_plugin.forgetting.answers import answer_accuracy, final_answer, write_answers
 from tiny import tiny_model, tiny_tokenizer
 
 

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from kappatune_plugin import KappaTuneError, Selection
-from kappatune_plugin.auto_budget import AutoBudget, decide, levels, mean_loss, prefix_count
-from kappatune_plugin.budget import parse_budget
-from kappatune_plugin.recipe import load_recipe
-from kappatune_plugin.run import run_sft
-from kappatune_plugin.selection import SelectedUnit
-from kappatune_plugin.units import find_units, unit_matrix
+from kappatune_plugin.recipe.recipe import load_recipe
+from kappatune_plugin.run.train import run_sft
+from kappatune_plugin.selection.auto_budget import AutoBudget, decide, levels, mean_loss, prefix_count
+from kappatune_plugin.selection.budget import parse_budget
+from kappatune_plugin.selection.selection import SelectedUnit
+from kappatune_plugin.weights.units import find_units, unit_matrix
 from recipes import tiny_recipe, write_recipe
 
 SETTINGS = AutoBudget(window=10, min_improvement=0.1, target_loss=0.5)

@@ -15,8 +15,8 @@ from peft import get_peft_model
 from pydantic import ValidationError
 
 from kappatune_plugin import KappaTuneConfig, KappaTuneError
-from kappatune_plugin.config import KAPPATUNE_KEYS
 from kappatune_plugin.toolkits.axolotl_args import KappaTuneArgs, KappaTuneBlock, axolotl_problems
+from kappatune_plugin.tuner.config import KAPPATUNE_KEYS
 from tiny import tiny_model
 
 PLUGIN = "kappatune_plugin.toolkits.axolotl"

@@ -7,9 +7,9 @@ import pytest
 import torch
 from spectra import singular_values, with_spectrum
 
-from kappatune_plugin import batched
-from kappatune_plugin.batched import condition_numbers
-from kappatune_plugin.condition import condition_number
+from kappatune_plugin.condition import batched
+from kappatune_plugin.condition.batched import condition_numbers
+from kappatune_plugin.condition.number import condition_number
 from kappatune_plugin.errors import KappaTuneError
 
 

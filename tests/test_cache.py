@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from kappatune_plugin import cache as cache_module
-from kappatune_plugin import measure as measure_module
-from kappatune_plugin.cache import Cache, cache_folder, content_hash
-from kappatune_plugin.condition import condition_number
-from kappatune_plugin.report import UnitReport
-from kappatune_plugin.scan import scan
-from kappatune_plugin.units import WeightUnit
+from kappatune_plugin.condition.number import condition_number
+from kappatune_plugin.scanning import cache as cache_module
+from kappatune_plugin.scanning import measure as measure_module
+from kappatune_plugin.scanning.cache import Cache, cache_folder, content_hash
+from kappatune_plugin.scanning.scan import scan
+from kappatune_plugin.selection.report import UnitReport
+from kappatune_plugin.weights.units import WeightUnit
 from tiny import tiny_model
 
 UNIT = WeightUnit("a.weight", (6, 4), "a.weight", groups=frozenset({"router"}))
@@ -61,7 +61,7 @@ def test_known_files_are_not_read_again(saved_olmoe, monkeypatch):
     def refuse(*args):
         raise AssertionError("a tensor was read")
 
-    monkeypatch.setattr("kappatune_plugin.tensor_files.TensorFiles.read", refuse)
+    monkeypatch.setattr("kappatune_plugin.weights.safetensors_files.TensorFiles.read", refuse)
     assert quiet(saved_olmoe) == first
     with pytest.raises(AssertionError):
         quiet(saved_olmoe, cache=False)

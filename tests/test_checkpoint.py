@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from kappatune_plugin import KappaTuneError, Selection
-from kappatune_plugin.checkpoint import check_selection, checkpoint_problems, checkpoint_to_resume, keep_selection
-from kappatune_plugin.recipe import load_recipe
-from kappatune_plugin.run import run_sft
+from kappatune_plugin.recipe.recipe import load_recipe
+from kappatune_plugin.run.resume import checkpoint_problems, checkpoint_to_resume
+from kappatune_plugin.run.train import run_sft
+from kappatune_plugin.tuner.saved_selection import check_selection, keep_selection
 from recipes import tiny_recipe, write_recipe
 
 FILES = (

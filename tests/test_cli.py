@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from kappatune_plugin import KappaReport, Selection
-from kappatune_plugin.cli import app
+from kappatune_plugin.cli.app import app
 from recipes import tiny_recipe, write_recipe
 from tiny import tiny_model
 

@@ -13,18 +13,20 @@ from test_cli import kappatune
 from transformers import AutoModelForCausalLM
 
 from kappatune_plugin import KappaTuneError, scan
-from kappatune_plugin.gain import GAIN
-from kappatune_plugin.probes import base_in_place, kl_to_base
-from kappatune_plugin.recipe import load_recipe
+from kappatune_plugin.forgetting.measures import base_in_place, kl_to_base
+from kappatune_plugin.recipe.recipe import load_recipe
+from kappatune_plugin.scanning.gain import GAIN
 from kappatune_plugin.study import bench as bench_module
 from kappatune_plugin.study import compare as compare_module
 from kappatune_plugin.study import session, training
-from kappatune_plugin.study.arms import choose
 from kappatune_plugin.study.bench import Bench
-from kappatune_plugin.study.compare import Settings, compare
+from kappatune_plugin.study.compare import compare
+from kappatune_plugin.study.method_configs import choose
 from kappatune_plugin.study.methods import parse_methods
+from kappatune_plugin.study.settings import Settings
 from kappatune_plugin.study.training import train_run
-from kappatune_plugin.units import find_units
+from kappatune_plugin.tuner.what_to_train import full_report
+from kappatune_plugin.weights.units import find_units
 from recipes import tiny_recipe, write_recipe
 
 SETTINGS = Settings(seeds=(0, 1), learning_rates=(1e-3, 1e-2), every=3, smooth=2)
@@ -347,7 +349,7 @@ def test_a_report_of_the_lowest_is_replaced_by_what_the_methods_rank_by(saved_ol
     recipe = load_recipe(
         write_recipe(tmp_path / "recipe.yaml", tiny_recipe(tmp_path, saved_olmoe, kappatune=kappatune_block))
     )
-    found = bench_module._report(recipe, base, with_snr=True)
+    found = full_report(recipe.kappatune, base, rank_by="snr")
     assert found.made_for is None and all("snr" in unit.scores for unit in found.units)
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from spectra import singular_values, with_spectrum
 
-from kappatune_plugin.condition import condition_number
+from kappatune_plugin.condition.null_condition import null_condition
+from kappatune_plugin.condition.number import condition_number
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.null_condition import null_condition
 
 SHAPES = [(64, 48), (48, 64), (40, 40), (200, 8), (8, 200), (17, 16), (3, 2), (2, 2), (3, 3)]
 SPECTRA = {

@@ -7,10 +7,10 @@ import yaml
 from test_cli import kappatune
 
 from kappatune_plugin import KappaTuneError
-from kappatune_plugin.convert import PLUGIN, convert_recipe
-from kappatune_plugin.lora_keys import TOOLKITS
-from kappatune_plugin.recipe import load_recipe
-from kappatune_plugin.yaml_edit import YamlText
+from kappatune_plugin.recipe.recipe import load_recipe
+from kappatune_plugin.toolkits.convert import PLUGIN, convert_recipe
+from kappatune_plugin.toolkits.lora_recipes import TOOLKITS
+from kappatune_plugin.toolkits.yaml_edit import YamlText
 from tiny import tiny_model
 
 EXAMPLES = sorted((Path(__file__).parent / "toolkits" / "examples").glob("*/*.yaml"))

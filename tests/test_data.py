@@ -3,7 +3,8 @@ import json
 import pytest
 
 from kappatune_plugin import KappaTuneError
-from kappatune_plugin.data import choice_examples, load_all_rows, load_rows, pairs, prompt_completion
+from kappatune_plugin.data.examples import choice_examples, pairs, prompt_completion
+from kappatune_plugin.data.rows import load_all_rows, load_rows
 from recipes import ROWS, write_rows
 
 PROMPT, COMPLETION, LABELS = "Say: {text}\nTone:", " {label}", {0: "bad", 1: "good"}

@@ -4,8 +4,8 @@ import pytest
 from made_up_reports import report, row, twelve_units
 
 from kappatune_plugin import select
-from kappatune_plugin.diagnosis import findings, plateau_start
-from kappatune_plugin.forgetting import ForgettingReport
+from kappatune_plugin.forgetting.report import ForgettingReport
+from kappatune_plugin.run.diagnosis import findings, plateau_start
 
 EARLY = [(step, max(2.0 - 0.05 * step, 1.5)) for step in range(1, 101)]
 LATE = [(step, max(2.0 - 0.02 * step, 0.7)) for step in range(1, 101)]

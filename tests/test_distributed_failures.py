@@ -9,8 +9,10 @@ from rank_jobs import save_until_killed, scan_until_killed, scan_with_an_error, 
 from ranks import run_ranks
 from transformers import AutoModelForCausalLM
 
-from kappatune_plugin import KappaTuneError, distributed, scan, select, watch
-from kappatune_plugin.checkpoint import checkpoint_problems
+from kappatune_plugin import KappaTuneError, scan, select
+from kappatune_plugin.distributed import lost_ranks as watch
+from kappatune_plugin.distributed import ranks
+from kappatune_plugin.run.resume import checkpoint_problems
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed isn't installed")
 ZERO2, ZERO3 = (pytest.param(mode, marks=needs_deepspeed) for mode in ("zero2", "zero3"))
@@ -47,7 +49,7 @@ def store(monkeypatch) -> Store:
     monkeypatch.setattr(watch, "_own_connection", lambda: store)
     monkeypatch.setattr(watch, "BEAT", 0.05)
     monkeypatch.setattr(watch, "SILENT", 0.2)
-    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(ranks, "world", lambda: 2)
     return store
 
 

@@ -11,9 +11,10 @@ from rank_jobs import gather_peak, placed_by_columns, scan_divided, train_lost
 from ranks import run_ranks
 from transformers import AutoModelForCausalLM
 
-from kappatune_plugin import KappaTuneError, distributed, scan
-from kappatune_plugin.dealing import cost, deal, rounds
-from kappatune_plugin.units import WeightUnit
+from kappatune_plugin import KappaTuneError, scan
+from kappatune_plugin.distributed import shards
+from kappatune_plugin.distributed.work import cost, deal, rounds
+from kappatune_plugin.weights.units import WeightUnit
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed isn't installed")
 ZERO3 = pytest.param("zero3", marks=needs_deepspeed)
@@ -65,8 +66,8 @@ def test_other_ways_to_divide_are_an_error(monkeypatch):
     parameter.ds_tensor = torch.ones(4)
     parameter.ds_secondary_tensor = torch.ones(2)
     with pytest.raises(KappaTuneError, match="delete zero_hpz_partition_size"):
-        distributed.block_ranges(parameter, ())
-    monkeypatch.setattr(distributed, "_ranges", lambda parameter: [(0, 4)])
+        shards.block_ranges(parameter, ())
+    monkeypatch.setattr(shards, "_ranges", lambda parameter: [(0, 4)])
     parameter.ds_tensor.status = SimpleNamespace(name="NOT_AVAILABLE")
     with pytest.raises(KappaTuneError, match="write offload_param.device: cpu"):
-        distributed.read_block(parameter, ())
+        shards.read_block(parameter, ())

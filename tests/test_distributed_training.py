@@ -10,7 +10,7 @@ from ranks import run_ranks
 from transformers import AutoModelForCausalLM
 
 from kappatune_plugin import Selection, scan, select
-from kappatune_plugin.checkpoint import checkpoint_problems
+from kappatune_plugin.run.resume import checkpoint_problems
 from tiny import tiny_model
 
 # DeepSpeed without this package does so too

@@ -5,8 +5,8 @@ import importlib.metadata
 import pytest
 from test_cli import kappatune
 
-from kappatune_plugin import doctor
-from kappatune_plugin.versions import newer_tokenizer
+from kappatune_plugin.cli import doctor
+from kappatune_plugin.compat import newer_tokenizer
 
 
 def test_the_needed_packages_fit_and_are_shown_on_one_screen():
@@ -32,6 +32,6 @@ def test_what_is_missing_or_too_old_gets_a_cure(monkeypatch, found, fits):
 
 @pytest.mark.parametrize(("installed", "told"), [("4.57.6", True), ("5.24.0", False)])
 def test_a_tokenizer_of_transformers_5_is_explained_in_4(monkeypatch, installed, told):
-    monkeypatch.setattr("kappatune_plugin.versions.version", lambda name: installed)
+    monkeypatch.setattr("kappatune_plugin.compat.version", lambda name: installed)
     error = ValueError("Tokenizer class TokenizersBackend does not exist or is not currently imported.")
     assert bool(newer_tokenizer(error)) is told and newer_tokenizer(ValueError("other")) is None

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from kappatune_plugin import KappaTuneError
-from kappatune_plugin.cli import app
-from kappatune_plugin.evaluate import evaluate
-from kappatune_plugin.merge import merge_adapter
-from kappatune_plugin.recipe import load_recipe
-from kappatune_plugin.run import run_sft
+from kappatune_plugin.cli.app import app
+from kappatune_plugin.recipe.recipe import load_recipe
+from kappatune_plugin.run.evaluate import evaluate
+from kappatune_plugin.run.train import run_sft
+from kappatune_plugin.tuner.merge import merge_adapter
 from recipes import CONTROL, tiny_recipe, write_recipe
 from tiny import tiny_model, tiny_tokenizer
 

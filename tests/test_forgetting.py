@@ -10,9 +10,11 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from kappatune_plugin import KappaTuneConfig, KappaTuneError
-from kappatune_plugin.forgetting import ForgettingCallback, ForgettingData, ForgettingProbe
-from kappatune_plugin.forgetting_config import ForgettingConfig
-from kappatune_plugin.probes import ChoiceExample, completion_kl, kl_to_base, token_loss
+from kappatune_plugin.data.examples import ChoiceExample
+from kappatune_plugin.forgetting.callback import ForgettingCallback
+from kappatune_plugin.forgetting.config import ForgettingConfig
+from kappatune_plugin.forgetting.measures import completion_kl, kl_to_base, token_loss
+from kappatune_plugin.forgetting.probe import ForgettingData, ForgettingProbe
 from recipes import CONTROL, FACTS, write_rows
 from tiny import tiny_tokenizer
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from kappatune_plugin import KappaTuneError
-from kappatune_plugin.gain import (
+from kappatune_plugin.forgetting.measures import sample_base
+from kappatune_plugin.scanning.gain import (
     DAMPING,
     GainConfig,
     fisher_information,
@@ -13,8 +14,7 @@ from kappatune_plugin.gain import (
     task_gain,
     to_example,
 )
-from kappatune_plugin.probes import sample_base
-from kappatune_plugin.units import find_units, unit_block
+from kappatune_plugin.weights.units import find_units, unit_block
 from tiny import tiny_model, tiny_tokenizer
 
 ROWS = [("the cat", " sat on the mat<eos>"), ("yes", " no<eos>"), ("a good bad", " cat<eos>"), ("", "no mat yes<eos>")]

@@ -12,10 +12,12 @@ import torch
 import yaml
 
 from kappatune_plugin import KappaTuneError
-from kappatune_plugin.forgetting import ForgettingData, ForgettingProbe, ForgettingReport
-from kappatune_plugin.forgetting_config import ForgettingConfig
-from kappatune_plugin.harness import check_harness, run_harness
-from kappatune_plugin.probes import ChoiceExample, label_accuracy
+from kappatune_plugin.data.examples import ChoiceExample
+from kappatune_plugin.forgetting.config import ForgettingConfig
+from kappatune_plugin.forgetting.harness import check_harness, run_harness
+from kappatune_plugin.forgetting.measures import label_accuracy
+from kappatune_plugin.forgetting.probe import ForgettingData, ForgettingProbe
+from kappatune_plugin.forgetting.report import ForgettingReport
 from recipes import write_rows
 from tiny import tiny_model, tiny_tokenizer
 

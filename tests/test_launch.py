@@ -21,11 +21,13 @@ from trl import SFTConfig
 from typer.testing import CliRunner
 
 from kappatune_plugin import KappaTuneError
-from kappatune_plugin.cli import app
-from kappatune_plugin.launch import LAUNCHED, is_launched, launch, split_words, warn_of_unused
-from kappatune_plugin.modes import fsdp_problem
-from kappatune_plugin.recipe import load_recipe
-from kappatune_plugin.run import run_sft
+from kappatune_plugin.cli.app import app
+from kappatune_plugin.distributed.ranks import LAUNCHED, is_launched
+from kappatune_plugin.distributed.unsupported import fsdp_problem
+from kappatune_plugin.recipe.launch_keys import split_words, warn_of_unused
+from kappatune_plugin.recipe.recipe import load_recipe
+from kappatune_plugin.run.launch import launch
+from kappatune_plugin.run.train import run_sft
 from recipes import tiny_recipe, write_recipe
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed isn't installed")
@@ -99,8 +101,8 @@ def test_accelerate_gets_the_command(no_launcher, monkeypatch):
 def launched(no_launcher, monkeypatch, tmp_path) -> list:
     """What `kappatune sft` gives to the launcher, [] for a run in this process, which doesn't happen."""
     seen: list = []
-    monkeypatch.setattr("kappatune_plugin.launch.launch", lambda *given: seen.extend(given))
-    monkeypatch.setattr("kappatune_plugin.run.run_sft", lambda recipe: None)
+    monkeypatch.setattr("kappatune_plugin.run.launch.launch", lambda *given: seen.extend(given))
+    monkeypatch.setattr("kappatune_plugin.run.train.run_sft", lambda recipe: None)
     monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(tmp_path / "default.yaml"))
     return seen
 

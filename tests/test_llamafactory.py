@@ -16,9 +16,9 @@ from transformers import HfArgumentParser
 from typer.testing import CliRunner
 
 from kappatune_plugin import KappaTuneConfig, KappaTuneError
-from kappatune_plugin.cli import app
-from kappatune_plugin.config import KAPPATUNE_KEYS
+from kappatune_plugin.cli.app import app
 from kappatune_plugin.toolkits import llamafactory
+from kappatune_plugin.tuner.config import KAPPATUNE_KEYS
 from tiny import tiny_model
 
 PARSE = """

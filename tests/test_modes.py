@@ -12,8 +12,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments
 
-from kappatune_plugin import KappaTuneConfig, KappaTuneError, modes
-from kappatune_plugin.modes import check_mode, checkpointing_problem, saving_problem
+from kappatune_plugin import KappaTuneConfig, KappaTuneError
+from kappatune_plugin.distributed import unsupported as modes
+from kappatune_plugin.distributed.unsupported import check_mode, checkpointing_problem, saving_problem
 from tiny import tiny_model
 
 

@@ -9,8 +9,8 @@ from torch import nn
 from trl import ModelConfig, get_peft_config
 
 from kappatune_plugin import KappaTuneError, Selection, scan, select
-from kappatune_plugin.plan import Plan, lora_places, plan, stock_plan
-from kappatune_plugin.units import find_units
+from kappatune_plugin.toolkits.plan import Plan, lora_places, plan, stock_plan
+from kappatune_plugin.weights.units import find_units
 from tiny import tiny_model
 
 KINDS = ("llama", "gpt2", "olmoe", "mixtral", "gpt_oss", "deepseek_v2")

@@ -5,8 +5,8 @@ import torch
 from made_up_reports import report, row
 
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.plots import _by_type, _figure, growth_with_depth, plot_report
-from kappatune_plugin.scan import scan
+from kappatune_plugin.scanning.scan import scan
+from kappatune_plugin.selection.plot import _by_type, _figure, growth_with_depth, plot_report
 from tiny import tiny_model
 
 

@@ -7,8 +7,8 @@ import torch
 from peft import get_peft_model
 
 from kappatune_plugin import KappaTuneConfig, KappaTuneError
-from kappatune_plugin.probes import (
-    ChoiceExample,
+from kappatune_plugin.data.examples import ChoiceExample
+from kappatune_plugin.forgetting.measures import (
     base_of,
     blocks,
     completion_ids,

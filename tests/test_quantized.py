@@ -13,15 +13,15 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
 from kappatune_plugin import KappaTuneConfig
-from kappatune_plugin.condition import condition_number
+from kappatune_plugin.condition.number import condition_number
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.merge import merge_adapter
-from kappatune_plugin.quantized import dequantized, whole_model
-from kappatune_plugin.recipe import load_recipe
-from kappatune_plugin.run import model_init_kwargs
-from kappatune_plugin.scan import scan
-from kappatune_plugin.selection import select
-from kappatune_plugin.units import find_units
+from kappatune_plugin.recipe.load_model import model_init_kwargs
+from kappatune_plugin.recipe.recipe import load_recipe
+from kappatune_plugin.scanning.scan import scan
+from kappatune_plugin.selection.selection import select
+from kappatune_plugin.tuner.merge import merge_adapter
+from kappatune_plugin.weights.quantized import dequantized, whole_model
+from kappatune_plugin.weights.units import find_units
 from tiny import tiny_model, tiny_tokenizer
 
 needs_bitsandbytes = pytest.mark.skipif(

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from kappatune_plugin.recipe import load_recipe
-from kappatune_plugin.run import run_sft
+from kappatune_plugin.recipe.recipe import load_recipe
+from kappatune_plugin.run.train import run_sft
 
 REPOSITORY = Path(__file__).parents[1]
 FOLDER = REPOSITORY / "recipes" / "quickstart"

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from kappatune_plugin.condition.null_condition import null_condition
+from kappatune_plugin.condition.signal_to_noise import signal_to_noise
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.null_condition import null_condition
-from kappatune_plugin.scan import scan
-from kappatune_plugin.selection import select
-from kappatune_plugin.spectrum import signal_to_noise
+from kappatune_plugin.scanning.scan import scan
+from kappatune_plugin.selection.selection import select
 
 
 def stack() -> nn.Module:

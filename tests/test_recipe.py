@@ -4,9 +4,8 @@ import pytest
 import yaml
 
 from kappatune_plugin import KappaTuneError
-from kappatune_plugin.recipe import load_recipe
-from kappatune_plugin.trl_keys import trl_keys
-from kappatune_plugin.versions import GONE_KEYS
+from kappatune_plugin.recipe.recipe import load_recipe
+from kappatune_plugin.recipe.trl_keys import GONE_KEYS, trl_keys
 from recipes import tiny_recipe, write_recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
@@ -249,7 +248,7 @@ def test_paths_start_in_the_recipes_folder(tmp_path, saved_olmoe, monkeypatch):
 
 
 def test_env_is_set_and_secrets_are_not_written(load, monkeypatch):
-    from kappatune_plugin.run import public_yaml
+    from kappatune_plugin.recipe.recipe import public_yaml
 
     monkeypatch.setenv("KT_TEST_PLAIN", "")
     monkeypatch.setenv("KT_TEST_API_KEY", "")

@@ -11,12 +11,14 @@ import torch
 from made_up_reports import report, row, twelve_units
 from rich.console import Console
 
-from kappatune_plugin.condition import condition_number
+from kappatune_plugin.condition.null_condition import null_condition
+from kappatune_plugin.condition.number import condition_number
+from kappatune_plugin.console import short_number
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.null_condition import null_condition
-from kappatune_plugin.report import KappaReport, UnitReport
-from kappatune_plugin.report_table import layer_and_type, short_number
-from kappatune_plugin.selection import select
+from kappatune_plugin.selection.names import layer_and_type
+from kappatune_plugin.selection.report import KappaReport, UnitReport
+from kappatune_plugin.selection.selection import select
+from kappatune_plugin.selection.table import report_table
 from kappatune_plugin.version import __version__
 
 
@@ -24,7 +26,7 @@ def printed(shown: KappaReport, *selected: str) -> str:
     console = Console(width=100, record=True, file=io.StringIO())
     units = [SimpleNamespace(name=name) for name in selected]
     selection = SimpleNamespace(rank_by="kappa", units=units) if selected else None
-    console.print(shown.table(selection))
+    console.print(report_table(shown, selection))
     return console.export_text()
 
 
@@ -186,7 +188,7 @@ def test_many_units_are_grouped_by_layer_and_type():
 
 def test_tables_fit_in_100_columns():
     for shown in (twelve_units(), mixture(3), mixture(12, 64)):
-        assert Console(width=1000).measure(shown.table()).maximum <= 100
+        assert Console(width=1000).measure(report_table(shown)).maximum <= 100
 
 
 def test_table_says_what_was_left_out():

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from kappatune_plugin import KappaReport, KappaTuneError, Selection
-from kappatune_plugin.recipe import load_recipe
-from kappatune_plugin.run import run_sft
-from kappatune_plugin.units import find_units, unit_matrix
+from kappatune_plugin.recipe.recipe import load_recipe
+from kappatune_plugin.run.train import run_sft
+from kappatune_plugin.weights.units import find_units, unit_matrix
 from recipes import ROWS, tiny_recipe, write_recipe, write_rows
 
 REPOSITORY = Path(__file__).parents[1]

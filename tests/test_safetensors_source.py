@@ -12,13 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
-from kappatune_plugin import tensor_files, versions
+from kappatune_plugin import compat as versions
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.quantized import dequantize_float8
-from kappatune_plugin.report import KappaReport
-from kappatune_plugin.safetensors_source import SafetensorsSource, same_on_disk
-from kappatune_plugin.scan import scan
-from kappatune_plugin.sources import ModelSource, open_source
+from kappatune_plugin.scanning.scan import scan
+from kappatune_plugin.selection.report import KappaReport
+from kappatune_plugin.weights import safetensors_files as tensor_files
+from kappatune_plugin.weights.checkpoint_source import SafetensorsSource
+from kappatune_plugin.weights.model_source import ModelSource
+from kappatune_plugin.weights.open_source import open_source, same_on_disk
+from kappatune_plugin.weights.quantized import dequantize_float8
 from tiny import CONFIGS, tiny_model
 
 FILE = "model.safetensors"

@@ -11,14 +11,15 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
-from kappatune_plugin import measure as measure_module
-from kappatune_plugin.condition import condition_number
+from kappatune_plugin.condition.number import condition_number
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.report import KappaReport
-from kappatune_plugin.scan import scan
-from kappatune_plugin.selection import select
-from kappatune_plugin.sources import ModelSource
-from kappatune_plugin.units import base_hash, find_units, unit_matrix
+from kappatune_plugin.scanning import measure as measure_module
+from kappatune_plugin.scanning.scan import scan
+from kappatune_plugin.selection.report import KappaReport
+from kappatune_plugin.selection.selection import select
+from kappatune_plugin.weights.fingerprint import base_hash
+from kappatune_plugin.weights.model_source import ModelSource
+from kappatune_plugin.weights.units import find_units, unit_matrix
 from tiny import CONFIGS, tiny_model
 
 

@@ -7,11 +7,11 @@ import random
 import pytest
 from made_up_reports import report, row, twelve_units
 
-from kappatune_plugin.budget import parse_budget
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.ranking import ORDERS
-from kappatune_plugin.report import KappaReport
-from kappatune_plugin.selection import Selection, differences, select
+from kappatune_plugin.selection.budget import parse_budget
+from kappatune_plugin.selection.ranking import ORDERS
+from kappatune_plugin.selection.report import KappaReport
+from kappatune_plugin.selection.selection import Selection, differences, select
 
 BUDGETS = [3, "30%", {"params": 48}, {"kappa": 3}]
 

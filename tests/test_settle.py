@@ -8,14 +8,14 @@ import torch
 from made_up_reports import report
 from torch import nn
 
-from kappatune_plugin.budget import parse_budget
-from kappatune_plugin.condition import Kappa
+from kappatune_plugin.condition.kappa import Kappa
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.report import ABOVE, KappaReport, UnitReport
-from kappatune_plugin.scan import scan
-from kappatune_plugin.selection import select
-from kappatune_plugin.settle import settle
-from kappatune_plugin.units import WeightUnit
+from kappatune_plugin.scanning.lowest import settle
+from kappatune_plugin.scanning.scan import scan
+from kappatune_plugin.selection.budget import parse_budget
+from kappatune_plugin.selection.report import ABOVE, KappaReport, UnitReport
+from kappatune_plugin.selection.selection import select
+from kappatune_plugin.weights.units import WeightUnit
 
 SHAPES = [(4, 4), (4, 9), (16, 4), (8, 8)]
 BUDGETS = [1, 7, 30, "10%", "100%", {"params": 300}, {"params": 2000}, {"kappa": 40}, {"kappa": 149.99}]

@@ -9,16 +9,15 @@ from made_up_reports import report, row, twelve_units
 from rich.console import Console
 
 from kappatune_plugin import KappaTuneError, scan
-from kappatune_plugin.study.arms import Pool, arm_config, choose, nearest_count
-from kappatune_plugin.study.compare import Settings, Tried
+from kappatune_plugin.study.method_configs import Pool, arm_config, choose, nearest_count
 from kappatune_plugin.study.methods import DEFAULT_METHODS, Method, parse_methods
 from kappatune_plugin.study.plots import budget_plot, frontier_plot, matched_plot
-from kappatune_plugin.study.recommend import recommend
-from kappatune_plugin.study.statistics import first_crossing, interval, smoothed
+from kappatune_plugin.study.session import recommend
+from kappatune_plugin.study.settings import Settings, Tried
 from kappatune_plugin.study.store import RunStore
-from kappatune_plugin.study.summary import changes, over_seeds, summarize
+from kappatune_plugin.study.summary import changes, first_crossing, interval, over_seeds, smoothed, summarize
 from kappatune_plugin.study.tables import comparison_tables, shown
-from kappatune_plugin.units import find_units
+from kappatune_plugin.weights.units import find_units
 from tiny import tiny_model
 
 # two-sided 95% points of Student's t, from any printed table: degrees of freedom -> t

@@ -9,9 +9,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from kappatune_plugin import KappaReport
-from kappatune_plugin.cli import app
-from kappatune_plugin.recipe import load_recipe
-from kappatune_plugin.run import run_sft
+from kappatune_plugin.cli.app import app
+from kappatune_plugin.recipe.recipe import load_recipe
+from kappatune_plugin.run.train import run_sft
 from recipes import write_rows
 from tiny import tiny_model, tiny_tokenizer
 

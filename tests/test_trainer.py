@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Trainer
 from trl import SFTConfig, SFTTrainer
 
 from kappatune_plugin import KappaTuneConfig, KappaTuneError
-from kappatune_plugin.units import find_units, unit_matrix
+from kappatune_plugin.weights.units import find_units, unit_matrix
 from recipes import known
 from tiny import tiny_tokenizer
 

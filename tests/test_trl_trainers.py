@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import MixtralForSequenceClassification, PreTrainedModel, Trainer
 
 from kappatune_plugin import KappaTuneConfig
-from kappatune_plugin.units import find_units, unit_block
+from kappatune_plugin.weights.units import find_units, unit_block
 from recipes import known
 from tiny import tiny_model, tiny_tokenizer
 

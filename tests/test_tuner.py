@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kappatune_plugin import KappaTuneConfig, KappaTuneError, Selection, scan, select
-from kappatune_plugin.layer import KappaTuneLayer
-from kappatune_plugin.units import find_units, unit_matrix
+from kappatune_plugin.tuner.layer import KappaTuneLayer
+from kappatune_plugin.weights.units import find_units, unit_matrix
 from reference import random_batches, train_with_full_gradients
 from tiny import CONFIGS, MOE_KINDS, tiny_model
 
@@ -379,9 +379,9 @@ def test_values_that_never_reached_the_base_are_not_saved(tmp_path):
 def test_registered_once_and_found_by_name(tmp_path):
     import importlib
 
-    import kappatune_plugin.tuner
+    from kappatune_plugin.tuner import register
 
-    importlib.reload(kappatune_plugin.peft_method)
+    importlib.reload(register)
     assert PeftType("KAPPATUNE") is PeftType.KAPPATUNE and list(PeftType).count(PeftType.KAPPATUNE) == 1
     assert PeftType.KAPPATUNE == "KAPPATUNE" and json.dumps(PeftType.KAPPATUNE) == '"KAPPATUNE"'
     assert copy.deepcopy(PeftType.KAPPATUNE) is PeftType.KAPPATUNE

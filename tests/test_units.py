@@ -6,8 +6,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.patterns import DEFAULT_EXCLUDE, filter_units
-from kappatune_plugin.units import base_hash, find_units, unit_matrix
+from kappatune_plugin.weights.fingerprint import base_hash
+from kappatune_plugin.weights.patterns import DEFAULT_EXCLUDE, filter_units
+from kappatune_plugin.weights.units import find_units, unit_matrix
 from tiny import CONFIGS, MOE_KINDS, tiny_model
 
 # what each architecture's config above has: attention, dense MLP, experts, routers, embeddings and head

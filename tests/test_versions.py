@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from kappatune_plugin import scan, select
-from kappatune_plugin.units import find_units, unit_matrix
+from kappatune_plugin.weights.units import find_units, unit_matrix
 
 sys.path.insert(0, str(Path(__file__).parent / "toolkits"))
 

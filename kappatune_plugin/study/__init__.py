@@ -1,1 +1,5 @@
-"""Comparisons of methods and budgets on one recipe: the same data order, matched training loss, several seeds."""
+"""Methods compared on one recipe: `kappatune compare` and `kappatune sweep`.
+
+`methods` reads what to compare, `method_configs` makes PEFT configs of it, `bench` holds what all runs share,
+`training` runs one, `compare` all of them; `summary`, `tables` and `plots` show what came out.
+"""

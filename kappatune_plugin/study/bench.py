@@ -9,21 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kappatune_plugin.config import DEFAULT_K
+from kappatune_plugin.data.examples import ChoiceExample
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.forgetting import ForgettingData, ForgettingProbe
-from kappatune_plugin.forgetting_config import SELF
-from kappatune_plugin.gain import GAIN
-from kappatune_plugin.gain_run import config_with_gain
-from kappatune_plugin.patterns import DEFAULT_EXCLUDE
-from kappatune_plugin.probes import ChoiceExample, blocks, kl_to_base
-from kappatune_plugin.recipe import Recipe, load_recipe
-from kappatune_plugin.report import KappaReport
-from kappatune_plugin.run import load_base
-from kappatune_plugin.run_data import load_data, task_examples
-from kappatune_plugin.scan import scan
-from kappatune_plugin.study.arms import Pool
-from kappatune_plugin.units import base_hash
+from kappatune_plugin.forgetting.config import SELF
+from kappatune_plugin.forgetting.measures import blocks, kl_to_base
+from kappatune_plugin.forgetting.probe import ForgettingData, ForgettingProbe
+from kappatune_plugin.recipe.load_model import load_base
+from kappatune_plugin.recipe.load_rows import load_data, task_examples
+from kappatune_plugin.recipe.measure_gain import config_with_gain
+from kappatune_plugin.recipe.recipe import Recipe, load_recipe
+from kappatune_plugin.scanning.gain import GAIN
+from kappatune_plugin.study.method_configs import Pool
+from kappatune_plugin.tuner.what_to_train import full_report
+from kappatune_plugin.weights.fingerprint import base_hash
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -97,12 +95,14 @@ class Bench:
         base = load_base(recipe)
         tokenizer, train, held_out = _prepared(recipe, base, learned, held_out)
         ranks = {*ranks, recipe.kappatune.rank_by}
-        report = _report(recipe, base, with_snr="snr" in ranks)
+        rank_by = "snr" if "snr" in ranks else "kappa"
+        hashes = {"base": base_hash(base)}
+        report = full_report(recipe.kappatune, base, hashes["base"], rank_by)
         if GAIN in ranks:
             report = config_with_gain(recipe, base, tokenizer, learned, report).report
             base.cpu()
         texts = [_right_text(example) for example in task[:TASK_TEXTS]]
-        hashes = {"base": base_hash(base), "data": _digest([*_rows(train), "held out", *_rows(held_out)])}
+        hashes["data"] = _digest([*_rows(train), "held out", *_rows(held_out)])
         return cls(
             Path(path),
             overrides,
@@ -113,7 +113,7 @@ class Bench:
             held_out,
             ForgettingProbe.build(recipe.forgetting, data, base, tokenizer),
             blocks(tokenizer, texts, recipe.forgetting.max_length) if texts else [],
-            Pool.of(report, recipe.kappatune.k or DEFAULT_K, recipe.kappatune.rank_by),
+            Pool.of(report, recipe.kappatune.budget, recipe.kappatune.rank_by),
             hashes,
         )
 
@@ -198,20 +198,6 @@ def _prepared(
     # a copy: TRL wraps the forward of the model that it gets, and the wrapping would follow the copies of the base
     trainer = SFTTrainer(copy.deepcopy(base), recipe.training_args, train_dataset=train, eval_dataset=held_out)
     return trainer.processing_class, trainer.train_dataset, trainer.eval_dataset
-
-
-def _report(recipe: Recipe, base: "nn.Module", with_snr: bool) -> KappaReport:
-    """Of all that may be trained: one that was made for the lowest doesn't tell the others."""
-    config = recipe.kappatune
-    exclude = DEFAULT_EXCLUDE if config.exclude is None else config.exclude
-    if config.report is not None:
-        report = KappaReport.load(config.report)
-        if report.base["hash"] != base_hash(base):
-            raise KappaTuneError(f"kappatune.report is of '{report.base['name']}', not of this base: delete the line.")
-        if report.made_for is None:
-            return report
-    rank_by = "snr" if with_snr else "kappa"
-    return scan(base, rank_by=rank_by, include=config.include or (), exclude=exclude, rtol=config.rtol)
 
 
 def _right_text(example: ChoiceExample | tuple[str, str]) -> str:

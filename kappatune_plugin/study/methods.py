@@ -8,10 +8,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from kappatune_plugin.config import config_problems
+from kappatune_plugin.checks import did_you_mean
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.selection import ORDERS
-from kappatune_plugin.templates import did_you_mean
+from kappatune_plugin.selection.ranking import ORDERS
+from kappatune_plugin.tuner.config import config_problems
 
 DEFAULT_METHODS = (
     "lowest,highest,random,shape_matched_random,lowest_mlp,random_mlp,attention_only,lora,lora_mlp,osf,full"
@@ -21,7 +21,6 @@ PARTS = ("mlp", "attention")
 PER_TYPE = "per_type"
 # what `NAME:key=value` may set for a KappaTune method; the rest is the recipe's, or matched
 KAPPATUNE_SETTINGS = ("k", "rank_by", "include", "exclude")
-
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list"}
 
 

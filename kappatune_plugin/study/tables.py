@@ -7,8 +7,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from kappatune_plugin.console import number
-from kappatune_plugin.report_table import short_number
+from kappatune_plugin.console import number, short_number
 
 # key of a measure -> heading, how to show it
 MEASURES = {

@@ -16,11 +16,11 @@ from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from kappatune_plugin.forgetting import finite_or_none
-from kappatune_plugin.probes import base_in_place
-from kappatune_plugin.study.arms import arm_config, peft_refusals
+from kappatune_plugin.forgetting.measures import base_in_place
+from kappatune_plugin.forgetting.report import finite_or_none
+from kappatune_plugin.study.method_configs import arm_config, peft_refusals
 from kappatune_plugin.study.methods import Method
-from kappatune_plugin.study.statistics import first_crossing, smoothed
+from kappatune_plugin.study.summary import first_crossing, smoothed
 
 if TYPE_CHECKING:
     from trl import SFTTrainer

@@ -12,16 +12,16 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.peft_method import NAME
-from kappatune_plugin.quantized import whole_model
-from kappatune_plugin.toolkits.adapters import (
+from kappatune_plugin.toolkits.shared import (
     WriteDecisions,
-    is_adapter,
     kappatune_config,
     new_adapter,
     remove_models_with_adapters,
     trained_adapter,
 )
+from kappatune_plugin.tuner.adapter_folder import is_adapter
+from kappatune_plugin.tuner.register import NAME
+from kappatune_plugin.weights.quantized import whole_model
 
 try:
     from axolotl.integrations.base import AdapterCapabilities, BasePlugin

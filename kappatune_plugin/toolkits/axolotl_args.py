@@ -6,8 +6,8 @@ from typing import Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
-from kappatune_plugin.config import KAPPATUNE_KEYS, KappaTuneConfig, config_problems
-from kappatune_plugin.peft_method import NAME
+from kappatune_plugin.tuner.config import KAPPATUNE_KEYS, KappaTuneConfig, config_problems
+from kappatune_plugin.tuner.register import NAME
 
 # read by Axolotl or by us whatever the adapter is
 SHARED = ("lora_model_dir", "lora_on_cpu", "lora_modules_to_save", "peft_autocast_adapter_dtype")

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from dataclasses import MISSING, Field, field, fields, make_dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
-from kappatune_plugin.cli_app import budget
-from kappatune_plugin.config import KAPPATUNE_KEYS, KappaTuneConfig, config_problems
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.peft_method import NAME
-from kappatune_plugin.recipe_yaml import FLAT
+from kappatune_plugin.recipe.text import FLAT
+from kappatune_plugin.selection.budget import budget
+from kappatune_plugin.tuner.config import KAPPATUNE_KEYS, KappaTuneConfig, config_problems
+from kappatune_plugin.tuner.register import NAME
 
 # what the rest of LLaMA-Factory sees: a PEFT adapter is saved, resumed, merged and disabled for DPO under this name
 STAND_IN = "lora"

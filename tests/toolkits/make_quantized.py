@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from kappatune_plugin.quantized import whole_model
+from kappatune_plugin.weights.quantized import whole_model
 from tiny import tiny_model
 
 

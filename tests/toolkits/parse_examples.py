@@ -9,8 +9,8 @@ from pathlib import Path
 
 import yaml
 
-from kappatune_plugin.convert import convert_recipe
-from kappatune_plugin.lora_keys import TOOLKITS
+from kappatune_plugin.toolkits.convert import convert_recipe
+from kappatune_plugin.toolkits.lora_recipes import TOOLKITS
 
 EXAMPLES = Path(__file__).parent / "examples"
 

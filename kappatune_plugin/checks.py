@@ -1,0 +1,25 @@
+"""What several rooms check by hand, and how they say it."""
+
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+PROBLEMS_SHOWN = 5
+
+
+def is_number(value: Any) -> bool:
+    """A finite int or float; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def shortened(problems: Sequence[str]) -> str:
+    """The first problems, a line each, and how many more there are."""
+    more = len(problems) - PROBLEMS_SHOWN
+    return "\n".join([*problems[:PROBLEMS_SHOWN], *([f"... and {more} more."] if more > 0 else [])])
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ " Did you mean 'learning_rate'?", or nothing when no known word is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean '{near[0]}'?" if near else ""

@@ -1,0 +1,63 @@
+"""What the commands of `kappatune` share."""
+
+import functools
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.version import __version__
+
+app = typer.Typer(
+    help="Fine-tune only the weight matrices of lowest condition number, and see what was forgotten.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+K_HELP = "How much to train: 75 (matrices), 10%, '{params: 160M}' or '{kappa: 30}'."
+RankBy = Annotated[
+    str,
+    typer.Option(
+        "--rank_by",
+        "--rank-by",
+        help="kappa, kappa_over_null, log_volume, stable_rank, snr (Spectrum's; slow), or gain_over_forgetting of a "
+        "report that a run left.",
+    ),
+]
+# of a command that hands on what it doesn't know
+TAKES_MORE = {"allow_extra_args": True, "ignore_unknown_options": True}
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust_remote_code", "--trust-remote-code", help="Run code that comes with the model.")
+]
+
+
+def clean_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Print a KappaTuneError as one message and exit with 2: the user's mistake needs no traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except KappaTuneError as error:
+            Console(stderr=True, soft_wrap=True).print("Error: ", style="bold red", end="")
+            Console(stderr=True, soft_wrap=True).print(str(error), style="red", markup=False, highlight=False)
+            raise typer.Exit(2) from error
+
+    return wrapped
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kappatune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Shared by all commands."""

@@ -1,0 +1,130 @@
+"""Kappa: what is known of one matrix's condition number, and the ways to it that need no iteration."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kappatune_plugin.errors import KappaTuneError
+
+STATUSES = ("ok", "zero", "rank_deficient", "nonfinite")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# what is only known to be above a bound gets no status; up to this bound, that is: above, it might be rank-deficient
+LARGEST_BOUND = 1e6
+
+
+@dataclass(frozen=True)
+class Kappa:
+    """Condition number of one matrix W, with what its singular values sigma_1 >= ... >= sigma_n also tell.
+
+    Attributes:
+        value: kappa; inf for "zero" and "rank_deficient".
+        lo, hi: the exact kappa of the stored values lies between them; hi is inf where value is, lo is finite for
+            "rank_deficient" (at least this large) and inf for "zero".
+        sigma_max, sigma_min: largest and smallest singular value, in the units of W.
+        log_volume: sum of log sigma_i; -inf for "zero" and "rank_deficient".
+        frobenius: ||W||_F.
+        stable_rank: ||W||_F^2 / sigma_max^2, between 1 and min(m, n); nan for "zero".
+        method: what settled it: "lu32", "lu64", "gram32", "gram64" (a factor and its precision), "eig64" (all
+            eigenvalues of W^T W) or "svd64"; " bound" or " proven" behind it says so; "none" if no singular values were
+            needed.
+        status: "ok"; "zero"; "rank_deficient" where sigma_min can't be told from 0 in float64; or "nonfinite" where W
+            holds NaN or infinity. Every number of a "nonfinite" matrix is nan.
+    """
+
+    value: float
+    lo: float
+    hi: float
+    sigma_max: float
+    sigma_min: float
+    log_volume: float
+    frobenius: float
+    stable_rank: float
+    method: str
+    status: str
+
+
+def check_input(caller: str, w: Tensor, ndim: int, rtol: float) -> None:
+    """Raise KappaTuneError if `w` is no floating-point tensor of `ndim` dimensions with values, or `rtol` no part."""
+    if not isinstance(w, Tensor):
+        raise KappaTuneError(f"{caller} needs a tensor, found {type(w).__name__}: write torch.as_tensor(w).")
+    if w.dtype not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise KappaTuneError(f"{caller} needs one of {names}, found {w.dtype}: dequantize or convert it first.")
+    if w.ndim != ndim or 0 in w.shape[-2:]:
+        advice = "take one matrix, w[i], or w.reshape(rows, columns)." if ndim == 2 else "stack equal shapes."
+        what = "2-D matrix" if ndim == 2 else "(b, m, n) stack of matrices"
+        raise KappaTuneError(f"{caller} needs a {what} with values, found shape {tuple(w.shape)}: {advice}")
+    if w.is_meta:
+        raise KappaTuneError(f"{caller} needs values, found a tensor on the meta device: load the weights first.")
+    if isinstance(rtol, bool) or not isinstance(rtol, int | float) or not 0 < rtol < 1:
+        raise KappaTuneError(f"rtol: {rtol!r} is not a number between 0 and 1, such as 0.001.")
+
+
+def without_singular_values(peak: float) -> Kappa | None:
+    """What the largest magnitude of a matrix tells by itself: that it holds no numbers, or only zeros."""
+    if not math.isfinite(peak):
+        return Kappa(*[math.nan] * 8, method="none", status="nonfinite")
+    if peak == 0:
+        return Kappa(*[math.inf] * 3, 0.0, 0.0, -math.inf, 0.0, math.nan, method="none", status="zero")
+    return None
+
+
+def only_bounded(bound: float, frobenius: float, exponent: int, method: str) -> Kappa:
+    """Of 2^exponent A: kappa above `bound`, and no more. `frobenius` is A's."""
+    return Kappa(
+        value=bound,
+        lo=bound,
+        hi=math.inf,
+        sigma_max=math.nan,
+        sigma_min=math.nan,
+        log_volume=math.nan,
+        frobenius=times_power_of_two(frobenius, exponent),
+        stable_rank=math.nan,
+        method=f"{method} bound",
+        status="ok",
+    )
+
+
+def settled(
+    interval: tuple[float, float],
+    sigma: tuple[float, float],
+    log_volume: float,
+    frobenius: float,
+    columns: int,
+    exponent: int,
+    method: str,
+) -> Kappa:
+    """Of 2^exponent A: kappa in `interval`, with sigma_max, sigma_min, log volume and norm of A."""
+    largest, smallest = sigma
+    return Kappa(
+        value=largest / smallest,
+        lo=interval[0],
+        hi=interval[1],
+        sigma_max=times_power_of_two(largest, exponent),
+        sigma_min=times_power_of_two(smallest, exponent),
+        log_volume=log_volume + columns * exponent * math.log(2),
+        frobenius=times_power_of_two(frobenius, exponent),
+        stable_rank=(frobenius / largest) ** 2,
+        method=method,
+        status="ok",
+    )
+
+
+def scaled(w: Tensor, exponent: int, dtype: torch.dtype) -> Tensor:
+    """w * 2^-exponent in `dtype`, rounded only where that is narrower than w's; no copy if there is nothing to do."""
+    wide = w.to(torch.promote_types(w.dtype, torch.float32))
+    if exponent == 0:
+        return wide.to(dtype)
+    # denormals need a factor that overflows: two halves don't
+    half = exponent // 2
+    wide = wide * 2.0**-half
+    return wide.mul_(2.0 ** (half - exponent)).to(dtype)
+
+
+def times_power_of_two(value: float, exponent: int) -> float:
+    try:
+        return math.ldexp(value, exponent)
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,132 @@
+"""From rows and templates to prompts, completions and choices."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kappatune_plugin.checks import did_you_mean
+from kappatune_plugin.data.templates import Template, check_columns, parse_template
+from kappatune_plugin.errors import KappaTuneError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def prompt_completion(
+    rows: "Dataset",
+    prompt: str,
+    completion: str,
+    labels: Mapping[Any, str] | None = None,
+    label_column: str = "label",
+) -> "Dataset":
+    """Rows in TRL's prompt-completion format (columns `prompt` and `completion`), whose loss is on the completion.
+
+    Args:
+        prompt, completion: templates of plain {column} names.
+        labels: value of `label_column` -> the word that the templates show for it; keys may be numbers or strings.
+
+    Raises:
+        KappaTuneError: a template that can't be read or names a missing column, a label without a word, a row
+            without a value.
+    """
+    filled = pairs(rows, prompt, completion, labels, label_column)
+    from datasets import Dataset
+
+    prompts, completions = ([pair[side] for pair in filled] for side in (0, 1))
+    return Dataset.from_dict({"prompt": prompts, "completion": completions})
+
+
+def pairs(
+    rows: "Dataset",
+    prompt: str,
+    completion: str,
+    labels: Mapping[Any, str] | None = None,
+    label_column: str = "label",
+) -> list[tuple[str, str]]:
+    """(prompt, completion) of every row; arguments and errors as `prompt_completion`."""
+    templates = _templates(rows, prompt, completion, labels, label_column)
+    return [tuple(each.fill(row) for each in templates) for row in _worded(rows, templates, labels, label_column)]
+
+
+def choice_examples(
+    rows: "Dataset", prompt: str, completion: str, labels: Mapping[Any, str], label_column: str = "label"
+) -> list["ChoiceExample"]:
+    """One example a row for measuring accuracy: the completion with each word of `labels`, in their order.
+
+    Raises:
+        KappaTuneError: as `prompt_completion`; also labels of fewer than two words, a completion that doesn't name
+            the label, or a prompt that gives it away.
+    """
+    from kappatune_plugin.data.examples import ChoiceExample
+
+    templates = prompt_template, completion_template = _templates(rows, prompt, completion, labels, label_column)
+    # several values may share a word: one choice then
+    words = list(dict.fromkeys(str(word) for word in labels.values()))
+    if len(words) < 2:
+        raise KappaTuneError(f"labels: {dict(labels)} leave no choice. Give at least two words.")
+    if label_column not in completion_template.columns or label_column in prompt_template.columns:
+        raise KappaTuneError(
+            f"With labels the completion shows the answer and the prompt doesn't: name {{{label_column}}} in the "
+            f"completion only. Found prompt: {prompt!r}, completion: {completion!r}."
+        )
+    examples = []
+    for row in _worded(rows, templates, labels, label_column):
+        choices = tuple(completion_template.fill({**row, label_column: word}) for word in words)
+        examples.append(ChoiceExample(prompt_template.fill(row), choices, words.index(row[label_column])))
+    return examples
+
+
+def _templates(
+    rows: "Dataset", prompt: str, completion: str, labels: Mapping[Any, str] | None, label_column: str
+) -> tuple[Template, Template]:
+    parsed = []
+    for what, text in (("prompt", prompt), ("completion", completion)):
+        parsed.append(parse_template(text, what))
+        check_columns(parsed[-1], what, rows.column_names)
+    if not parsed[1].columns:
+        raise KappaTuneError(f"completion: {completion!r} names no column: every row would teach the same text.")
+    if labels and label_column not in rows.column_names:
+        raise KappaTuneError(
+            f"label_column: the rows have no column '{label_column}'.{did_you_mean(label_column, rows.column_names)} "
+            f"Columns: {', '.join(rows.column_names)}. Give label_column, or remove labels."
+        )
+    return parsed[0], parsed[1]
+
+
+def _worded(
+    rows: "Dataset", templates: tuple[Template, Template], labels: Mapping[Any, str] | None, label_column: str
+) -> Iterator[dict[str, Any]]:
+    """The rows with only what the templates need, and words instead of label values."""
+    needed = {column for template in templates for column in template.columns}
+    words = {_label_key(value): str(word) for value, word in (labels or {}).items()}
+    columns = sorted(needed | ({label_column} if words else set()))
+    for position, row in enumerate(rows.select_columns(columns)):
+        for column, value in row.items():
+            if value is None or isinstance(value, list | dict):
+                kind = "no value" if value is None else f"a {type(value).__name__}"
+                raise KappaTuneError(
+                    f"Row {position} has {kind} in column '{column}'; a template takes text or numbers."
+                )
+        if words:
+            found = row[label_column]
+            if _label_key(found) not in words:
+                raise KappaTuneError(
+                    f"labels: row {position} has {label_column} = {found!r}, which labels ({', '.join(words)}) "
+                    f"don't name. Write labels: {{..., {found}: WORD}}."
+                )
+            row[label_column] = words[_label_key(found)]
+        yield row
+
+
+def _label_key(value: Any) -> str:
+    """The same for 1, 1.0 and "1": YAML, CSV and JSON disagree on which of them a label is."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+@dataclass(frozen=True)
+class ChoiceExample:
+    """A question with its possible continuations; `answer` is the index of the right one."""
+
+    prompt: str
+    choices: Sequence[str]
+    answer: int

@@ -1,0 +1,194 @@
+"""Data sets as a recipe names them: a hub id or a file in, rows out; rows and templates in, training examples out."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kappatune_plugin.checks import did_you_mean
+from kappatune_plugin.errors import KappaTuneError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".jsonl": ("json", {}),
+    ".json": ("json", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".parquet": ("parquet", {}),
+    ".txt": ("text", {"sample_by": "paragraph"}),
+}
+KEYS = ("path", "name", "split", "take", "data_files", "data_dir", "revision", "columns", "features", "token")
+REFUSED = {
+    "trust_remote_code": "data sets never run code here; use one in Parquet or JSON",
+    "streaming": "give a part of the data by split, such as 'train[:1000]', or its first rows by take: 1000",
+}
+# a data set's own, in the place of the block's, for data.test
+TEMPLATES = ("prompt", "completion")
+EXAMPLE = "{path: cardiffnlp/tweet_eval, name: irony, split: 'train[:200]'}, or {path: rows.jsonl}"
+
+
+def load_rows(spec: Mapping[str, Any] | str, what: str, base: Path | None = None) -> "Dataset":
+    """Load the rows that a block of a recipe names.
+
+    Args:
+        spec: path (a hub id, a file that ends in .jsonl, .json, .csv, .tsv, .parquet or .txt, or a folder), name,
+            split (default "train"), take (only the first rows, so many; no more of a hub's data set is downloaded), and
+            whatever else `datasets.load_dataset` takes; a string is a path. A .txt file gives a row of "text" for each
+            paragraph, paragraphs being parted by blank lines.
+        what: what the rows are for, in errors ("training data").
+        base: the recipe's folder; a relative path that isn't there from the current folder is looked for in it.
+
+    Raises:
+        KappaTuneError: no such file, hub id out of reach, unknown split or key, unreadable or empty data.
+    """
+    problems = spec_problems(spec, what)
+    if problems:
+        raise KappaTuneError("\n".join(problems))
+    spec = local_spec(spec, base)
+    path, split, take = spec.pop("path"), spec.pop("split", None) or "train", spec.pop("take", None)
+    if Path(path).is_file():
+        builder, options = _builder(path, what)
+        rows = _load(builder, {**options, **spec, "data_files": path}, split, what, shown=path)
+        rows = rows if take is None else rows.select(range(min(take, len(rows))))
+    elif _looks_local(path):
+        raise KappaTuneError(f"{what}: there is no file or folder '{path}'{_looked_in(base)}. Check data's `path`.")
+    else:
+        rows = _load(path, spec, split, what, shown=path, take=take)
+    if len(rows) == 0:
+        raise KappaTuneError(f"{what}: '{path}', split '{split}', has no rows. Give data that has some.")
+    return rows
+
+
+def load_all_rows(specs: Sequence[Any] | Mapping[str, Any] | str, what: str, base: Path | None = None) -> "Dataset":
+    """Load one data set, or a list of them one after the other, with the columns that all of them have.
+
+    Raises:
+        KappaTuneError: as `load_rows`; also data sets without a column in common, or with columns of one name and
+            different types.
+    """
+    if not isinstance(specs, list):
+        return load_rows(specs, what, base)
+    from datasets import ClassLabel, Value, concatenate_datasets
+
+    parts = [load_rows(spec, f"{what}[{position}]", base) for position, spec in enumerate(specs)]
+    common = [column for column in parts[0].column_names if all(column in part.column_names for part in parts)]
+    if not common:
+        columns = "; ".join(", ".join(part.column_names) for part in parts)
+        raise KappaTuneError(f"{what}: the {len(parts)} data sets have no column in common: {columns}.")
+    plain = []
+    for part in parts:
+        part = part.select_columns(common)
+        # the same labels under other names can't be put together
+        for column in [name for name, feature in part.features.items() if isinstance(feature, ClassLabel)]:
+            part = part.cast_column(column, Value("int64"))
+        plain.append(part)
+    try:
+        return concatenate_datasets(plain)
+    except ValueError as error:
+        raise KappaTuneError(f"{what}: the data sets don't go together: {error}") from error
+
+
+def spec_problems(spec: Any, what: str) -> list[str]:
+    """What is wrong with a data set's block before anything is loaded, a line each."""
+    if isinstance(spec, str) and spec:
+        return []
+    if not isinstance(spec, Mapping) or not all(isinstance(key, str) for key in spec):
+        return [f"{what}: {spec!r} is not a data set. Write {EXAMPLE}."]
+    problems = [f"{what}: {key} is not taken: {why}." for key, why in REFUSED.items() if spec.get(key)]
+    if not isinstance(spec.get("path"), str) or not spec["path"]:
+        problems.append(f"{what}: it has no path, only {', '.join(spec) or 'nothing'}. Write {EXAMPLE}.")
+    if not isinstance(spec.get("split", ""), str | None):
+        problems.append(f"{what}: split: {spec['split']!r} is not a split's name such as 'train' or 'train[:200]'.")
+    take = spec.get("take")
+    if take is not None and (isinstance(take, bool) or not isinstance(take, int) or take < 1):
+        problems.append(f"{what}: take: {take!r} is not a number of rows from 1 on.")
+    return problems
+
+
+def all_spec_problems(specs: Any, what: str) -> list[str]:
+    """As `spec_problems`, for one data set or a list of them."""
+    if not isinstance(specs, list):
+        return spec_problems(specs, what)
+    return [line for position, spec in enumerate(specs) for line in spec_problems(spec, f"{what}[{position}]")]
+
+
+def local_spec(spec: Mapping[str, Any] | str, base: Path | None) -> dict[str, Any]:
+    """`spec` as a mapping, with every file that is only there from the folder `base` named from the root."""
+    spec = dict(spec) if isinstance(spec, Mapping) else {"path": spec}
+    for key in {"path", "data_files", "data_dir"} & set(spec):
+        spec[key] = _each_local(spec[key], base)
+    return spec
+
+
+def _load(path: str, options: dict[str, Any], split: str, what: str, shown: str, take: int | None = None) -> "Dataset":
+    from datasets import Dataset, load_dataset
+
+    options = {key: value for key, value in options.items() if value is not None}
+    try:
+        rows = load_dataset(path, split=split, streaming=take is not None, **options)
+        if take is not None:
+            rows = Dataset.from_list(list(rows.take(take)), features=rows.features)
+    except Exception as error:
+        # datasets raises anything here: ConnectionError, ValueError, TypeError, StopIteration, its own errors
+        raise KappaTuneError(_load_problem(error, options, split, what, shown)) from error
+    if not isinstance(rows, Dataset):
+        raise KappaTuneError(f"{what}: '{shown}' gave {type(rows).__name__}, one split is expected. Give `split`.")
+    return rows
+
+
+def _load_problem(error: Exception, options: dict[str, Any], split: str, what: str, shown: str) -> str:
+    """What went wrong in `load_dataset`, in this package's words where they say more."""
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, ConnectionError):
+        return (
+            f"{what}: the hub's data set '{shown}' is out of reach ({error}). Check its name and the network "
+            "(HF_HUB_OFFLINE must not be set), or give the path of a file."
+        )
+    empty = "corresponds to no data" in str(error) or "at least one example" in str(error.__cause__)
+    if empty or isinstance(error, StopIteration):
+        return f"{what}: '{shown}', split '{split}', has no rows. Give data that has some."
+    if "Unknown split" in str(error) or "Unrecognized instruction" in str(error):
+        return f"{what}: '{shown}': {error} Write split: train, test or a part such as 'train[:200]'."
+    if isinstance(error, TypeError | ValueError):
+        for key in options:
+            if key not in KEYS and f"'{key}'" in str(error):
+                return f"{what}: unknown key '{key}'.{did_you_mean(key, KEYS)} ({text})"
+    cause = f" ({error.__cause__})" if error.__cause__ else ""
+    return f"{what}: can't load '{shown}': {text}{cause}"
+
+
+def _builder(path: str, what: str) -> tuple[str, dict[str, Any]]:
+    ending = Path(path).suffix.lower()
+    if ending not in BUILDERS:
+        raise KappaTuneError(f"{what}: '{path}' ends in '{ending}'; expected one of {', '.join(BUILDERS)}.")
+    return BUILDERS[ending]
+
+
+def find_local(path: str, base: Path | None) -> str:
+    """`path` itself if it exists from the current folder, else the one in the recipe's folder if that exists."""
+    path = os.path.expanduser(path)
+    if base is not None and not os.path.exists(path) and (base / path).exists():
+        return str(base / path)
+    return path
+
+
+def _each_local(files: Any, base: Path | None) -> Any:
+    """`files` may be a path, or a list or mapping of them, as load_dataset takes `data_files`."""
+    if isinstance(files, str):
+        return find_local(files, base)
+    if isinstance(files, Mapping):
+        return {key: _each_local(value, base) for key, value in files.items()}
+    return [_each_local(value, base) for value in files] if isinstance(files, list) else files
+
+
+def _looks_local(path: str) -> bool:
+    """Whether `path` can only mean a file: a hub id is NAME or OWNER/NAME."""
+    if os.path.exists(path):
+        return False
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).suffix.lower() in BUILDERS
+
+
+def _looked_in(base: Path | None) -> str:
+    return " (looked in the current folder" + (f" and in {base})" if base else ")")

@@ -1,0 +1,64 @@
+"""Templates such as "Tweet: {text}\\nSarcasm:", filled from the columns of a row and from nothing else."""
+
+import string
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kappatune_plugin.checks import did_you_mean
+from kappatune_plugin.errors import KappaTuneError
+
+RULE = "A template holds plain {column} names; a literal brace is written {{ or }}."
+
+
+@dataclass(frozen=True)
+class Template:
+    """A parsed template.
+
+    Attributes:
+        parts: (literal text, column name that follows it or None).
+    """
+
+    parts: tuple[tuple[str, str | None], ...]
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that it names, in order."""
+        return [column for _, column in self.parts if column is not None]
+
+    def fill(self, row: Mapping[str, Any]) -> str:
+        """The text for `row`. Braces in the values stay as they are."""
+        return "".join(text + ("" if column is None else str(row[column])) for text, column in self.parts)
+
+
+def parse_template(template: str, what: str) -> Template:
+    """Read a template; unlike `str.format`, it reaches no attribute, item or conversion.
+
+    Args:
+        what: the template's key in the recipe, for errors ("prompt").
+
+    Raises:
+        KappaTuneError: not a string, braces that don't pair up, or anything but a column's name in braces.
+    """
+    if not isinstance(template, str):
+        raise KappaTuneError(f'{what}: {template!r} is not a text. Write it in quotes: "Tweet: {{text}}\\nSarcasm:".')
+    try:
+        parsed = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise KappaTuneError(f"{what}: {template!r}: {error}. {RULE}") from error
+    for _, column, spec, conversion in parsed:
+        if column is not None and (spec or conversion or not column or column.isdigit() or set(column) & set(".[]")):
+            written = column + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+            raise KappaTuneError(f"{what}: {{{written}}} in {template!r} is not a column's name. {RULE}")
+    return Template(tuple((text, column) for text, column, _, _ in parsed))
+
+
+def check_columns(template: Template, what: str, columns: Iterable[str]) -> None:
+    """Raises KappaTuneError if `template` names a column that isn't among `columns`; lists them, the nearest first."""
+    columns = list(columns)
+    for column in template.columns:
+        if column not in columns:
+            raise KappaTuneError(
+                f"{what}: the rows have no column '{column}'.{did_you_mean(column, columns)} "
+                f"Columns: {', '.join(columns)}."
+            )

@@ -1,0 +1,56 @@
+"""Measures forgetting before, during and after a Trainer's run."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback
+
+from kappatune_plugin.forgetting.measures import base_of, measuring
+from kappatune_plugin.forgetting.probe import ForgettingProbe
+from kappatune_plugin.forgetting.report import ForgettingReport
+
+
+class ForgettingCallback(TrainerCallback):
+    """Measures the base before training, the model every so many steps and at the end, without disturbing the run.
+
+    Set `trainer` after adding it, so that measurements are logged as the Trainer's own metrics are.
+    """
+
+    def __init__(self, probe: ForgettingProbe, output_dir: str | Path, every: int = 0) -> None:
+        self.probe, self.every = probe, every
+        self.path = Path(output_dir) / "forgetting.json"
+        self.report = ForgettingReport(list(probe.controls), probe.metric, len(probe.facts))
+        self.trainer: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
+        self.report.take_over_steps(self.path, state.global_step)
+        with base_of(model):
+            self.report.before = self.probe.measure(model)
+        self._note(state, model, self.report.before)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
+        if self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:
+            measured = self.probe.measure(model, quick=True)
+            self.report.steps.append({"step": state.global_step, **measured})
+            self._note(state, model, measured)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
+        self.report.after = {**self.probe.measure(model), **self.probe.divergences(model)}
+        self._note(state, model, self.report.after)
+
+    def _note(self, state: Any, model: nn.Module, measured: Mapping[str, float]) -> None:
+        if state.is_world_process_zero:
+            self.report.save(self.path)
+        self._log({f"forgetting/{name}": value for name, value in measured.items()}, model)
+
+    def _log(self, metrics: Mapping[str, float], model: nn.Module) -> None:
+        if self.trainer is None:
+            return
+        # logging takes back the wish to log this step's training loss
+        wished = self.trainer.control.should_log
+        # TRL puts the averages of its own metrics into the next log of the mode that the model is in
+        with measuring(model):
+            self.trainer.log(dict(metrics))
+        self.trainer.control.should_log = wished

@@ -1,0 +1,320 @@
+"""What a model knows, in numbers: loss, KL to its base, accuracy, recall. Token ids in, floats out.
+
+Everything is per token over right-padded batches with the padding masked, and leaves the model's mode and the random
+state as they were.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from kappatune_plugin.data.examples import ChoiceExample
+from kappatune_plugin.errors import KappaTuneError
+
+Pair = tuple[list[int], list[int]]
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """Mean next-token loss in nats, and over how many predicted tokens."""
+
+    nats_per_token: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the loss; infinite where that overflows."""
+        return math.exp(self.nats_per_token) if self.nats_per_token < 700 else math.inf
+
+
+@contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every module's mode and the random state are as before.
+
+    The load-balancing loss that TRL turns on for a mixture of experts is off: transformers can't compute it while it
+    generates from padded prompts.
+    """
+    modes = {module: module.training for module in model.modules()}
+    config = getattr(model, "config", None)
+    balancing = getattr(config, "output_router_logits", False)
+    device = getattr(model, "device", torch.device("cpu"))
+    devices = [device] if device.type == "cuda" else []
+    try:
+        model.eval()
+        if balancing:
+            config.output_router_logits = False
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            yield
+    finally:
+        if balancing:
+            config.output_router_logits = balancing
+        for module, training in modes.items():
+            module.training = training
+
+
+def base_of(model: nn.Module) -> Any:
+    """A context in which `model` is its base: without the adapter of a PEFT model, as it is otherwise."""
+    return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
+
+
+@contextmanager
+def base_in_place(model: nn.Module, base: nn.Module) -> Iterator[None]:
+    """`model` with the base's values while the context lasts; nothing is copied."""
+
+    def swap() -> None:
+        for trained, original in zip(model.parameters(), base.parameters(), strict=True):
+            trained.data, original.data = original.data, trained.data
+
+    base.to(next(model.parameters()).device)
+    swap()
+    try:
+        yield
+    finally:
+        swap()
+
+
+def blocks(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int, truncate: bool = False
+) -> list[list[int]]:
+    """Token ids of each text in pieces of at most `max_length`; pieces that predict nothing are dropped.
+
+    Args:
+        truncate: keep only the first piece of each text, as PEFT's MetaMathQA benchmark does.
+
+    Raises:
+        KappaTuneError: nothing is left.
+    """
+    pieces = []
+    for text in texts:
+        ids = tokenizer(text, truncation=truncate, max_length=max_length if truncate else None, verbose=False).input_ids
+        pieces += [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
+    pieces = [piece for piece in pieces if len(piece) >= 2]
+    if not pieces:
+        raise KappaTuneError(f"The {len(texts)} control texts have no two tokens in a row. Give texts of some length.")
+    return pieces
+
+
+def completion_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> Pair:
+    """(prompt ids, completion ids), divided as TRL divides its prompt-completion data.
+
+    The text is tokenized whole; the completion starts where that departs from the tokenized prompt.
+
+    Raises:
+        KappaTuneError: the completion adds no token.
+    """
+    alone, whole = (tokenizer(text)["input_ids"] for text in (prompt, prompt + completion))
+    start = next((i for i, (a, b) in enumerate(zip(alone, whole, strict=False)) if a != b), min(len(alone), len(whole)))
+    # a model that adds an end token adds it to both
+    if start == len(whole):
+        raise KappaTuneError(f"The completion {completion!r} after {prompt!r} adds no token.")
+    if start == 0:
+        raise KappaTuneError(
+            f"The completion {completion!r} has no token before it to be predicted from: give a prompt."
+        )
+    return whole[:start], whole[start:]
+
+
+def token_loss(model: nn.Module, pieces: Sequence[Sequence[int]], batch_size: int = 8) -> TokenLoss:
+    """Mean loss of every token but the first of each piece: all nats over all tokens, not a mean of means.
+
+    As PEFT's MetaMathQA benchmark (method_comparison/MetaMathQA, `calculate_mean_per_token_loss`) defines it since its
+    corrections: the logits at a token against the token after it, no padding, every token alike; `base_of` measures the
+    base without the adapter. Two differences are of rounding only: padding is on the right here, and the logarithm of
+    the softmax is taken in float32 whatever the model's dtype.
+    """
+    nats, tokens = 0.0, 0
+    with measuring(model):
+        for batch in _batches(pieces, batch_size):
+            losses, mask = _token_losses(model, batch)
+            nats += losses[mask].double().sum().item()
+            tokens += int(mask.sum())
+    return TokenLoss(nats / tokens, tokens)
+
+
+def kl_to_base(
+    model: nn.Module, pieces: Sequence[Sequence[int]], batch_size: int = 8, starts: Sequence[int] | None = None
+) -> float:
+    """Mean over tokens of KL(base || model) of the next-token distribution, in nats.
+
+    The forward direction, as RL's Razor (arXiv 2509.04259) predicts forgetting by it. 0 for a model without adapter.
+
+    Args:
+        starts: of each piece the position of its first token whose prediction counts; default: 1, its second token.
+    """
+    total, tokens = 0.0, 0
+    rows = list(zip(pieces, starts or [1] * len(pieces), strict=True))
+    with measuring(model):
+        for batch in _batches(rows, batch_size):
+            ids = [piece for piece, _ in batch]
+            tuned, mask = _log_probabilities(model, ids)
+            with base_of(model):
+                base, _ = _log_probabilities(model, ids)
+            divergence = (base.exp() * (base - tuned)).sum(-1)
+            for row, (_, start) in enumerate(batch):
+                mask[row, : start - 1] = False
+            total += divergence[mask].double().sum().item()
+            tokens += int(mask.sum())
+    return total / tokens
+
+
+def completion_kl(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], batch_size: int = 8
+) -> float:
+    """Mean over the completions' tokens of KL(base || model), given the prompt and the right tokens before, in nats.
+
+    For a completion of one token that is RL's Razor's divergence on the new task, E_x KL(base(y|x) || model(y|x)); for
+    longer ones it follows the right completion where that averages over the base's own.
+
+    Raises:
+        KappaTuneError: no pairs.
+    """
+    if not pairs:
+        raise KappaTuneError("There are no test examples to measure the task's KL on.")
+    divided = [completion_ids(tokenizer, *pair) for pair in pairs]
+    pieces = [prompt + completion for prompt, completion in divided]
+    return kl_to_base(model, pieces, batch_size, starts=[len(prompt) for prompt, _ in divided])
+
+
+def label_accuracy(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[ChoiceExample], batch_size: int = 8
+) -> float:
+    """Share of examples whose right choice has the highest log-likelihood after the prompt.
+
+    The likelihood is the sum over a choice's tokens, not divided by their number: it is the probability of that label.
+
+    Raises:
+        KappaTuneError: no examples, or one without two choices.
+    """
+    if not examples:
+        raise KappaTuneError("There are no test examples to measure the task's accuracy on.")
+    pairs = []
+    for example in examples:
+        if len(example.choices) < 2:
+            raise KappaTuneError(f"An example has {len(example.choices)} choices, two at least: {example.prompt!r}.")
+        pairs += [completion_ids(tokenizer, example.prompt, choice) for choice in example.choices]
+    scores = iter([-nats for nats, _ in _completion_losses(model, pairs, batch_size)])
+    right = 0
+    for example in examples:
+        likelihoods = [next(scores) for _ in example.choices]
+        right += likelihoods.index(max(likelihoods)) == example.answer
+    return right / len(examples)
+
+
+def completion_loss(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], batch_size: int = 8
+) -> float:
+    """Mean nats a token of the completions, given their prompts: the measure of a task without labels.
+
+    Raises:
+        KappaTuneError: no pairs.
+    """
+    if not pairs:
+        raise KappaTuneError("There are no test examples to measure the task's loss on.")
+    found = _completion_losses(model, [completion_ids(tokenizer, *pair) for pair in pairs], batch_size)
+    tokens = sum(len(completion_ids(tokenizer, *pair)[1]) for pair in pairs)
+    return sum(nats for nats, _ in found) / tokens
+
+
+def exact_recall(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], batch_size: int = 8
+) -> float:
+    """Share of (prompt, completion) pairs whose completion is what greedy decoding gives.
+
+    Each token of the completion has to be the most likely one after the right ones before it. By induction those are
+    the tokens that greedy decoding would have produced, so no generation is needed.
+
+    Raises:
+        KappaTuneError: no pairs.
+    """
+    if not pairs:
+        raise KappaTuneError("There are no facts to recall.")
+    found = _completion_losses(model, [completion_ids(tokenizer, *pair) for pair in pairs], batch_size)
+    return sum(greedy for _, greedy in found) / len(pairs)
+
+
+def sample_base(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, samples: int, max_length: int, seed: int, batch_size: int = 8
+) -> list[list[int]]:
+    """Token ids that the base model wrote from its start token at temperature 1: control text without a data set.
+
+    Ids, not text, so that what is measured is exactly what was sampled.
+
+    Raises:
+        KappaTuneError: the tokenizer has no token to start from.
+    """
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise KappaTuneError("control: self needs a start or end token, and this tokenizer has none: give a data set.")
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pieces = []
+    with measuring(model), base_of(model):
+        torch.manual_seed(seed)
+        while len(pieces) < samples:
+            prompt = torch.full((min(batch_size, samples - len(pieces)), 1), start, device=model.device)
+            written = model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                # a text needs a token to predict
+                min_new_tokens=2,
+                max_new_tokens=max_length - 1,
+                pad_token_id=padding,
+            )
+            pieces += [_until_end(row, tokenizer.eos_token_id) for row in written.tolist()]
+    return pieces
+
+
+def _until_end(row: list[int], end: int | None) -> list[int]:
+    """A sampled row up to its end token, without the padding behind."""
+    return row[: row.index(end, 1) + 1] if end in row[1:] else row
+
+
+def _batches(pieces: Sequence[Sequence[int]], batch_size: int) -> Iterator[Sequence[Sequence[int]]]:
+    for start in range(0, len(pieces), batch_size):
+        yield pieces[start : start + batch_size]
+
+
+def _log_probabilities(model: nn.Module, batch: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Next-token log-probabilities (batch, length - 1, vocabulary) in float32, and where a real token follows."""
+    ids, mask = padded(batch, model.device)
+    logits = model(input_ids=ids, attention_mask=mask.long()).logits[:, :-1]
+    return logits.float().log_softmax(-1), mask[:, 1:]
+
+
+def _token_losses(model: nn.Module, batch: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Loss of each following token (batch, length - 1), and where there is one."""
+    log_probabilities, mask = _log_probabilities(model, batch)
+    following = padded(batch, model.device)[0][:, 1:]
+    return -log_probabilities.gather(-1, following.unsqueeze(-1)).squeeze(-1), mask
+
+
+def _completion_losses(model: nn.Module, pairs: Sequence[Pair], batch_size: int) -> list[tuple[float, bool]]:
+    """For each pair the summed loss of its completion in nats, and whether greedy decoding gives it."""
+    found = []
+    with measuring(model):
+        for batch in _batches(pairs, batch_size):
+            rows = [prompt + completion for prompt, completion in batch]
+            log_probabilities, _ = _log_probabilities(model, rows)
+            for row, (prompt, completion) in zip(log_probabilities, batch, strict=True):
+                predicted = row[len(prompt) - 1 : len(prompt) + len(completion) - 1]
+                target = torch.tensor(completion, device=row.device)
+                nats = -predicted.gather(-1, target.unsqueeze(-1)).double().sum().item()
+                found.append((nats, bool((predicted.argmax(-1) == target).all())))
+    return found
+
+
+def padded(batch: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids (batch, length) padded on the right by 0, and the mask of the real ones."""
+    length = max(len(piece) for piece in batch)
+    ids = torch.tensor([[*piece, *[0] * (length - len(piece))] for piece in batch], device=device)
+    mask = torch.tensor([[True] * len(piece) + [False] * (length - len(piece)) for piece in batch], device=device)
+    return ids, mask

@@ -1,0 +1,177 @@
+"""How much a run forgets: what it measures, when, and what it leaves behind."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from kappatune_plugin.data.examples import ChoiceExample, pairs
+from kappatune_plugin.data.rows import load_rows
+from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.forgetting.answers import answer_accuracy
+from kappatune_plugin.forgetting.config import SELF, ForgettingConfig
+from kappatune_plugin.forgetting.measures import (
+    blocks,
+    completion_kl,
+    completion_loss,
+    exact_recall,
+    kl_to_base,
+    label_accuracy,
+    sample_base,
+    token_loss,
+)
+
+Task = list[ChoiceExample] | list[tuple[str, str]]
+
+
+@dataclass
+class ForgettingData:
+    """What is measured, as text.
+
+    Attributes:
+        controls: name -> texts; None where the base model writes them.
+        task: test examples with labels, or (prompt, completion) pairs without; empty for no task.
+        facts: (prompt, completion) pairs to recall.
+    """
+
+    controls: dict[str, list[str] | None] = field(default_factory=dict)
+    task: Task = field(default_factory=list)
+    facts: list[tuple[str, str]] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, config: ForgettingConfig, task: Task | None = None, folder: Path | None = None) -> "ForgettingData":
+        """Load what `config` names; relative paths may start in `folder`.
+
+        Raises:
+            KappaTuneError: data that can't be loaded, a column that isn't there, nothing to measure.
+        """
+        controls = {
+            name: None if spec == SELF else _control_texts(spec, name, config, folder)
+            for name, spec in config.controls().items()
+        }
+        facts = _facts(config, folder) if config.recall else []
+        if not (controls or facts or task or config.lm_eval):
+            raise KappaTuneError("forgetting: there is nothing to measure: add control, recall, or a data.test.")
+        if config.generate is not None and (not task or isinstance(task[0], ChoiceExample)):
+            raise KappaTuneError(
+                "forgetting.generate: there is no task to write answers to: give data.test with prompt and completion, "
+                "without labels, or delete generate."
+            )
+        return cls(controls, task or [], facts)
+
+
+@dataclass
+class ForgettingProbe:
+    """What is measured, the controls tokenized once.
+
+    Attributes:
+        controls: name -> pieces of token ids.
+        task, facts: as `ForgettingData` has them.
+        generate: settings of `answer_accuracy`; None measures the task by likelihood.
+        harness: settings of `harness.run_harness`; None runs none.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    controls: dict[str, list[list[int]]] = field(default_factory=dict)
+    task: Task = field(default_factory=list)
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    batch_size: int = 8
+    generate: dict[str, int] | None = None
+    harness: dict[str, Any] | None = None
+
+    @classmethod
+    def build(
+        cls, config: ForgettingConfig, data: ForgettingData, model: nn.Module, tokenizer: PreTrainedTokenizerBase
+    ) -> "ForgettingProbe":
+        """Tokenize `data`; `model`, without its adapter, writes the texts that are None.
+
+        Raises:
+            KappaTuneError: a control without two tokens in a row, a tokenizer without a token to start from, or a
+                harness that isn't installed or doesn't know a task.
+        """
+        harness = config.harness()
+        if harness is not None:
+            from kappatune_plugin.forgetting.harness import check_harness
+
+            check_harness(**harness)
+        truncate = config.long_texts == "truncate"
+        controls = {
+            name: sample_base(model, tokenizer, config.samples, config.max_length, config.seed, config.batch_size)
+            if texts is None
+            else blocks(tokenizer, texts, config.max_length, truncate)
+            for name, texts in data.controls.items()
+        }
+        return cls(tokenizer, controls, data.task, data.facts, config.batch_size, config.generate, harness)
+
+    @property
+    def metric(self) -> str | None:
+        """How the task is measured; None for no task.
+
+        "accuracy" of likelihoods for a task with labels; without labels "answer_accuracy" of what the model writes if
+        `generate` is set, else "loss" (nats a completion token).
+        """
+        if not self.task:
+            return None
+        if isinstance(self.task[0], ChoiceExample):
+            return "accuracy"
+        return "loss" if self.generate is None else "answer_accuracy"
+
+    def measure(self, model: nn.Module, quick: bool = False) -> dict[str, float]:
+        """The losses and perplexities of the controls, the task's metric, the share of facts recalled, the harness.
+
+        Args:
+            quick: leave out what writes text or runs the harness: for measurements during a run.
+        """
+        found = {}
+        for name, pieces in self.controls.items():
+            loss = token_loss(model, pieces, self.batch_size)
+            found[f"{name}_loss"], found[f"{name}_ppl"] = loss.nats_per_token, loss.perplexity
+        if self.metric in ("accuracy", "loss"):
+            measure = label_accuracy if self.metric == "accuracy" else completion_loss
+            found[f"task_{self.metric}"] = measure(model, self.tokenizer, self.task, self.batch_size)
+        if self.facts:
+            found["recall"] = exact_recall(model, self.tokenizer, self.facts, self.batch_size)
+        return found if quick else {**found, **self._slow(model)}
+
+    def _slow(self, model: nn.Module) -> dict[str, float]:
+        found = {}
+        if self.metric == "answer_accuracy":
+            settings = {"batch_size": self.batch_size, **self.generate}
+            found["task_answer_accuracy"] = answer_accuracy(model, self.tokenizer, self.task, **settings)
+        if self.harness is not None:
+            from kappatune_plugin.forgetting.harness import run_harness
+
+            found |= run_harness(model, self.tokenizer, batch_size=self.batch_size, **self.harness)
+        return found
+
+    def divergences(self, model: nn.Module) -> dict[str, float]:
+        """KL(base || model) a token in nats: on each control, and on the completions of the task as `task_kl`."""
+        found = {f"{name}_kl": kl_to_base(model, pieces, self.batch_size) for name, pieces in self.controls.items()}
+        if self.task:
+            found["task_kl"] = completion_kl(model, self.tokenizer, task_pairs(self.task), self.batch_size)
+        return found
+
+
+def task_pairs(task: Task) -> list[tuple[str, str]]:
+    """(prompt, right completion) of each test example."""
+    return [(each.prompt, each.choices[each.answer]) if isinstance(each, ChoiceExample) else each for each in task]
+
+
+def _control_texts(spec: Mapping[str, Any], name: str, config: ForgettingConfig, folder: Path | None) -> list[str]:
+    spec = dict(spec) if isinstance(spec, Mapping) else {"path": spec}
+    column = spec.pop("text_column", None) or config.text_column
+    rows = load_rows(spec, f"forgetting.control {name}", folder)
+    if column not in rows.column_names:
+        raise KappaTuneError(
+            f"forgetting.text_column: control {name} has no column '{column}', only {', '.join(rows.column_names)}."
+        )
+    return [text for text in rows[column] if text and text.strip()][: config.max_samples]
+
+
+def _facts(config: ForgettingConfig, folder: Path | None) -> list[tuple[str, str]]:
+    spec = {key: value for key, value in config.recall.items() if key not in ("prompt", "completion")}
+    rows = load_rows(spec, "forgetting.recall", folder)
+    return pairs(rows, config.recall["prompt"], config.recall["completion"])[: config.max_samples]

@@ -1,0 +1,134 @@
+"""What was measured before, during and after training, as forgetting.json holds it and as a table."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from kappatune_plugin.console import number
+from kappatune_plugin.files import read_json, write_json
+
+HARNESS = "lm_eval/"
+# of the task's metrics, those that count right answers
+SHARES = ("accuracy", "answer_accuracy")
+
+
+class ForgettingReport:
+    """What was measured before, during and after a run.
+
+    Attributes:
+        before, after: as `ForgettingProbe.measure` gives them; `after` with the divergences too, and empty until then.
+        steps: [{"step": n, ...}] of those in between.
+        budget: what `k: auto` decided: {"start", "most", "matrices", "steps": [{"step", "action", "matrices",
+            "reason"}]}; None for a fixed k.
+    """
+
+    def __init__(self, controls: list[str], metric: str | None, facts: int) -> None:
+        self.controls, self.metric, self.facts = controls, metric, facts
+        self.before: dict[str, float] = {}
+        self.after: dict[str, float] = {}
+        self.steps: list[dict[str, float]] = []
+        self.budget: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of forgetting.json; what isn't measured yet, or isn't finite, is null."""
+        before, after = (
+            {key: finite_or_none(value) for key, value in each.items()} for each in (self.before, self.after)
+        )
+        control = {
+            name: {
+                "loss_before": before.get(f"{name}_loss"),
+                "loss_after": after.get(f"{name}_loss"),
+                "ppl_before": before.get(f"{name}_ppl"),
+                "ppl_after": after.get(f"{name}_ppl"),
+                "kl_after": after.get(f"{name}_kl"),
+            }
+            for name in self.controls
+        }
+        content: dict[str, Any] = {"control": control}
+        if self.metric:
+            key = f"task_{self.metric}"
+            kl = after.get("task_kl")
+            content["task"] = {
+                "metric": self.metric,
+                "before": before.get(key),
+                "after": after.get(key),
+                "kl_after": kl,
+            }
+        if self.facts:
+            recall = {"before": before.get("recall"), "after": after.get("recall")}
+            content["recall"] = {"metric": "exact_match", "facts": self.facts, **recall}
+        harness = {key: {"before": before[key], "after": after.get(key)} for key in before if key.startswith(HARNESS)}
+        if harness:
+            content["lm_eval"] = {key.removeprefix(HARNESS): values for key, values in harness.items()}
+        if self.budget is not None:
+            content["budget"] = self.budget
+        return {
+            **content,
+            "steps": [{key: finite_or_none(value) for key, value in step.items()} for step in self.steps],
+        }
+
+    def save(self, path: Path) -> None:
+        """Write forgetting.json, atomically."""
+        write_json(path, self.to_dict())
+
+    def take_over_steps(self, path: Path, before_step: int) -> None:
+        """Keep what an interrupted run measured up to the step it resumes from, where its forgetting.json is there."""
+        if before_step and path.exists():
+            content = read_json(path, "a forgetting report")
+            self.steps = [step for step in content.get("steps", []) if step["step"] <= before_step]
+            if self.budget is not None:
+                decided = content.get("budget", {}).get("steps", [])
+                self.budget["steps"] += [step for step in decided if step["step"] <= before_step]
+
+    def rows(self) -> list[tuple[str, str, bool]]:
+        """What is measured before and after: its title, its key in `before` and `after`, whether it is a share."""
+        rows = []
+        if self.metric:
+            rows.append((f"task {self.metric.replace('_', ' ')}", f"task_{self.metric}", self.metric in SHARES))
+        if self.facts:
+            rows.append((f"recall of {self.facts} facts", "recall", True))
+        for name in self.controls:
+            rows.append((f"{name}: loss a token (nats)", f"{name}_loss", False))
+            rows.append((f"{name}: perplexity", f"{name}_ppl", False))
+        return rows + [(key.removeprefix(HARNESS), key, False) for key in self.before if key.startswith(HARNESS)]
+
+    def divergence_rows(self) -> list[tuple[str, str]]:
+        """What is measured against the base, after only: its title and its key in `after`."""
+        names = [*self.controls, *(["task"] if self.metric else [])]
+        return [(f"{name}: KL to the base (nats)", f"{name}_kl") for name in names]
+
+    def table(self) -> Table:
+        """Before, after and change, a row for each measure."""
+        table = Table("", "before", "after", "change", title="What was learned, what was forgotten")
+        for title, key, share in self.rows():
+            before, after = self.before.get(key, math.nan), self.after.get(key, math.nan)
+            table.add_row(title, shown(before, share), shown(after, share), shown_change(after - before, share))
+        for title, key in self.divergence_rows():
+            table.add_row(title, "0", number("{:.4f}", self.after.get(key, math.nan)), "")
+        return table
+
+    def delta(self, measured: Mapping[str, float]) -> float | None:
+        """The rise of the control loss in `measured` since before, in nats a token: of the control that rose most.
+
+        None without controls, infinite where a loss isn't finite.
+        """
+        rises = [measured[f"{name}_loss"] - self.before[f"{name}_loss"] for name in self.controls]
+        return max(rise if math.isfinite(rise) else math.inf for rise in rises) if rises else None
+
+
+def shown(value: float, share: bool) -> str:
+    """A measure as tables show it."""
+    return number("{:.1%}" if share else "{:.3f}", value)
+
+
+def shown_change(change: float, share: bool) -> str:
+    """The change of a measure as tables show it."""
+    return number("{:+.1f} points", 100 * change) if share else number("{:+.3f}", change)
+
+
+def finite_or_none(value: float) -> float | None:
+    """`value` for a JSON file, which has no NaN and no infinity."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,219 @@
+"""YAML in, the dataclasses of TRL and the blocks of this package out; every mistake of a recipe in one message."""
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from kappatune_plugin.data.rows import find_local, local_spec
+from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.recipe.blocks import (
+    auto_block,
+    data_problems,
+    forgetting_block,
+    gain_block,
+    kappatune_block,
+    unknown_key,
+)
+from kappatune_plugin.recipe.launch_keys import warn_of_unused
+from kappatune_plugin.recipe.text import BLOCKS, FLAT, apply_overrides, nest_flat_keys, read_yaml
+from kappatune_plugin.recipe.trl_keys import gone_key
+from kappatune_plugin.selection.auto_budget import AutoBudget
+from kappatune_plugin.tuner.config import KAPPATUNE_KEYS, KappaTuneConfig
+
+if TYPE_CHECKING:
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
+
+    from kappatune_plugin.forgetting.config import ForgettingConfig
+    from kappatune_plugin.scanning.gain import GainConfig
+
+# what may hold a secret isn't copied: output_dir gets published
+SECRETS = ("token", "key", "secret", "password")
+
+# keys of TRL's ModelConfig that ask for another method
+OTHER_METHODS = ("use_peft", "use_rslora", "use_dora")
+OTHER_PREFIX = "lora_"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe that is right as far as can be told before anything is loaded.
+
+    Attributes:
+        script_args, training_args, model_args, dataset_args: TRL's own.
+        kappatune: what to train.
+        data: the block `data:`; None if the recipe uses TRL's `dataset_name` or `datasets`.
+        forgetting: the block `forgetting:`; None if there is none.
+        resolved: all keys with the overrides in, as recipe.yaml holds them.
+        folder: of the recipe; relative paths that don't lead anywhere from the current folder start here.
+        auto: how `k: auto` decides; `kappatune.k` is its largest budget then. None for a fixed k.
+        gain: how `rank_by: gain_over_forgetting` is measured; None for its defaults.
+    """
+
+    script_args: "ScriptArguments"
+    training_args: "SFTConfig"
+    model_args: "ModelConfig"
+    dataset_args: "DatasetMixtureConfig"
+    kappatune: KappaTuneConfig
+    data: dict[str, Any] | None
+    forgetting: "ForgettingConfig | None"
+    resolved: dict[str, Any]
+    folder: Path
+    auto: AutoBudget | None = None
+    gain: "GainConfig | None" = None
+
+
+def load_recipe(path: str | os.PathLike, overrides: Iterable[str] = (), launches: bool = False) -> Recipe:
+    """Read the recipe at `path` with the command line's `overrides` (["--learning_rate", "1e-4", ...]) laid over it.
+
+    Sets the environment variables of its `env:` mapping, as TRL does.
+
+    Args:
+        launches: whether the caller starts processes as the keys of `accelerate launch` say (num_processes, ...).
+            Otherwise a warning names those that the recipe has.
+
+    Raises:
+        KappaTuneError: everything that is wrong with it, in one message.
+    """
+    path = Path(path)
+    content, problems = read_yaml(path)
+    problems += nest_flat_keys(content)
+    problems += apply_overrides(content, list(overrides))
+    problems += _set_environment(content.get("env"))
+    if not launches:
+        warn_of_unused(content)
+    blocks = {name: content.pop(name) for name in BLOCKS if name in content}
+    arguments, found = _trl_arguments(content)
+    problems += found + _cross_problems(arguments, blocks)
+    folder = path.resolve().parent
+    _find_local_paths(arguments, blocks, folder)
+    built = [_build(owner, arguments, problems) for owner in _trl_classes()]
+    kappatune = kappatune_block(blocks, problems)
+    forgetting = forgetting_block(blocks, problems)
+    auto, gain = auto_block(blocks, forgetting, built[1], problems), gain_block(blocks, problems)
+    if "data" in blocks:
+        problems += data_problems(blocks["data"])
+    if problems:
+        count = f"{len(problems)} problem" + ("s" if len(problems) > 1 else "")
+        raise KappaTuneError("\n  - ".join([f"Recipe {path} has {count}:", *problems]))
+    resolved = {**arguments, **blocks}
+    return Recipe(*built, kappatune, blocks.get("data"), forgetting, resolved, folder, auto, gain)
+
+
+def _trl_classes() -> tuple[type, ...]:
+    from kappatune_plugin.recipe.trl_keys import trl_classes
+
+    return trl_classes()
+
+
+def _set_environment(variables: Any) -> list[str]:
+    if variables is None:
+        return []
+    if not isinstance(variables, Mapping):
+        return [f"env: expected a mapping of variables, found {variables!r}."]
+    os.environ.update({str(name): str(value) for name, value in variables.items()})
+    return []
+
+
+def _trl_arguments(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The top level's values in the types that TRL declares, and what is wrong with them."""
+    from kappatune_plugin.recipe.launch_keys import is_launch_key
+    from kappatune_plugin.recipe.trl_keys import convert, trl_keys
+
+    known = [*trl_keys(), *BLOCKS, *(FLAT + key for key in KAPPATUNE_KEYS)]
+    arguments, problems = {}, []
+    for key, value in content.items():
+        if key not in trl_keys():
+            if is_launch_key(str(key)):
+                continue
+            gone = gone_key(key)
+            problems.append(f"{key}: {gone}." if gone else f"unknown key {unknown_key(key, known)}")
+            continue
+        try:
+            arguments[key] = convert(key, value)
+        except ValueError as error:
+            problems.append(f"{key}: {error}.".replace("..", "."))
+    return arguments, problems
+
+
+def _cross_problems(arguments: Mapping[str, Any], blocks: Mapping[str, Any]) -> list[str]:
+    """What is missing, and what can't be together."""
+    problems = []
+    if not arguments.get("model_name_or_path"):
+        problems.append("model_name_or_path is missing: add `model_name_or_path: allenai/OLMoE-1B-7B-0924`, or yours.")
+    if not arguments.get("output_dir"):
+        problems.append("output_dir is missing: add `output_dir: outputs/my-run`.")
+    if "kappatune" not in blocks:
+        problems.append("the block kappatune is missing: add the lines `kappatune:` and `  k: 75`.")
+    other = [key for key in OTHER_METHODS if arguments.get(key)]
+    other += [key for key in arguments if key.startswith(OTHER_PREFIX)]
+    if other:
+        problems.append(f"{', '.join(other)}: another method's; KappaTune trains the weights. Delete these lines.")
+    named = [key for key in ("dataset_name", "datasets") if arguments.get(key)]
+    if "data" in blocks and named:
+        problems.append(f"data and {' and '.join(named)} both give the training data: delete one.")
+    elif "data" not in blocks and not named:
+        problems.append("the data is missing: add a block data with train, or TRL's dataset_name or datasets.")
+    data = blocks.get("data")
+    if isinstance(data, Mapping) and not data.get("test") and arguments.get("eval_strategy", "no") != "no":
+        problems.append(
+            f"eval_strategy: {arguments['eval_strategy']} needs data.test: add it, or delete eval_strategy."
+        )
+    return problems
+
+
+def _find_local_paths(arguments: dict[str, Any], blocks: Mapping[str, Any], folder: Path) -> None:
+    """Let relative paths start in the recipe's folder where they don't lead anywhere from the current one."""
+    if isinstance(arguments.get("model_name_or_path"), str):
+        arguments["model_name_or_path"] = find_local(arguments["model_name_or_path"], folder)
+    kappatune = blocks.get("kappatune")
+    if isinstance(kappatune, dict):
+        for key in ("report", "selection", "scan_from"):
+            if isinstance(kappatune.get(key), str):
+                kappatune[key] = find_local(kappatune[key], folder)
+    data = blocks.get("data")
+    for key in ("train", "test"):
+        if isinstance(data, dict) and isinstance(data.get(key), str | Mapping):
+            data[key] = local_spec(data[key], folder)
+        elif isinstance(data, dict) and isinstance(data.get(key), list):
+            known = [isinstance(spec, str | Mapping) for spec in data[key]]
+            data[key] = [local_spec(spec, folder) for spec in data[key]] if all(known) else data[key]
+
+
+def _build(owner: type, arguments: dict[str, Any], problems: list[str]) -> Any:
+    """TRL's dataclass `owner` from those of `arguments` that are its; what it refuses is added to `problems`."""
+    from kappatune_plugin.recipe.trl_keys import trl_keys
+
+    keys = trl_keys()
+    mine = {key: value for key, value in arguments.items() if keys[key][0] is owner}
+    if "bf16" in keys and keys["bf16"][0] is owner and _no_bf16_here(mine):
+        # TRL's default is mixed precision in bfloat16, an error on a machine that hasn't got it
+        arguments["bf16"] = mine["bf16"] = False
+    try:
+        return owner(**mine)
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        problems.append(str(error).strip())
+
+
+def _no_bf16_here(arguments: Mapping[str, Any]) -> bool:
+    """Whether the recipe says nothing about precision or device, and this machine can't do TRL's default."""
+    from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
+
+    if arguments.get("bf16") is not None or arguments.get("fp16") or arguments.get("use_cpu"):
+        return False
+    return not is_torch_bf16_gpu_available() and not is_torch_xla_available()
+
+
+def public_yaml(resolved: dict[str, Any]) -> str:
+    """The recipe as YAML, without what may hold a secret: tokens, and environment variables named like one."""
+
+    def public(content: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+        return {key: value for key, value in content.items() if not str(key).lower().endswith(names)}
+
+    resolved = public(resolved, ("hub_token",))
+    if isinstance(resolved.get("env"), dict):
+        resolved["env"] = public(resolved["env"], SECRETS)
+    return yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True, width=120)

@@ -1,0 +1,5 @@
+"""A Recipe in, a trained adapter and its reports out.
+
+`train` is `kappatune sft`, `evaluate` is `kappatune eval`, `launch` starts several processes, `resume` finds the
+checkpoint to go on from, `auto_budget` grows K while it trains, `diagnosis` says what the run shows.
+"""

@@ -1,0 +1,260 @@
+"""`rank_by: gain_over_forgetting`: what training a unit would gain on the task over what it would cost what is known.
+
+To first order a gradient step eta * g in unit u alone lowers the task loss by eta * G_u, with G_u = ||dL/dW_u||^2. To
+second order it moves the model's own distribution by a KL of eta^2/2 * g' F_u g, with the Fisher information F_u (the
+quadratic penalty of elastic weight consolidation, Kirkpatrick et al. 2017, arXiv 1612.00796). With the mean of F_u's
+diagonal in the place of F_u, and the KL spread over the units as gains most, what a unit gains is per trained entry
+
+    G_u / tr F_u
+
+up to a factor that all units share. EWC takes F on the old task's data. Here it is taken on
+text that the base model wrote itself: no pre-training data is needed, and the samples being the model's own, it is the
+Fisher information and not the empirical one.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerBase
+
+from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.forgetting.measures import completion_ids, measuring, padded, sample_base
+from kappatune_plugin.selection import ranking
+from kappatune_plugin.selection.report import KappaReport
+from kappatune_plugin.weights.units import WeightUnit, find_units, unit_block
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+GAIN = ranking.gain_over_forgetting.__name__
+# of the mean Fisher information an entry: an expert that no sampled token reached has none, and isn't free for that
+DAMPING = 1e-3
+# token ids, and the position of the first whose prediction counts
+Example = tuple[list[int], int]
+
+
+@dataclass(frozen=True)
+class GainConfig:
+    """How `gain_over_forgetting` is measured, the block `kappatune.gain:` of a recipe.
+
+    Attributes:
+        examples: of the task, the first of the shuffled training rows.
+        samples: texts that the model writes.
+        max_length: of both, in tokens; a longer example is cut at its start, so that its answer stays.
+        batch_size: of both; G_u averages over batches of examples, see `task_gain`.
+        seed: of the shuffling and of what the model writes.
+
+    Raises:
+        KappaTuneError: values that can't be right, a line each.
+    """
+
+    examples: int = 64
+    samples: int = 32
+    max_length: int = 256
+    batch_size: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"examples": 1, "samples": 1, "max_length": 3, "batch_size": 1, "seed": 0}
+        problems = [
+            f"{key}: {value!r} is not a whole number from {least[key]} on."
+            for key, value in vars(self).items()
+            if isinstance(value, bool) or not isinstance(value, int) or value < least[key]
+        ]
+        if problems:
+            raise KappaTuneError("\n".join(problems))
+
+
+def gain_over_forgetting(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[tuple[str, str]],
+    config: GainConfig | None = None,
+    units: Sequence[WeightUnit] | None = None,
+) -> dict[str, float]:
+    """G_u / tr F_u of each unit: name -> a number from 0 on; the higher, the more is gained for what is forgotten.
+
+    Two short rounds of backward passes; the same seed gives the same numbers. Leaves the model and the random state as
+    they were. Beside the activations, memory for the gradient of one parameter at a time.
+
+    Args:
+        model: without adapter, whole on one process.
+        rows: (prompt, completion) to train on, completions with their end token; an empty prompt means that the whole
+            text is learned.
+        units: which; default: all of the model's. The damping is by their mean information (see `ratios`).
+
+    Raises:
+        KappaTuneError: no rows, a model with an adapter, a tokenizer without a token to write from, or gradients that
+            aren't finite.
+    """
+    config = config or GainConfig()
+    if hasattr(model, "peft_config"):
+        raise KappaTuneError("gain_over_forgetting is measured on the base model: before an adapter is attached.")
+    if not rows:
+        raise KappaTuneError("gain_over_forgetting needs training rows, and there are none.")
+    units = find_units(model) if units is None else units
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    examples = [to_example(tokenizer, *rows[index], config.max_length) for index in order[: config.examples]]
+    gain = _finite(task_gain(model, units, examples, config.batch_size))
+    written = sample_base(model, tokenizer, config.samples, config.max_length, config.seed, config.batch_size)
+    information = _finite(fisher_information(model, units, written, config.batch_size))
+    return ratios(units, gain, information)
+
+
+def with_gain(
+    report: KappaReport,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: "Dataset",
+    config: GainConfig | None = None,
+    text_field: str = "text",
+) -> KappaReport:
+    """`report` with the score "gain_over_forgetting" of each of its units; arguments as `gain_over_forgetting`.
+
+    Args:
+        rows: to train on, in one of TRL's formats: columns `prompt` and `completion`, or `text_field`, of text.
+
+    Raises:
+        KappaTuneError: as `gain_over_forgetting`; rows in another format, or a report of another model.
+    """
+    names = {row.name for row in report.units}
+    units = [unit for unit in find_units(model) if unit.name in names]
+    missing = sorted(names - {unit.name for unit in units})
+    if missing:
+        raise KappaTuneError(
+            f"{len(missing)} matrices of the kappa report are not in this model, such as {missing[0]}: scan it anew."
+        )
+    pairs = training_pairs(rows, tokenizer.eos_token or "", text_field)
+    found = gain_over_forgetting(model, tokenizer, pairs, config, units)
+    scored = [replace(row, scores={**row.scores, GAIN: found[row.name]}) for row in report.units]
+    return replace(report, units=scored)
+
+
+def training_pairs(rows: "Dataset", end: str, text_field: str = "text") -> list[tuple[str, str]]:
+    """The rows as (prompt, completion) with the end token that TRL adds; an empty prompt where all is learned."""
+    for before, after in (("prompt", "completion"), (None, text_field)):
+        if after not in rows.column_names or (before and before not in rows.column_names):
+            continue
+        prompts = rows[before] if before else [""] * len(rows)
+        found = list(zip(prompts, rows[after], strict=True))
+        if all(isinstance(text, str) for pair in found for text in pair):
+            return [(prompt, text if end and text.endswith(end) else text + end) for prompt, text in found]
+    raise KappaTuneError(
+        f"rank_by: gain_over_forgetting reads training rows of text, in columns prompt and completion or {text_field}; "
+        f"these have {', '.join(rows.column_names)}. Write them as such with data.prompt and data.completion."
+    )
+
+
+def ratios(
+    units: Sequence[WeightUnit], gain: Mapping[str, float], information: Mapping[str, float]
+) -> dict[str, float]:
+    """gain / (information + damping) by unit; the damping is `DAMPING` of the mean information an entry."""
+    entries = {unit.name: unit.shape[0] * unit.shape[1] for unit in units}
+    damping = DAMPING * sum(information.values()) / sum(entries.values())
+    below = {name: information[name] + damping * entries[name] for name in entries}
+    return {name: gain[name] / below[name] if gain[name] else 0.0 for name in entries}
+
+
+def task_gain(
+    model: nn.Module, units: Sequence[WeightUnit], examples: Sequence[Example], batch_size: int
+) -> dict[str, float]:
+    """G_u: the squared norm of the gradient of a batch's mean loss a token, averaged over the batches.
+
+    That is what a step of training sees: the squared mean gradient and, over the batch size, its variance.
+    """
+    totals = dict.fromkeys([unit.name for unit in units], 0.0)
+    batches = [examples[start : start + batch_size] for start in range(0, len(examples), batch_size)]
+    with _collecting(model, units, totals):
+        for batch in batches:
+            nats, tokens = _nats(model, batch)
+            (nats / tokens).backward()
+    return {name: total / len(batches) for name, total in totals.items()}
+
+
+def fisher_information(
+    model: nn.Module, units: Sequence[WeightUnit], written: Sequence[Sequence[int]], batch_size: int
+) -> dict[str, float]:
+    """tr F_u a token: the mean of ||d log p(token) / dW_u||^2 over text that the model wrote.
+
+    Under the model's own distribution the gradients of different tokens and texts are uncorrelated, with mean zero. So
+    the squared norm of a batch's *summed* gradient over its tokens estimates it without bias, whatever the batch size.
+    """
+    totals = dict.fromkeys([unit.name for unit in units], 0.0)
+    count = 0
+    with _collecting(model, units, totals):
+        for start in range(0, len(written), batch_size):
+            nats, tokens = _nats(model, [(list(piece), 1) for piece in written[start : start + batch_size]])
+            nats.backward()
+            count += tokens
+    return {name: total / count for name, total in totals.items()}
+
+
+def to_example(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, max_length: int) -> Example:
+    """Token ids of the last `max_length` tokens, and where the completion starts in them."""
+    if prompt:
+        before, after = completion_ids(tokenizer, prompt, completion)
+        ids, start = before + after, len(before)
+    else:
+        ids, start = tokenizer(completion).input_ids, 1
+    if len(ids) < 2:
+        raise KappaTuneError(f"The training row {completion!r} has fewer than two tokens.")
+    cut = max(0, len(ids) - max_length)
+    return ids[cut:], max(1, start - cut)
+
+
+def _finite(squares: dict[str, float]) -> dict[str, float]:
+    broken = [name for name, value in squares.items() if not math.isfinite(value)]
+    if broken:
+        raise KappaTuneError(
+            f"gain_over_forgetting: the gradients of {len(broken)} of {len(squares)} matrices aren't finite, such as "
+            f"that of {broken[0]}. Check the base weights, or load them in bfloat16 or float32."
+        )
+    return squares
+
+
+def _nats(model: nn.Module, batch: Sequence[Example]) -> tuple[Tensor, int]:
+    """The summed loss of the tokens that count, in nats, and how many they are."""
+    ids, mask = padded([ids for ids, _ in batch], model.device)
+    logits = model(input_ids=ids, attention_mask=mask.long()).logits[:, :-1].float()
+    positions = torch.arange(1, ids.shape[1], device=ids.device)
+    starts = torch.tensor([start for _, start in batch], device=ids.device)
+    counted = mask[:, 1:] & (positions >= starts[:, None])
+    return cross_entropy(logits[counted], ids[:, 1:][counted], reduction="sum"), int(counted.sum())
+
+
+@contextmanager
+def _collecting(model: nn.Module, units: Sequence[WeightUnit], totals: dict[str, float]) -> Iterator[None]:
+    """While it lasts, each backward pass adds the squared norm of each unit's gradient to `totals` and frees it."""
+    parts: dict[str, list[WeightUnit]] = {}
+    for unit in units:
+        parts.setdefault(unit.parameter, []).append(unit)
+    before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
+    hooks: list[Any] = []
+    try:
+        model.requires_grad_(False).zero_grad(set_to_none=True)
+        for name, found in parts.items():
+            parameter = model.get_parameter(name).requires_grad_(True)
+            hooks.append(parameter.register_post_accumulate_grad_hook(_adder(found, totals)))
+        with measuring(model), torch.enable_grad():
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, (requires_grad, gradient) in before.items():
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient
+
+
+def _adder(units: Sequence[WeightUnit], totals: dict[str, float]) -> Callable[[Tensor], None]:
+    def add(parameter: Tensor) -> None:
+        for unit in units:
+            totals[unit.name] += unit_block(parameter.grad, unit).float().square().sum().item()
+        parameter.grad = None
+
+    return add

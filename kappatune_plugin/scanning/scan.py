@@ -1,0 +1,115 @@
+"""A model in, the condition number of each of its weight matrices out."""
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from kappatune_plugin.distributed import ranks
+from kappatune_plugin.distributed.lost_ranks import together
+from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.scanning.cache import Cache, cache_folder
+from kappatune_plugin.scanning.lowest import can_settle, settle
+from kappatune_plugin.scanning.measure import Bar, measure
+from kappatune_plugin.selection.ranking import gain_over_forgetting, how_to_measure
+from kappatune_plugin.selection.report import ABOVE, KappaReport
+from kappatune_plugin.selection.selection import check_settings
+from kappatune_plugin.weights.open_source import ScanFrom, open_source
+from kappatune_plugin.weights.patterns import DEFAULT_EXCLUDE, filter_units
+from kappatune_plugin.weights.source import Source
+from kappatune_plugin.weights.units import WeightUnit
+
+
+@together("the scan")
+def scan(
+    model_or_path: nn.Module | str | os.PathLike,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = DEFAULT_EXCLUDE,
+    rtol: float = 1e-3,
+    progress: bool = True,
+    trust_remote_code: bool = False,
+    cache: bool = True,
+    k: Any = None,
+    order: str = "lowest",
+    rank_by: str = "kappa",
+    seed: int = 0,
+    scan_from: str | os.PathLike | None = None,
+) -> KappaReport:
+    """Measure every weight matrix of a model that `include` and `exclude` leave.
+
+    A matrix of NaN, of zeros or without full rank is a row with that status, never an error. With `k`, only as much is
+    found out as `select` with the same settings needs to know: the rest are rows of status "above".
+
+    Where torch.distributed runs, all ranks have to call it: each measures its share, and all get the whole report.
+
+    Args:
+        model_or_path: a model; or the folder or hub name of one, which is read from its safetensors files one tensor
+            at a time, in the dtype it was saved in. Weights that bitsandbytes quantized are ranked as what they stand
+            for.
+        include, exclude: groups (`patterns.GROUPS`: "norm", "router", "attention", ...) or globs on unit names; an
+            empty `include` means all.
+        rtol: relative width of the interval of kappa, see `condition_number`.
+        progress: show a bar on stderr.
+        trust_remote_code: let transformers run code that comes with the model.
+        cache: use what earlier scans found, and keep what this one finds; see `cache`.
+        k, order, rank_by, seed: what will be selected (see `select`); k of None measures everything. rank_by "snr"
+            also measures that.
+        scan_from: a folder or hub name with the same model unquantized, whose values are measured in place of its
+            own. The report's `dtype` says what was measured, its `base` is the model.
+
+    Raises:
+        KappaTuneError: the model can't be loaded, a pattern matches nothing, no weight matrix is left, or `rank_by`
+            isn't found by scanning.
+    """
+    budget = check_settings(k, order, rank_by, seed) if k is not None else None
+    if rank_by == gain_over_forgetting.__name__:
+        raise KappaTuneError(f"rank_by: {rank_by}: a scan can't tell. {how_to_measure(rank_by)}")
+    source = _source(model_or_path, scan_from, trust_remote_code)
+    kept, left_out = filter_units(source.units, include, exclude, source.parameters)
+    if not kept:
+        raise KappaTuneError(_nothing_left(source.units, source.parameters, include, exclude))
+    store = Cache(cache_folder() if cache else None)
+    identity = source.identity() if cache else None
+    base = {"name": source.name, "hash": _recall(source, store, identity)}
+    with Bar(kept, progress) as bar:
+        rows_of = partial(measure, source, bar=bar, cache=store, with_snr=rank_by == "snr")
+        partly = budget is not None and can_settle(order, rank_by)
+        rows = settle(kept, rows_of, rtol, budget, order, rank_by, seed) if partly else rows_of(kept, rtol)
+    # a file that changed meanwhile is not what was read
+    if identity is not None and source.identity() == identity and ranks.rank() == 0:
+        store.keep_files(identity, base["hash"], source.contents)
+    wanted = {"k": budget and budget.written, "order": order, "rank_by": rank_by, "seed": seed}
+    made_for = wanted if any(row.status == ABOVE for row in rows) else None
+    return KappaReport(rows, base, ", ".join(sorted({source.dtype(unit) for unit in kept})), left_out, made_for)
+
+
+def _source(
+    model_or_path: nn.Module | str | os.PathLike, scan_from: str | os.PathLike | None, trust_remote_code: bool
+) -> Source:
+    source = open_source(model_or_path, trust_remote_code)
+    return source if scan_from is None else ScanFrom(source, open_source(os.fspath(scan_from), trust_remote_code))
+
+
+def _recall(source: Source, cache: Cache, identity: str | None) -> str:
+    """The fingerprint of the weights. What is known of their files is put in `source.contents`."""
+    known = ranks.from_first(cache.files(identity) if identity is not None else None)
+    if known is None:
+        return source.base_hash()
+    source.contents.update(known["contents"])
+    return known["base_hash"]
+
+
+def _nothing_left(
+    units: Sequence[WeightUnit], parameters: Sequence[str], include: Sequence[str], exclude: Sequence[str]
+) -> str:
+    if not units:
+        return (
+            f"The model has no weight matrix to measure: none of its {len(parameters)} parameters is a 2-D weight in "
+            "floating point. Quantized weights can't be measured: scan the model they were made from."
+        )
+    return (
+        f"No weight matrix is left: the model has {len(units)}, include {list(include)} and exclude {list(exclude)} "
+        "leave none. Widen `include` or shorten `exclude`."
+    )

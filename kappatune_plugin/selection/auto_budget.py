@@ -1,0 +1,152 @@
+"""`k: auto`: how many matrices to train, decided while they are trained. Numbers in, decisions out.
+
+The units of the largest budget have their masters from the start; those above the current budget rest, without
+gradient and without optimizer state. So growing only lets some of them have gradients: no parameter group, schedule,
+data order or checkpoint has to be rebuilt.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kappatune_plugin.checks import is_number
+from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.selection.budget import Budget, parse_budget
+
+AUTO = "auto"
+Losses = Sequence[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class AutoBudget:
+    """The block `kappatune.auto:` of a recipe with `k: auto`.
+
+    Attributes:
+        start, most: the first and the largest budget, as `k` says one. 2% is the paper's 75 of OLMoE's 3,152 matrices.
+        growth: each step multiplies the number of matrices by this.
+        target_loss: a training loss at or below it is learned: there is no growth any more. 0 always grows.
+        window: training steps over which the loss is averaged; a plateau shows after two of them.
+        min_improvement: a fall of the average by a smaller share from one window to the next is a plateau.
+
+    Raises:
+        KappaTuneError: values that can't be right, a line each.
+    """
+
+    start: Any = "2%"
+    most: Any = "20%"
+    growth: float = 2.0
+    target_loss: float = 0.0
+    window: int = 20
+    min_improvement: float = 0.02
+
+    def __post_init__(self) -> None:
+        problems = []
+        for key in ("start", "most"):
+            try:
+                parse_budget(getattr(self, key))
+            except KappaTuneError as error:
+                problems.append(f"{key}: {error}")
+        for key, right, expected in (
+            ("growth", lambda value: value > 1, "above 1, such as 2"),
+            ("target_loss", lambda value: value >= 0, "of nats from 0 on"),
+            ("min_improvement", lambda value: 0 <= value < 1, "from 0 to below 1, such as 0.02"),
+        ):
+            value = getattr(self, key)
+            if not (is_number(value) and right(value)):
+                problems.append(f"{key}: {value!r} is not a number {expected}.")
+        if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
+            problems.append(f"window: {self.window!r} is not a whole number of steps from 1 on.")
+        if problems:
+            raise KappaTuneError("\n".join(problems))
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do now, and why, as a sentence for the user.
+
+    Attributes:
+        action: "keep" training as it is; "grow" the budget; "shrink" it to what it was at the last measurement within
+            max_delta, go back to the values of then and grow no more; "stop" there.
+    """
+
+    action: str
+    reason: str
+
+
+def decide(
+    settings: AutoBudget,
+    losses: Losses,
+    since: int,
+    rise: float,
+    max_delta: float,
+    can_grow: bool,
+    can_shrink: bool = False,
+) -> Decision:
+    """The rule of `k: auto`, applied after each measurement.
+
+    Args:
+        losses: (step, training loss in nats) as they were logged, in order of steps.
+        since: the step of the last change of the budget; losses up to it don't count.
+        rise: by how much the control loss is above the base's now, in nats a token.
+        can_grow: the largest budget isn't reached, and the budget was never shrunk.
+        can_shrink: the last measurement within `max_delta` was at a smaller budget.
+    """
+    if not rise <= max_delta:
+        action = "shrink" if can_shrink else "stop"
+        return Decision(action, f"the control loss rose by {rise:.3f} nats, more than max_delta {max_delta:g}")
+    losses = [(step, loss) for step, loss in losses if step > since]
+    last = losses[-1][0] if losses else since
+    recent = mean_loss(losses, last - settings.window, last)
+    earlier = mean_loss(losses, last - 2 * settings.window, last - settings.window)
+    if last - since < 2 * settings.window or recent is None or earlier is None:
+        return Decision("keep", f"fewer than {2 * settings.window} steps at this budget")
+    if recent <= settings.target_loss:
+        return Decision("keep", f"the training loss {recent:.3f} has reached target_loss {settings.target_loss:g}")
+    improvement = (earlier - recent) / abs(earlier) if earlier else 0.0
+    if improvement >= settings.min_improvement:
+        return Decision("keep", f"the training loss still falls: {earlier:.3f} to {recent:.3f}")
+    plateau = f"the training loss stays at {recent:.3f} ({earlier:.3f} in the {settings.window} steps before)"
+    if not can_grow:
+        return Decision("keep", f"{plateau}, and the budget grows no more")
+    return Decision("grow", f"{plateau}, and the control loss rose by {rise:.3f} nats, less than {max_delta:g}")
+
+
+def mean_loss(losses: Losses, after: int, until: int) -> float | None:
+    """The mean of the losses logged in the steps `after` < step <= `until`; None if there are none."""
+    found = [loss for step, loss in losses if after < step <= until]
+    return sum(found) / len(found) if found else None
+
+
+def levels(start: int, most: int, growth: float) -> list[int]:
+    """The numbers of matrices that a run may train, rising from `start` to `most`.
+
+    Raises:
+        KappaTuneError: the start is more than the largest.
+    """
+    if start > most:
+        raise KappaTuneError(
+            f"kappatune.auto: start is {start} matrices and most is {most}: start with less, or allow more."
+        )
+    counts = [start]
+    while counts[-1] < most:
+        counts.append(min(most, math.ceil(counts[-1] * growth)))
+    return counts
+
+
+def prefix_count(units: Sequence[Any], budget: Budget, eligible: int) -> int:
+    """How many of the selected `units` (with `.shape` and `.kappa`), from the first, a budget pays for; 1 at least.
+
+    Args:
+        eligible: weight matrices of the report, which a share is of.
+    """
+    if budget.kind == "count":
+        count = int(budget.value)
+    elif budget.kind == "share":
+        count = int(budget.value * eligible)
+    elif budget.kind == "kappa":
+        count = sum(unit.kappa <= budget.value for unit in units)
+    else:
+        sizes = [math.prod(unit.shape) for unit in units]
+        count = sum(sum(sizes[: end + 1]) <= budget.value for end in range(len(sizes)))
+    return max(1, count)

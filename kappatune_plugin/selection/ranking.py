@@ -1,0 +1,205 @@
+"""What weight matrices are ranked by, and which of them a budget takes."""
+
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.selection.budget import Budget
+from kappatune_plugin.selection.report import ABOVE, UnitReport
+
+RANDOM = ("random", "shape_matched_random")
+ORDERS = ("lowest", "highest", *RANDOM)
+
+
+def kappa(row: UnitReport) -> float:
+    """The condition number sigma_max / sigma_min. The paper trains the lowest."""
+    return row.kappa
+
+
+def kappa_over_null(row: UnitReport) -> float:
+    """kappa relative to the median of Gaussian matrices of the same shape (`null_condition`): what shape explains is
+    divided out. Its lowest are the matrices that training left better conditioned than chance."""
+    return row.kappa / row.null
+
+
+def log_volume(row: UnitReport) -> float:
+    """Mean log sigma_i - log(||W||_F / sqrt(n)) over the n singular values: the log-volume of the image of the unit
+    ball, for each dimension, at fixed Frobenius norm (arXiv 2506.16289, Theorem 1: the entropy that a layer can pass
+    on). Scale-free; 0 if all singular values are equal, else below. The counterpart of the lowest kappa is `highest`.
+    """
+    n = min(row.shape)
+    return row.log_volume / n - math.log(row.frobenius / math.sqrt(n))
+
+
+def stable_rank(row: UnitReport) -> float:
+    """||W||_F^2 / sigma_max^2, between 1 and min(m, n) (Rudelson and Vershynin, J. ACM 54, 2007). The counterpart of
+    the lowest kappa is `highest`: many directions that are nearly as strong as the strongest."""
+    return row.stable_rank
+
+
+def snr(row: UnitReport) -> float:
+    """Signal over noise as Spectrum ranks by (arXiv 2406.06623, see `spectrum.signal_to_noise`), which trains the
+    `highest`. It takes all singular values, so only a scan with rank_by "snr" finds it."""
+    return row.scores["snr"]
+
+
+def gain_over_forgetting(row: UnitReport) -> float:
+    """Squared task gradient over Fisher information (see `gain`). What gains most for what is forgotten are the
+    `highest`. No scan finds it: it is measured on the task's rows, by a run of a recipe or a comparison."""
+    return row.scores["gain_over_forgetting"]
+
+
+RANKS: dict[str, Callable[[UnitReport], float]] = {
+    each.__name__: each for each in (kappa, kappa_over_null, log_volume, stable_rank, snr, gain_over_forgetting)
+}
+# those that are known to be high once kappa is
+BOUNDED = ("kappa", "kappa_over_null")
+
+
+class Unsettled(KappaTuneError):
+    """The report was made for a smaller selection, and doesn't know enough for this one."""
+
+
+class NotMeasured(KappaTuneError):
+    """The report doesn't have the values to rank by: no other budget helps."""
+
+
+def rank_values(rows: Sequence[UnitReport], rank_by: str) -> dict[str, float]:
+    """Name -> the value to rank by, of the rows that are "ok".
+
+    Raises:
+        NotMeasured: the report doesn't have these values.
+    """
+    try:
+        return {row.name: RANKS[rank_by](row) for row in rows if row.status == "ok"}
+    except KeyError as error:
+        raise NotMeasured(f"rank_by: {rank_by}: the report has no such values. {how_to_measure(rank_by)}") from error
+
+
+def how_to_measure(rank_by: str) -> str:
+    """What to do for a report with the values of `rank_by`, for errors."""
+    if rank_by == gain_over_forgetting.__name__:
+        return (
+            "They are measured on a task's rows: `kappatune sft` with a recipe that has this rank_by leaves a "
+            "kappa_report.json with them, `gain.with_gain` adds them to a report in Python."
+        )
+    return f"Scan again with rank_by {rank_by} (`kappatune scan MODEL --rank_by {rank_by}`)."
+
+
+def ranked(rows: Sequence[UnitReport], rank_by: str, highest: bool = False) -> list[UnitReport]:
+    """The rows that are "ok", lowest first or highest first, equal ones by name. Of a report that only knows the
+    lowest, those that are certainly lower than all it doesn't know.
+
+    Raises:
+        Unsettled: it doesn't know the highest, or not by this value.
+    """
+    values, bound = rank_values(rows, rank_by), math.inf
+    unknown = [row for row in rows if row.status == ABOVE]
+    if unknown and (highest or rank_by not in BOUNDED):
+        raise Unsettled(f"only the lowest kappa are known, not the {'highest ' if highest else ''}{rank_by}")
+    if unknown:
+        bound = min(lower_end(row, rank_by) for row in unknown)
+    sign = -1 if highest else 1
+    known = [row for row in rows if row.status == "ok" and values[row.name] < bound]
+    return sorted(known, key=lambda row: (sign * values[row.name], row.name))
+
+
+def lower_end(row: UnitReport, rank_by: str) -> float:
+    """What the value to rank by is not below."""
+    return row.lo / row.null if rank_by == "kappa_over_null" else row.lo
+
+
+def choose(
+    rows: Sequence[UnitReport], budget: Budget, order: str, rank_by: str, seed: int
+) -> tuple[list[UnitReport], list[UnitReport]]:
+    """The rows that `budget` pays for, in the order they are taken, and the ranking they are from.
+
+    Raises:
+        Unsettled: the rows that are only known to be above a bound may be among them.
+        KappaTuneError: more than there is, or nothing.
+    """
+    # a random draw needs no ranking, but names its ranks where it can
+    needless = order == "random" and budget.kind != "kappa" and any(row.status == ABOVE for row in rows)
+    ranking = [] if needless else ranked(rows, rank_by, order == "highest")
+    if order in RANDOM:
+        return _draw(rows, ranking, budget, order, seed), ranking
+    return ranking[: count(rows, ranking, budget, order)], ranking
+
+
+def count(rows: Sequence[UnitReport], ordered: Sequence[UnitReport], budget: Budget, order: str) -> int:
+    """How many of `ordered` the budget pays for; at least 1. `rows` are all of the report."""
+    unknown = any(row.status == ABOVE for row in rows) and order != "random"
+    if budget.kind in ("count", "share"):
+        wanted = wanted_count(budget, len(rows))
+        if wanted > len(ordered) and unknown:
+            raise Unsettled(f"only the {len(ordered)} lowest are known")
+        if wanted > len(ordered) and budget.kind == "count":
+            raise KappaTuneError(f"k = {budget} is more than there is: {len(ordered)} matrices can be selected")
+        return min(wanted, len(ordered))
+    if budget.kind == "params":
+        return _count_fitting(ordered, budget, unknown)
+    return _count_within(rows, ordered, budget, order)
+
+
+def wanted_count(budget: Budget, matrices: int) -> int:
+    """The K of a budget of kind "count" or "share" in a report of so many matrices, whatever their status."""
+    return int(budget.value) if budget.kind == "count" else max(1, int(budget.value * matrices))
+
+
+def _count_fitting(ordered: Sequence[UnitReport], budget: Budget, unknown: bool) -> int:
+    number = total = 0
+    for row in ordered:
+        total += math.prod(row.shape)
+        if total > budget.value:
+            break
+        number += 1
+    if unknown and number == len(ordered):
+        raise Unsettled(f"only the {len(ordered)} lowest are known, of {total:,} parameters")
+    if number == 0:
+        first = ordered[0]
+        raise KappaTuneError(
+            f"k: {budget} are too few: the first weight in this order, {first.name}, has {math.prod(first.shape):,}. "
+            "Give at least that many."
+        )
+    return number
+
+
+def _count_within(rows: Sequence[UnitReport], ordered: Sequence[UnitReport], budget: Budget, order: str) -> int:
+    bounds = [row.lo for row in rows if row.status == ABOVE]
+    if bounds and min(bounds) <= budget.value:
+        raise Unsettled(f"only kappa up to {min(bounds):.4g} are known")
+    kappas = [row.kappa for row in ordered]
+    if order == "highest":
+        number, asked = sum(each >= budget.value for each in kappas), "from"
+        nearest = f"highest is {max(kappas):.4g}"
+    else:
+        number, asked = sum(each <= budget.value for each in kappas), "up to"
+        nearest = f"lowest is {min([*kappas, *bounds]):.4g}"
+    if number == 0:
+        raise KappaTuneError(
+            f"k: no weight matrix has kappa {asked} {float(budget.value):g}: the {nearest}. "
+            "Choose another threshold, or a number of matrices such as 75."
+        )
+    return number
+
+
+def _draw(
+    rows: Sequence[UnitReport], ranking: Sequence[UnitReport], budget: Budget, order: str, seed: int
+) -> list[UnitReport]:
+    """The rows of a random order, as drawn; of a report that only knows the lowest, also some it doesn't know."""
+    # by name, so that the same seed draws the same units where rounding moved a kappa
+    drawn = sorted(rows, key=lambda row: row.name)
+    random.Random(seed).shuffle(drawn)
+    drawn = [row for row in drawn if row.status in ("ok", ABOVE)]
+    if order == "random":
+        within = ranking if budget.kind == "kappa" else drawn
+        return drawn[: count(rows, within, budget, order)]
+    wanted = Counter(row.shape for row in ranking[: count(rows, ranking, budget, order)])
+    taken = []
+    for row in drawn:
+        if wanted[row.shape] > 0:
+            wanted[row.shape] -= 1
+            taken.append(row)
+    return taken

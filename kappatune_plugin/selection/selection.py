@@ -1,0 +1,257 @@
+"""Which weight matrices to train: a kappa report and a budget in, a Selection with the reasons out."""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from kappatune_plugin.checks import is_number, shortened
+from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.files import FORMAT, read_json, write_json
+from kappatune_plugin.selection.budget import DEFAULT_K, Budget, parse_budget
+from kappatune_plugin.selection.file_checks import (
+    base_problems,
+    identity_problems,
+    key_problems,
+    repeated_names,
+    row_name,
+)
+from kappatune_plugin.selection.ranking import ORDERS, RANDOM, RANKS, NotMeasured, Unsettled, choose, rank_values
+from kappatune_plugin.selection.report import ABOVE, KappaReport, UnitReport
+
+NAMES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class SelectedUnit:
+    """One weight matrix to train: its name in the checkpoint, (rows, columns), and its condition number."""
+
+    name: str
+    shape: tuple[int, int]
+    kappa: float
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The weight matrices to train.
+
+    Attributes:
+        units: in the order they were taken.
+        k: the budget as it was given.
+        order, rank_by, seed: as `select` got them.
+        base: {"name", "hash"} of the model the report was made of.
+        reasons: name -> why it was taken or left, for every unit of the report and every one left out of it; empty
+            for a selection read from a file, and not compared.
+    """
+
+    units: list[SelectedUnit]
+    k: int | str | dict[str, Any]
+    order: str
+    rank_by: str
+    seed: int
+    base: dict[str, str]
+    reasons: dict[str, str] = field(default_factory=dict, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of selection.json."""
+        content = {key: value for key, value in asdict(self).items() if key not in ("units", "reasons")}
+        units = [{"name": unit.name, "shape": list(unit.shape), "kappa": unit.kappa} for unit in self.units]
+        return {"format": FORMAT, **content, "units": units}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "Selection":
+        """The selection that `to_dict` wrote.
+
+        Raises:
+            KappaTuneError: anything missing, unknown or wrong, up to five problems in one message.
+        """
+        problems = _selection_problems(content)
+        if problems:
+            raise KappaTuneError(f"Not a selection:\n{shortened(problems)}\nMake it again with `kappatune select`.")
+        units = [SelectedUnit(row["name"], tuple(row["shape"]), row["kappa"]) for row in content["units"]]
+        return cls(units, **{key: content[key] for key in ("k", "order", "rank_by", "seed", "base")})
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write selection.json to `path`, atomically. Raises KappaTuneError if `path` can't be written."""
+        write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Selection":
+        """Read a selection that `save` wrote. Raises KappaTuneError if it is missing or damaged; says where."""
+        content = read_json(path, "a selection")
+        try:
+            return cls.from_dict(content)
+        except KappaTuneError as error:
+            raise KappaTuneError(f"{path}: {error}") from error
+
+
+def select(
+    report: KappaReport,
+    k: Any = DEFAULT_K,
+    order: str = "lowest",
+    rank_by: str = "kappa",
+    seed: int = 0,
+) -> Selection:
+    """Choose the weight matrices to train.
+
+    Units whose status is not "ok" are never selected. Equal ranks are settled by name, so neither the result nor a
+    random draw depends on the order of the report. A report that only knows the lowest answers for them.
+
+    Args:
+        k: the budget (see `parse_budget`). A share is one of the report's matrices. params: units are taken in order
+            while the values of all together fit; kappa: all up to that kappa, or from it on for order "highest", or as
+            many as that for "random".
+        order: "lowest" is the method, the others are controls. "highest"; "random", any units; "shape_matched_random",
+            random units, of each shape as many as "lowest" takes. Lowest and highest are those of the value that
+            `rank_by` names, whatever it is.
+        rank_by: "kappa", "kappa_over_null", "log_volume", "stable_rank", "snr" or "gain_over_forgetting"; `ranking`
+            defines them.
+        seed: of the random orders.
+
+    Raises:
+        KappaTuneError: settings that can't be right, more units asked for than there are or than the report knows, or
+            nothing selected.
+    """
+    budget = check_settings(k, order, rank_by, seed)
+    if not any(unit.status in ("ok", ABOVE) for unit in report.units):
+        raise KappaTuneError(f"Nothing to select from: {_numbers(report)}. {_what_to_do(report)}")
+    try:
+        taken, ranking = choose(report.units, budget, order, rank_by, seed)
+    except Unsettled as error:
+        raise KappaTuneError(unsettled(report, str(error))) from error
+    except NotMeasured:
+        raise
+    except KappaTuneError as error:
+        raise KappaTuneError(f"{error} ({_numbers(report)}). {_what_to_do(report)}") from error
+    if any(unit.status == ABOVE for unit in taken):
+        raise KappaTuneError(unsettled(report, f"it doesn't know all that are drawn with seed {seed}"))
+    units = [SelectedUnit(unit.name, unit.shape, unit.kappa) for unit in taken]
+    reasons = _reasons(report, ranking, taken, budget, order, rank_by, seed)
+    return Selection(units, budget.written, order, rank_by, seed, dict(report.base), reasons)
+
+
+def check_settings(k: Any, order: str, rank_by: str, seed: int) -> Budget:
+    """The budget that `k` says. Raises KappaTuneError with all that can't be right in the settings of `select`."""
+    problems = setting_problems(k, order, rank_by, seed)
+    if problems:
+        raise KappaTuneError("\n".join(problems))
+    return parse_budget(k)
+
+
+def setting_problems(k: Any, order: Any, rank_by: Any, seed: Any) -> list[str]:
+    """What can't be right in the settings of `select`, a line each."""
+    problems = []
+    try:
+        budget = parse_budget(k)
+        if budget.kind == "kappa" and rank_by != "kappa":
+            problems.append(f"k: {budget} goes with rank_by kappa, not {rank_by}. Give a number of matrices.")
+    except KappaTuneError as error:
+        problems.append(str(error))
+    for key, value, choices in (("order", order, ORDERS), ("rank_by", rank_by, tuple(RANKS))):
+        if value not in choices:
+            problems.append(f"{key}: {value!r:.60} is none of {', '.join(choices)}.")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        problems.append(f"seed: expected a whole number from 0 on, found {seed!r:.60}.")
+    return problems
+
+
+def unsettled(report: KappaReport, reason: str) -> str:
+    """The error for a report that doesn't know enough."""
+    return (
+        f"The report was made to select {report.made_for} and can't tell this: {reason}. Scan again for what you want, "
+        "or for the whole table: `kappatune scan MODEL --full`."
+    )
+
+
+def differences(a: Selection, b: Selection) -> str:
+    """What differs between two selections, for an error message: a line each, "" if they train the same units.
+
+    Names at most five units each way; the order of the units doesn't matter.
+    """
+    shapes_a, shapes_b = ({unit.name: tuple(unit.shape) for unit in each.units} for each in (a, b))
+    lines = []
+    if a.base["hash"] != b.base["hash"]:
+        lines.append(f"base model: {a.base['name']} ({a.base['hash']}) and {b.base['name']} ({b.base['hash']})")
+    for label, names in (
+        ("only in the first", [name for name in shapes_a if name not in shapes_b]),
+        ("only in the second", [name for name in shapes_b if name not in shapes_a]),
+        ("of other shape", [name for name in shapes_a if shapes_b.get(name, shapes_a[name]) != shapes_a[name]]),
+    ):
+        if names:
+            more = f", and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+            lines.append(f"{len(names)} {label}: {', '.join(names[:NAMES_SHOWN])}{more}")
+    return "\n".join(lines)
+
+
+def _reasons(
+    report: KappaReport,
+    ranking: Sequence[UnitReport],
+    taken: Sequence[UnitReport],
+    budget: Budget,
+    order: str,
+    rank_by: str,
+    seed: int,
+) -> dict[str, str]:
+    values = rank_values(report.units, rank_by)
+    ranks = {unit.name: rank for rank, unit in enumerate(ranking, start=1)}
+    chosen = {unit.name for unit in taken}
+    eligible = sum(unit.status in ("ok", ABOVE) for unit in report.units)
+    end = " from the highest" if order == "highest" else ""
+    drawn, not_drawn = (f", drawn with seed {seed}", f", not drawn with seed {seed}") if order in RANDOM else ("", "")
+    limit = f"K = {len(taken)}" + ("" if budget.kind == "count" else f" ({budget})")
+    reasons = {}
+    for unit in report.units:
+        rank = f"rank {ranks[unit.name]} of {eligible}{end}" if unit.name in ranks else f"one of {eligible}"
+        if unit.name in chosen:
+            reasons[unit.name] = f"taken: {rank_by} {values[unit.name]:.4g} is {rank}{drawn}, {limit}"
+        elif unit.status not in ("ok", ABOVE):
+            reasons[unit.name] = f"left: {unit.status}"
+        elif order not in RANDOM and unit.name not in ranks:
+            reasons[unit.name] = f"left: above the lowest, {limit}"
+        else:
+            reasons[unit.name] = f"left: {rank}{not_drawn}, {limit}"
+    return {**reasons, **{name: f"left: {reason}" for name, reason in report.left_out.items()}}
+
+
+def _numbers(report: KappaReport) -> str:
+    """How many units there are to choose from, and where the others went; for errors."""
+    statuses = Counter(unit.status for unit in report.units)
+    eligible = statuses.pop("ok", 0) + statuses.pop(ABOVE, 0)
+    detail = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
+    not_ok = f"{statuses.total()} not ok ({detail})" if statuses else "0 not ok"
+    return f"{eligible} weight matrices eligible, {not_ok}, {len(report.left_out)} left out by include and exclude"
+
+
+def _what_to_do(report: KappaReport) -> str:
+    less = (
+        "Choose a smaller k" if any(unit.status in ("ok", ABOVE) for unit in report.units) else "Check the base weights"
+    )
+    return f"{less}, or scan with a wider `include` or a shorter `exclude`."
+
+
+def _selection_problems(content: Any) -> list[str]:
+    keys = ("format", "k", "order", "rank_by", "seed", "base", "units")
+    problems = key_problems("the selection", content, keys)
+    if problems:
+        return problems
+    if content["format"] != FORMAT:
+        problems.append(f"format: expected {FORMAT}, found {content['format']!r:.60}.")
+    problems += setting_problems(content["k"], content["order"], content["rank_by"], content["seed"])
+    problems += base_problems(content["base"])
+    if not isinstance(content["units"], list) or not content["units"]:
+        return [*problems, f"units: expected a list of at least one row, found {content['units']!r:.60}."]
+    for position, row in enumerate(content["units"]):
+        problems += _selected_row_problems(position, row)
+    return problems or repeated_names([row["name"] for row in content["units"]])
+
+
+def _selected_row_problems(position: int, row: Any) -> list[str]:
+    where = row_name(position, row)
+    problems = key_problems(where, row, ("name", "shape", "kappa"))
+    if problems:
+        return problems
+    problems = identity_problems(where, row)
+    if not is_number(row["kappa"]) or row["kappa"] < 1:
+        problems.append(f"{where}: kappa: expected a number from 1 on, found {row['kappa']!r:.60}.")
+    return problems

@@ -1,0 +1,145 @@
+"""A kappa report as a table for a terminal 100 columns wide."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import median
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from kappatune_plugin.console import short_number
+from kappatune_plugin.selection.names import layer_and_type
+from kappatune_plugin.selection.ranking import BOUNDED, rank_values
+from kappatune_plugin.selection.report import KappaReport, UnitReport
+from kappatune_plugin.selection.selection import Selection
+
+ROWS_SHOWN_ONE_BY_ONE = 60
+
+
+def report_table(report: "KappaReport", selection: "Selection | None" = None) -> Table:
+    """A row a unit, lowest kappa first; from 61 units on, a row for each layer and type, in the model's order."""
+    chosen = {unit.name for unit in selection.units} if selection else set()
+    table = Table(title=_title(report, chosen), caption=_caption(report), box=box.SIMPLE_HEAD)
+    table.padding, table.pad_edge = 0, False
+    table.title_justify = table.caption_justify = "left"
+    fill = _fill_by_unit if len(report.units) <= ROWS_SHOWN_ONE_BY_ONE else _fill_by_group
+    fill(table, report.units, chosen, *_ranked_by(report, selection))
+    return table
+
+
+def _ranked_by(report: "KappaReport", selection: "Selection | None") -> tuple[str, dict[str, float]]:
+    """What the selection ranked by and each unit's value, where the table doesn't show it anyway."""
+    if selection is None or selection.rank_by in BOUNDED:
+        return "", {}
+    return selection.rank_by, rank_values(report.units, selection.rank_by)
+
+
+def _fill_by_unit(
+    table: Table, units: Sequence["UnitReport"], chosen: set[str], rank_by: str, values: Mapping[str, float]
+) -> None:
+    _add_columns(table, ["unit"], ["shape", "kappa", "kappa\n/null", *_heading(rank_by)], bool(chosen))
+
+    def place(unit: "UnitReport") -> tuple:
+        return unit.status != "ok", values.get(unit.name, unit.kappa or unit.lo or 0), unit.name
+
+    for unit in sorted(units, key=place):
+        numbers = [_number([unit], min), _number([unit], min, over_null=True)]
+        if rank_by:
+            numbers.append(short_number(values.get(unit.name)))
+        cells = [_shapes([unit]), *numbers, unit.status]
+        if chosen:
+            cells.append("*" if unit.name in chosen else "")
+        table.add_row(_name(unit.name.removesuffix(".weight"), unit), *cells)
+
+
+def _heading(rank_by: str) -> list[str]:
+    return [rank_by.replace("_", "\n", 1)] if rank_by else []
+
+
+def _fill_by_group(
+    table: Table, units: Sequence["UnitReport"], chosen: set[str], rank_by: str, values: Mapping[str, float]
+) -> None:
+    numbers = ["count", "shape", "kappa\nmin", "kappa\nmedian", "kappa\nmax", "kappa\n/null", *_heading(rank_by)]
+    _add_columns(table, ["layer", "units"], numbers, bool(chosen))
+    groups: dict[tuple[str, str], list[UnitReport]] = {}
+    for unit in units:
+        groups.setdefault(layer_and_type(unit.name), []).append(unit)
+    shown = None
+    for (layer, kind), members in groups.items():
+        cells = [str(len(members)), _shapes(members), *_spread(members)]
+        if rank_by:
+            known = [values[unit.name] for unit in members if unit.name in values]
+            cells.append(short_number(median(known) if known else None))
+        cells.append(_statuses(members))
+        if chosen:
+            taken = sum(unit.name in chosen for unit in members)
+            cells.append(f"* {taken}" if taken else "")
+        if shown is not None and layer != shown:
+            table.add_section()
+        table.add_row(Text(layer if layer != shown else ""), _name(kind, members[0]), *cells)
+        shown = layer
+
+
+def _add_columns(table: Table, names: Sequence[str], numbers: Sequence[str], with_trained: bool) -> None:
+    for heading in names:
+        table.add_column(heading, overflow="fold")
+    for heading in numbers:
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("status", overflow="fold")
+    if with_trained:
+        table.add_column("trained", justify="right")
+
+
+def _spread(units: Sequence["UnitReport"]) -> list[str]:
+    """kappa's minimum, median and maximum and the median of kappa/null, over the units that have one."""
+    if len(units) == 1:
+        return ["", _number(units, min), "", _number(units, min, over_null=True)]
+    return [*(_number(units, number) for number in (min, median, max)), _number(units, median, over_null=True)]
+
+
+def _number(units: Sequence["UnitReport"], number: Callable, over_null: bool = False) -> str:
+    """`number` of the kappas; behind ">" if some are only known to be above a bound that it depends on."""
+    scales = {unit.name: unit.null if over_null else 1 for unit in units}
+    known = [unit.kappa / scales[unit.name] for unit in units if unit.status == "ok"]
+    bounds = [unit.lo / scales[unit.name] for unit in units if unit.status == "above"]
+    if not known and not bounds:
+        return "-"
+    exact = not bounds or (number is min and known and min(known) < min(bounds))
+    return ("" if exact else ">") + short_number(number(known + bounds))
+
+
+def _name(name: str, unit: "UnitReport") -> Text:
+    return Text(f"{name} (router)" if "router" in unit.groups else name)
+
+
+def _shapes(units: Iterable["UnitReport"]) -> str:
+    shapes = {unit.shape for unit in units}
+    return "x".join(map(str, shapes.pop())) if len(shapes) == 1 else "several"
+
+
+def _statuses(units: Iterable["UnitReport"]) -> str:
+    """ "ok", or what isn't: "2 zero, 1 nonfinite" """
+    counts = Counter(unit.status for unit in units if unit.status != "ok")
+    return ", ".join(f"{count} {status.removeprefix('rank_')}" for status, count in counts.items()) or "ok"
+
+
+def _title(report: "KappaReport", chosen: set[str]) -> Text:
+    title = f"{report.base['name']} ({report.dtype})\n{len(report.units)} weight matrices"
+    if chosen:
+        trained = [unit for unit in report.units if unit.name in chosen]
+        values = sum(unit.shape[0] * unit.shape[1] for unit in trained)
+        title += f", {len(trained)} trained (*), {values:,} values"
+    return Text(title)
+
+
+def _caption(report: "KappaReport") -> Text:
+    """What the numbers mean and which weights aren't shown."""
+    lines = ["kappa/null: kappa relative to a Gaussian matrix of the same shape."]
+    above = sum(unit.status == "above" for unit in report.units)
+    if above:
+        lines.append(f"{above} matrices were measured only until it was certain that they are above (>) the lowest.")
+    if report.left_out:
+        reasons = Counter(report.left_out.values()).items()
+        lines.append("Left out: " + ", ".join(f"{count} {reason}" for reason, count in reasons) + ".")
+    return Text("\n".join(lines))

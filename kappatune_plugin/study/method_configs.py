@@ -1,0 +1,195 @@
+"""From a method's name to what PEFT is asked for, with as many trainable parameters as the others where it can."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from traceback import walk_tb
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.selection.names import layer_and_type
+from kappatune_plugin.selection.report import KappaReport, UnitReport
+from kappatune_plugin.selection.selection import SelectedUnit, Selection, select
+from kappatune_plugin.study.methods import PER_TYPE, Method, peft_methods
+from kappatune_plugin.tuner.config import KappaTuneConfig
+from kappatune_plugin.weights.patterns import filter_units, module_type
+from kappatune_plugin.weights.units import WeightUnit, find_units
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What the methods of a comparison may train.
+
+    Attributes:
+        report: of the base model; its units are those that the recipe's include and exclude leave.
+        k: the recipe's budget.
+        rank_by: the recipe's criterion.
+        values: trainable parameters of the κ-lowest selection with that budget, which the other methods match.
+    """
+
+    report: KappaReport
+    k: Any
+    rank_by: str
+    values: int
+
+    @classmethod
+    def of(cls, report: KappaReport, k: Any, rank_by: str = "kappa") -> "Pool":
+        """The pool whose reference is the selection of `k` lowest by `rank_by` in `report`."""
+        return cls(report, k, rank_by, _values(select(report, k=k, rank_by=rank_by).units))
+
+
+def arm_config(method: Method, pool: Pool, base: nn.Module, seed: int) -> "PeftConfig | None":
+    """What to give SFTTrainer as `peft_config`; None for full fine-tuning.
+
+    Raises:
+        KappaTuneError: nothing is left to train, or PEFT refuses the settings.
+    """
+    if method.kind == "full":
+        return None
+    if method.kind == "kappatune":
+        selection = choose(method, pool, find_units(base), seed)
+        return KappaTuneConfig(task_type="CAUSAL_LM", selection=selection.to_dict())
+    return _peft_config(method, pool, base)
+
+
+def choose(method: Method, pool: Pool, units: Sequence[WeightUnit], seed: int) -> Selection:
+    """The weight matrices that a KappaTune method trains, as many as come nearest to the reference's parameters.
+
+    A method that sets its own `k` takes that; shape_matched_random has the reference's shapes, so its parameters too.
+
+    Args:
+        units: of the base model, for patterns that the method sets.
+        seed: of the random orders.
+    """
+    report = _allowed(method, pool.report, units)
+    rank_by = method.settings.get("rank_by", pool.rank_by)
+    by_shape = method.base == "shape_matched_random"
+    if method.part == PER_TYPE:
+        return _per_type(method, report, method.settings.get("k", pool.k), rank_by, seed)
+    if "k" in method.settings or (by_shape and method.part is None):
+        return select(report, method.settings.get("k", pool.k), method.base, rank_by, seed)
+    order = "lowest" if by_shape else method.base
+    everything = sum(unit.status == "ok" for unit in report.units)
+    ranking = select(report, max(1, everything), order, rank_by, seed).units
+    count = nearest_count([math.prod(unit.shape) for unit in ranking], pool.values)
+    return select(report, count, method.base, rank_by, seed)
+
+
+def nearest_count(sizes: Sequence[int], wanted: int) -> int:
+    """How many of the first `sizes` add up to the nearest of `wanted`; at least 1, the fewer of two equally near."""
+    total, best, count = 0, math.inf, 1
+    for taken, size in enumerate(sizes, start=1):
+        total += size
+        if abs(total - wanted) < best:
+            best, count = abs(total - wanted), taken
+    return count
+
+
+def _allowed(method: Method, report: KappaReport, units: Sequence[WeightUnit]) -> KappaReport:
+    """`report` with the units of the method's part and patterns only."""
+    names = {unit.name for unit in report.units if _in_part(unit, method.part)}
+    patterns = {key: method.settings[key] for key in ("include", "exclude") if key in method.settings}
+    if patterns:
+        names &= {unit.name for unit in filter_units(units, **patterns)[0]}
+    kept = [unit for unit in report.units if unit.name in names]
+    if not any(unit.status == "ok" for unit in kept):
+        raise KappaTuneError(f"{method.name}: none of the {len(report.units)} weights that may be trained is left.")
+    return replace(report, units=kept)
+
+
+def _in_part(unit: UnitReport, part: str | None) -> bool:
+    return part in (None, PER_TYPE) or module_type(unit.name, unit.groups) == part
+
+
+def _per_type(method: Method, report: KappaReport, k: Any, rank_by: str, seed: int) -> Selection:
+    """The share that `k` is of all matrices, of each type of matrix (q_proj, experts.*.up_proj, ...) by itself."""
+    share = len(select(report, k=k, rank_by=rank_by).units) / sum(unit.status == "ok" for unit in report.units)
+    types: dict[str, list[UnitReport]] = {}
+    for unit in report.units:
+        if unit.status == "ok":
+            types.setdefault(layer_and_type(unit.name)[1], []).append(unit)
+    taken: list[SelectedUnit] = []
+    for members in types.values():
+        count = max(1, round(share * len(members)))
+        taken += select(replace(report, units=members), count, method.base, rank_by, seed).units
+    return Selection(taken, len(taken), method.base, rank_by, seed, dict(report.base))
+
+
+def _peft_config(method: Method, pool: Pool, base: nn.Module) -> "PeftConfig":
+    """The method's config on every linear weight of the pool, fused experts included where the method takes them."""
+    names = {unit.name for unit in pool.report.units if _in_part(unit, method.part)}
+    parameters = list(dict.fromkeys(unit.parameter for unit in find_units(base) if unit.name in names))
+    linear = [name.removesuffix(".weight") for name in parameters if _is_linear(base, name)]
+    others = [name for name in parameters if not _is_linear(base, name)]
+    known = peft_methods()[method.base]
+    fields = known.__dataclass_fields__
+    settings = {"task_type": "CAUSAL_LM", **method.settings}
+    if "target_modules" in fields:
+        settings.setdefault("target_modules", linear)
+    if "target_parameters" in fields and others:
+        settings.setdefault("target_parameters", others)
+    if not (settings.get("target_modules", True) or settings.get("target_parameters")):
+        raise KappaTuneError(f"{method.name}: PEFT's {method.base} adapts linear layers, and none is left here.")
+    if "r" in fields and "r" not in settings:
+        of_rank_1 = _trainable(method.name, base, _built(method, known, {**settings, "r": 1}))
+        settings["r"] = max(1, round(pool.values / of_rank_1))
+        if "lora_alpha" in fields:
+            # the scale of PEFT's updates is lora_alpha / r: the same at every rank
+            settings.setdefault("lora_alpha", 2 * settings["r"])
+    elif "effective_rank" in fields and "effective_rank" not in settings:
+        settings["effective_rank"] = _preserved_share([base.get_submodule(name).weight for name in linear], pool.values)
+    return _built(method, known, settings)
+
+
+def _is_linear(base: nn.Module, parameter: str) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(base.get_submodule(parameter.rpartition(".")[0]), nn.Linear | Conv1D)
+
+
+def _built(method: Method, known: type, settings: dict[str, Any]) -> "PeftConfig":
+    try:
+        return known(**settings)
+    except (TypeError, ValueError, ImportError) as error:
+        raise KappaTuneError(f"{method.name}: PEFT refuses its settings: {error}") from error
+
+
+@contextmanager
+def peft_refusals(name: str) -> Iterator[None]:
+    """What PEFT raises for a model or settings that a method doesn't fit, of any kind, names the method `name`."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError, ImportError) as error:
+        frames = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
+        ours = isinstance(error, KappaTuneError | torch.cuda.OutOfMemoryError)
+        if ours or not any(module.partition(".")[0] == "peft" for module in frames):
+            raise
+        raise KappaTuneError(f"{name}: PEFT can't apply it to this model: {error}") from error
+
+
+def _trainable(name: str, base: nn.Module, config: "PeftConfig") -> int:
+    """How many parameters `config` would train, on a copy of `base` without values."""
+    from peft import get_peft_model
+
+    with torch.device("meta"), peft_refusals(name):
+        model = get_peft_model(type(base)(base.config), config)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _preserved_share(weights: Sequence[torch.Tensor], values: int) -> float:
+    """OSF's share of preserved singular directions that leaves `values` to train, m + n + 1 a direction."""
+    everything = sum(min(weight.shape) * (sum(weight.shape) + 1) for weight in weights)
+    # OSF refuses to preserve none: one at least of the smallest matrix
+    least = (1 + 1e-6) / min(min(weight.shape) for weight in weights)
+    return max(least, 1 - values / everything)
+
+
+def _values(units: Sequence[SelectedUnit]) -> int:
+    return sum(math.prod(unit.shape) for unit in units)

@@ -1,0 +1,103 @@
+"""What the integrations share: a toolkit's model in, the PEFT model it trains or has trained out."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+from safetensors import safe_open
+from torch import nn
+from transformers import TrainerCallback
+
+from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.selection.budget import parse_budget
+from kappatune_plugin.selection.selection import Selection, differences
+from kappatune_plugin.tuner.config import KappaTuneConfig
+from kappatune_plugin.tuner.model import KappaTuneModel
+from kappatune_plugin.tuner.register import PREFIX
+
+
+def kappatune_config(model: nn.Module, given: Mapping[str, Any]) -> KappaTuneConfig:
+    """The config of what a toolkit's YAML gives, for the kind of model that it loaded."""
+    kind = type(model).__name__
+    classifiers = {"SequenceClassification": TaskType.SEQ_CLS, "TokenClassification": TaskType.TOKEN_CLS}
+    tasks = [task for name, task in classifiers.items() if name in kind]
+    return KappaTuneConfig(task_type=tasks[0] if tasks else TaskType.CAUSAL_LM, **given)
+
+
+def new_adapter(model: nn.Module, given: Mapping[str, Any], **options: Any) -> PeftModel:
+    """`model` with a new KappaTune adapter; `options` go to `get_peft_model`."""
+    return get_peft_model(model, kappatune_config(model, given), **options)
+
+
+def trained_adapter(
+    model: nn.Module, adapter: str, given: Mapping[str, Any], trainable: bool, **options: Any
+) -> PeftModel:
+    """`model` with the adapter that `checked_adapter` accepts; `options` go to `from_pretrained`."""
+    checked_adapter(adapter, given)
+    return PeftModel.from_pretrained(model, adapter, is_trainable=trainable, **options)
+
+
+def checked_adapter(adapter: str, given: Mapping[str, Any]) -> KappaTuneConfig:
+    """The config of the KappaTune adapter that a run left in the folder or hub repository `adapter`.
+
+    Raises:
+        KappaTuneError: there is none, it isn't one of KappaTune, or settings in `given` are not those it was trained
+            with.
+    """
+    try:
+        saved = PeftConfig.from_pretrained(adapter)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise KappaTuneError(f"Can't read an adapter from '{adapter}': {error}") from error
+    if not isinstance(saved, KappaTuneConfig):
+        raise KappaTuneError(f"'{adapter}' is an adapter of {saved.peft_type.value}, not of KappaTune.")
+    differing = [key for key, value in given.items() if not _same(key, value, getattr(saved, key))]
+    if differing:
+        words = [_difference(key, getattr(saved, key), given[key]) for key in differing]
+        raise KappaTuneError(
+            f"The adapter '{adapter}' was trained with other settings: {'; '.join(words)}. Write those, or leave the "
+            "adapter out to train a new one."
+        )
+    return saved
+
+
+def _same(key: str, given: Any, saved: Any) -> bool:
+    if key in ("report", "rtol", "scan_from"):
+        # how the selection came about, which the adapter carries itself
+        return True
+    if key == "selection":
+        return not differences(Selection.load(given), Selection.from_dict(saved))
+    if key == "k":
+        return parse_budget(given) == parse_budget(saved)
+    return given == saved or (isinstance(given, list) and isinstance(saved, list | set) and set(given) == set(saved))
+
+
+def _difference(key: str, there: Any, here: Any) -> str:
+    return f"another selection than {here}" if key == "selection" else f"{key} is {there!r} there, {here!r} here"
+
+
+class WriteDecisions(TrainerCallback):
+    """Writes what a run trains, and from which kappas, to its output_dir: selection.json and kappa_report.json."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
+        tuner = getattr(model, "base_model", None)
+        if not isinstance(tuner, KappaTuneModel) or not state.is_world_process_zero:
+            return
+        name = tuner.active_adapters[0]
+        tuner.selections[name].save(Path(args.output_dir) / "selection.json")
+        if tuner.reports[name] is not None:
+            tuner.reports[name].save(Path(args.output_dir) / "kappa_report.json")
+
+
+def remove_models_with_adapters(folder: str | os.PathLike) -> None:
+    """Delete the weights in `folder` that hold a whole model and an adapter inside: nothing loads them as they are."""
+    files = sorted(Path(folder).glob("model*.safetensors"))
+    if any(f".{PREFIX}" in name for path in files for name in _tensor_names(path)):
+        for path in [*files, *Path(folder).glob("model.safetensors.index.json")]:
+            path.unlink()
+
+
+def _tensor_names(path: Path) -> list[str]:
+    with safe_open(path, "pt") as file:
+        return list(file.keys())

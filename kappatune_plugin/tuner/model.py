@@ -1,0 +1,356 @@
+"""The PEFT method: `get_peft_model(model, KappaTuneConfig(k=75))`.
+
+Everything that relies on the inside of PEFT is here, in layer.py and in peft_method.py.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator, Set
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+
+from kappatune_plugin.distributed import shards
+from kappatune_plugin.distributed.lost_ranks import together
+from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.selection.report import KappaReport
+from kappatune_plugin.selection.selection import Selection
+from kappatune_plugin.tuner.config import KappaTuneConfig
+from kappatune_plugin.tuner.layer import NOT_WRITTEN, KappaTuneLayer, check_finite
+from kappatune_plugin.tuner.register import PREFIX, register
+from kappatune_plugin.tuner.saved_selection import check_selection, keep_selection, other_selection
+from kappatune_plugin.tuner.slice_gradients import BINDINGS, bind, bound, unbind
+from kappatune_plugin.tuner.trainer_hooks import follow
+from kappatune_plugin.tuner.what_to_train import given_selection, report_for_selection, selected_units, selection_from
+from kappatune_plugin.weights.model_source import ModelSource
+from kappatune_plugin.weights.quantized import keep_unpacked, make_whole, quantization_of, quantized_form
+from kappatune_plugin.weights.units import WeightUnit, find_units
+
+MASTER = ".kappatune_master"
+UNQUANTIZED = (
+    " The base was quantized in training, and this model isn't: quantize it in the same way, or make a plain "
+    "checkpoint with `kappatune merge`."
+)
+
+
+class KappaTuneModel(BaseTuner):
+    """Trains the selected units of a model in place.
+
+    Attributes:
+        selections: adapter name -> what it trains and why.
+        reports: adapter name -> the kappa report its selection was made from; None if a selection was given.
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = KappaTuneLayer
+    target_module_mapping: dict[str, list[str]] = {}
+    # whether DeepSpeed made a step whose values didn't reach the base yet
+    _late = False
+    # adapters on a quantized base whose values are float32
+    _float32: Set[str] = frozenset()
+
+    selections: dict[str, Selection]
+    reports: dict[str, KappaReport | None]
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Settle what `adapter_name` trains, then let PEFT attach it.
+
+        Raises:
+            KappaTuneError: the selection is empty, was made on another base, or can't be attached whole.
+        """
+        if "selections" not in self.__dict__:
+            self.selections, self.reports, self._base_hash = {}, {}, ModelSource(model).base_hash()
+            self.register_load_state_dict_pre_hook(_check_loaded_keys)
+            self._running: list[ExitStack] = []
+            self._hooks = [
+                model.register_forward_pre_hook(self._before_forward),
+                model.register_forward_hook(self._after_forward, always_call=True),
+            ]
+        # a config may be used for several models: what it settles to here is this model's
+        config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        selection, units = self._settle(model, adapter_name, config)
+        config.base_quantization = quantization_of(model)
+        keep_unpacked(model)
+        for name in _quantized_owners(model, units):
+            make_whole(model, name)
+        self._targets: dict[str, list[WeightUnit]] = {}
+        for unit in units:
+            self._targets.setdefault(unit.parameter.rpartition(".")[0], []).append(unit)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        attached = [layer for layer in self.layers() if adapter_name in layer.kappatune_master]
+        if len(attached) != len(units):
+            missing = {unit.name for unit in units} - {layer.unit.name for layer in attached}
+            raise KappaTuneError(f"Can't train {sorted(missing)}: PEFT doesn't reach parameters of the model itself.")
+        self.selections[adapter_name] = selection
+        follow(self)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward, with the hooks that PEFT 0.18 goes past."""
+        return self.model(*args, **kwargs)
+
+    def _before_forward(self, model: nn.Module, args: Any) -> None:
+        """The output head is bound around the model's forward, since TRL reads its weight from outside.
+
+        On the model itself: without a `task_type` PEFT calls it past the tuner.
+        """
+        if self._late and torch.is_grad_enabled():
+            raise KappaTuneError(f"What is trained {NOT_WRITTEN}")
+        stack = ExitStack()
+        getter = getattr(model, "get_output_embeddings", None)
+        head = getter() if getter else None
+        if head is not None:
+            _check_head(head)
+            stack.enter_context(bound(head))
+        self._running.append(stack)
+
+    def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
+        # called after an error of `_before_forward` too
+        if self._running:
+            self._running.pop().close()
+
+    def layers(self) -> list[KappaTuneLayer]:
+        """The trained units of all adapters, in the model's order."""
+        return [module for module in self.model.modules() if isinstance(module, KappaTuneLayer)]
+
+    def write_through(self, everything: bool = False) -> None:
+        """Write the trained values into the base model: those that moved since the last time, or all of them.
+
+        Collective where weights are divided over ranks.
+        """
+        # DeepSpeed's steps leave no trace in a tensor's version
+        everything, self._late = everything or self._late, False
+        for layer in self._layers_cached():
+            if everything or layer.moved:
+                layer.write()
+
+    def check_checkpoint(self, folder: str) -> None:
+        """Refuse a Trainer's checkpoint of another selection. Raises KappaTuneError."""
+        for adapter in self.active_adapters:
+            check_selection(Path(folder), (unit.name for unit in self.selections[adapter].units))
+
+    def keep_selection(self, folder: str) -> None:
+        """Have a Trainer's checkpoint say what it trains, if it holds no adapter that does."""
+        for adapter in self.active_adapters:
+            keep_selection(Path(folder), self.selections[adapter])
+
+    def keep_float32(self) -> None:
+        """Undo the cast to bfloat16 that TRL makes of all that is trained on a quantized base.
+
+        It is meant for LoRA's matrices, which begin at zero. Most updates of a weight are below bfloat16's resolution.
+        """
+        for layer in self.layers():
+            for name in self._float32 & set(layer.kappatune_master):
+                master = layer.kappatune_master[name]
+                master.data = master.data.float()
+        if self._float32:
+            self.write_through(everything=True)
+
+    def rest_after(self, count: int, adapter_name: str = "default") -> None:
+        """Train the first `count` units of the selection; the others rest where they are (see `KappaTuneLayer`)."""
+        trained = {unit.name for unit in self.selections[adapter_name].units[:count]}
+        for layer in self.layers():
+            if adapter_name in layer.kappatune_master:
+                layer.resting = layer.unit.name not in trained
+
+    def keep_first(self, count: int, adapter_name: str = "default") -> None:
+        """Reduce the adapter to the first `count` units of its selection; the others have the base's values again."""
+        selection = self.selections[adapter_name]
+        kept = {unit.name for unit in selection.units[:count]}
+        for layer in self.layers():
+            if adapter_name in layer.kappatune_master and layer.unit.name not in kept:
+                layer.delete_adapter(adapter_name)
+                if not layer.kappatune_master:
+                    self._detach(layer)
+        selection = self.selections[adapter_name] = replace(selection, units=selection.units[:count], k=count)
+        config = self.peft_config[adapter_name]
+        config.k, config.selection = selection.k, selection.to_dict()
+
+    def stepped(self) -> None:
+        """Called after a step of any optimizer: write what it moved, unless that is not there yet."""
+        masters = [layer.master for layer in self._layers_cached() if layer.master is not None]
+        if any(shards.is_stepped_elsewhere(master) for master in masters):
+            self._late = True
+        else:
+            self.write_through()
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As PEFT's, but `safe_merge` refuses before anything is merged.
+
+        A unit that was merged before another one was refused would silently not be trained any more.
+        """
+        if safe_merge:
+            check_finite(self.layers(), adapter_names)
+        super().merge_adapter(adapter_names)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; units that no other adapter trains are as they were before."""
+        others = [name for name in self.peft_config if name != adapter_name]
+        if adapter_name in self.active_adapters and others:
+            self.set_adapter(others[0])
+        active = self.active_adapters
+        super().delete_adapter(adapter_name)
+        # PEFT passes over layers that have the method's prefix in their own name, as all of ours do
+        for layer in self.layers():
+            layer.delete_adapter(adapter_name)
+            if not layer.kappatune_master:
+                self._detach(layer)
+        self.active_adapter = [name for name in active if name != adapter_name]
+        del self.selections[adapter_name], self.reports[adapter_name]
+
+    def _settle(
+        self, model: nn.Module, adapter_name: str, config: KappaTuneConfig
+    ) -> tuple[Selection, list[WeightUnit]]:
+        """Decide what `config` trains, from its selection, its report, or a scan of the base model."""
+        self.reports[adapter_name] = None
+        selection = given_selection(config)
+        if selection is None:
+            # writing back waits for all ranks, forever under NCCL if one died in the scan
+            with together("the scan"), self._as_loaded():
+                report = self.reports[adapter_name] = report_for_selection(config, model, self._base_hash)
+            selection = selection_from(report, config)
+        hint = UNQUANTIZED if config.base_quantization and not quantization_of(model) else ""
+        found = {unit.name: unit for unit in find_units(model, quantized=True)}
+        units = selected_units(selection, found, self._base_hash, hint)
+        config.k, config.order, config.rank_by = selection.k, selection.order, selection.rank_by
+        config.report, config.selection = None, selection.to_dict()
+        return selection, units
+
+    @contextmanager
+    def _as_loaded(self) -> Iterator[None]:
+        """The base has its own values, whatever adapters are active, for the time of the context."""
+        active = self.layers()
+        for layer in active:
+            layer.write_original()
+        try:
+            yield
+        finally:
+            for layer in active:
+                layer.write()
+
+    def _check_target_module_exists(self, peft_config: KappaTuneConfig, key: str) -> bool:
+        return key in self._targets
+
+    def _prepare_adapter_config(self, peft_config: KappaTuneConfig, model_config: dict) -> KappaTuneConfig:
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: KappaTuneConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        for unit in self._targets[current_key]:
+            name = _child_name(unit)
+            if name not in target._modules:
+                attribute = unit.parameter.rpartition(".")[2]
+                layer = KappaTuneLayer(target, attribute, unit)
+                target.add_module(name, layer)
+                for owner, its_attribute in _owners(self.model, target._parameters[attribute]):
+                    bind(owner, its_attribute, layer)
+            target._modules[name].add(adapter_name)
+        self.__dict__.pop("_layers", None)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        if autocast_adapter_dtype and self.peft_config[adapter_name].base_quantization:
+            self._float32 = {*self._float32, adapter_name}
+        # the values are new tensors now: take note of their version
+        self.write_through(everything=True)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge and safe_merge:
+            check_finite(self.layers(), adapter_names)
+        for layer in self.layers():
+            if merge:
+                layer.merge(adapter_names=adapter_names)
+            else:
+                layer.write_original()
+        for layer in self.layers():
+            self._detach(layer)
+        for hook in self._hooks:
+            hook.remove()
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # only PEFT's own wrappers are replaced here, and what they unwrap to is complete
+        setattr(parent, child_name, new_module)
+
+    def _detach(self, layer: KappaTuneLayer) -> None:
+        for owner, attribute in _owners(self.model, layer.owner._parameters[layer.attribute]):
+            unbind(owner, attribute, layer)
+        del layer.owner._modules[_child_name(layer.unit)]
+        self.__dict__.pop("_layers", None)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        follow(self)
+
+    def _layers_cached(self) -> list[KappaTuneLayer]:
+        # walking all modules of a large model after each step takes longer than the writing
+        if "_layers" not in self.__dict__:
+            self.__dict__["_layers"] = self.layers()
+        return self.__dict__["_layers"]
+
+
+def _check_head(head: nn.Module) -> None:
+    """TRL reads the output head's weight from outside the head, where ZeRO-3 and FSDP2 don't gather it."""
+    if BINDINGS in head.__dict__ and any(shards.is_partitioned(value) for value in head._parameters.values()):
+        raise KappaTuneError(
+            "The output head is selected and divided over ranks (ZeRO-3 or FSDP2), where it can't be trained. Exclude "
+            "it (`exclude: [norm, bias, embedding, head]`, the default), or use ZeRO-2."
+        )
+
+
+def _quantized_owners(model: nn.Module, units: Iterable[WeightUnit]) -> list[str]:
+    """Names of the modules that hold quantized ones of these units."""
+    owners = []
+    for unit in units:
+        owner = unit.parameter.rpartition(".")[0]
+        if quantized_form(model.get_submodule(owner), model.get_parameter(unit.parameter)) is not None:
+            owners.append(owner)
+    return owners
+
+
+def _child_name(unit: WeightUnit) -> str:
+    """`kappatune_weight` for a whole parameter, `kappatune_17_gate_proj` for a slice."""
+    if not unit.index:
+        return PREFIX + unit.parameter.rpartition(".")[2]
+    return PREFIX + "_".join(unit.name.removesuffix(".weight").split(".")[-2:])
+
+
+def _owners(model: nn.Module, parameter: Tensor) -> list[tuple[nn.Module, str]]:
+    """Every (module, attribute) that holds `parameter`: tied weights have several."""
+    return [
+        (module, attribute)
+        for module in model.modules()
+        for attribute, held in module._parameters.items()
+        if held is parameter
+    ]
+
+
+def _check_loaded_keys(tuner: KappaTuneModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Refuse a checkpoint whose selection isn't this model's: PEFT would load what fits and ignore the rest."""
+    found = {key for key in state_dict if key.startswith(prefix) and MASTER in key}
+    own = {f"{prefix}{name}": name for name, _ in tuner.named_parameters() if MASTER in name}
+    adapters = {key.rpartition(f"{MASTER}.")[2] for key in found & set(own)}
+    expected = {key for key in own if key.rpartition(f"{MASTER}.")[2] in adapters}
+    if found - set(own) or expected - found:
+        here, there = ({key.partition(MASTER)[0] for key in keys} for keys in (expected - found, found - set(own)))
+        raise other_selection(there, here)
+
+
+register(KappaTuneConfig, KappaTuneModel)

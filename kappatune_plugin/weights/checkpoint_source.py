@@ -1,0 +1,135 @@
+"""The weights of a checkpoint on disk, without its model: its architecture is built empty, to know names and shapes."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import transformers
+from torch import Tensor, nn
+
+from kappatune_plugin.distributed import ranks, shards
+from kappatune_plugin.distributed.work import deal
+from kappatune_plugin.weights.checkpoint_names import CheckpointNames
+from kappatune_plugin.weights.fingerprint import fingerprint, sample
+from kappatune_plugin.weights.quantized import FLOAT8_BLOCK, SCALES, dequantize_float8
+from kappatune_plugin.weights.safetensors_files import TensorFiles
+from kappatune_plugin.weights.source import Source, path_name
+from kappatune_plugin.weights.units import WeightUnit, as_matrix, find_units
+
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+STORED_FLOAT8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+# what the loader of transformers may do to a layer's experts without changing one's matrix, as it is undone
+STACKING = {"SplitModulelist", "Chunk"}
+
+
+class _Unusable(Exception):
+    """Why the files don't tell the units' values."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a unit is: the tensor, the part of it (none for a tensor of its own), and its scales if it is float8."""
+
+    tensor: str
+    index: tuple[int | slice, ...] = ()
+    scales: str | None = None
+
+
+class SafetensorsSource(Source):
+    """A checkpoint in safetensors files: one tensor in memory at a time, whichever way it stores experts."""
+
+    def __init__(self, path: str, files: TensorFiles, model: nn.Module) -> None:
+        """`model` has the checkpoint's architecture; its values are never used."""
+        self.name = path_name(path)
+        self.units = find_units(model)
+        self.parameters = [name for name, _ in model.named_parameters()]
+        self.contents = {}
+        self.files = files
+        self._architecture = f"{model.config.to_json_string()} {transformers.__version__}"
+        self._float8_block = _float8_block(model)
+        finder = _Finder(model, files)
+        self._places = {unit.name: finder.place(unit) for unit in self.units}
+
+    def dtype(self, unit: WeightUnit) -> str:
+        stored = self.files.tensors[self._places[unit.name].tensor].dtype
+        return DTYPES.get(stored) or f"{STORED_FLOAT8[stored]}, dequantized"
+
+    def load(self, unit: WeightUnit) -> Tensor:
+        place = self._places[unit.name]
+        if place.index:
+            block = self.files.read(place.tensor, place.index[0])[place.index[1:]]
+        else:
+            block = self.files.read(place.tensor)
+        if block.element_size() == 1:
+            block = dequantize_float8(block, self.files.read(place.scales), self._float8_block)
+        return as_matrix(block, unit)
+
+    def identity(self) -> str:
+        return self.files.identity(self._architecture)
+
+    def memory_limit(self) -> int:
+        """That of four copies of the largest tensor in float64, and no more than is free."""
+        largest = max(math.prod(stored.shape) for stored in self.files.tensors.values())
+        return min(4 * 8 * largest, super().memory_limit())
+
+    def base_hash(self) -> str:
+        return fingerprint(self.units, self.samples())
+
+    def samples(self) -> dict[str, Tensor]:
+        """Unit name -> the `sample` of its matrix. Collective, each rank reads its share."""
+        mine = deal(self.units, ranks.world())[ranks.rank()]
+        parts = ranks.exchange({unit.name: sample(self.load(unit)) for unit in mine})
+        return {name: values for part in parts for name, values in part.items()}
+
+
+def _float8_block(model: nn.Module) -> Sequence[int]:
+    settings = getattr(model.config, "quantization_config", None)
+    settings = settings if isinstance(settings, dict) else vars(settings or object)
+    return settings.get("weight_block_size") or FLOAT8_BLOCK
+
+
+class _Finder:
+    """Finds the units of `model` among the tensors of files."""
+
+    def __init__(self, model: nn.Module, files: TensorFiles) -> None:
+        self._tensors = files.tensors
+        self._parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._names = CheckpointNames(model)
+        self._prefix = getattr(model, "base_model_prefix", "")
+        self._aliases: dict[int, list[str]] = {}
+        for name, parameter in self._parameters.items():
+            self._aliases.setdefault(id(parameter), []).append(name)
+
+    def place(self, unit: WeightUnit) -> _Place:
+        """Where `unit` is. Raises _Unusable if that isn't certain."""
+        operations = self._names.operations(unit.parameter)
+        if operations - STACKING if unit.index else operations:
+            raise _Unusable(f"{unit.name} is stored in another form ({', '.join(sorted(operations))})")
+        shape = tuple(shards.layout(self._parameters[unit.parameter]).shape)
+        if unit.index and (own := self._stored(unit.name)):
+            return self._checked(own, unit.shape)
+        holders = self._aliases[id(self._parameters[unit.parameter])]
+        found = [name for holder in holders if (name := self._stored(self._names.whole(holder)))]
+        if not found:
+            raise _Unusable(f"no file holds {unit.name} under that name")
+        if len(found) > 1:
+            raise _Unusable(f"{found[0]} and {found[1]} are one weight, stored twice")
+        return self._checked(found[0], shape, unit.index)
+
+    def _stored(self, name: str) -> str | None:
+        """The name in the files: base models are saved with and without the prefix that their heads' models add."""
+        bare = name.removeprefix(f"{self._prefix}.")
+        return next((each for each in (name, bare, f"{self._prefix}.{name}") if each in self._tensors), None)
+
+    def _checked(self, name: str, shape: tuple[int, ...], index: tuple[int | slice, ...] = ()) -> _Place:
+        stored = self._tensors[name]
+        if stored.shape != shape:
+            raise _Unusable(f"{name} has shape {list(stored.shape)} where its model has {list(shape)}")
+        if stored.dtype in DTYPES:
+            return _Place(name, index)
+        if stored.dtype not in STORED_FLOAT8 or index:
+            raise _Unusable(f"{name} is stored as {stored.dtype}")
+        scales = next((name + ending for ending in SCALES if name + ending in self._tensors), None)
+        if scales is None:
+            raise _Unusable(f"{name} is stored as {stored.dtype} without scales ({name}{SCALES[0]} or {SCALES[1]})")
+        return _Place(name, index, scales)

@@ -1,0 +1,85 @@
+"""The weights of a model in memory, whole or divided over ranks."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from kappatune_plugin.distributed import ranks, shards
+from kappatune_plugin.distributed.work import deal, rounds
+from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.weights.fingerprint import base_hash, fingerprint, sample
+from kappatune_plugin.weights.quantized import dequantized, quantized_form
+from kappatune_plugin.weights.source import Load, Source, path_name
+from kappatune_plugin.weights.units import WeightUnit, as_matrix, find_units, unit_matrix
+
+
+class ModelSource(Source):
+    """A model in memory, on any device, whole or divided over ranks (ZeRO-3, FSDP2).
+
+    Attributes:
+        divided: whether not every rank has all of it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.name = _model_name(model)
+        self.units = find_units(model, quantized=True)
+        self.parameters = [name for name, _ in model.named_parameters()]
+        self.contents = {}
+        self._model = model
+        partitioned = any(shards.is_partitioned(parameter) for parameter in model.parameters())
+        self.divided = partitioned or shards.first_rank_loads()
+        self._forms = {unit.name: form for unit in self.units if (form := self._form(unit))}
+        if self._forms and self.divided:
+            raise KappaTuneError(
+                "A quantized model that is divided over ranks (ZeRO-3, FSDP2) can't be ranked. Use DDP or ZeRO-2, or "
+                "load it unquantized."
+            )
+
+    def dtype(self, unit: WeightUnit) -> str:
+        form = self._forms.get(unit.name)
+        return f"{form}, dequantized" if form else dtype_name(self._model.get_parameter(unit.parameter).dtype)
+
+    def load(self, unit: WeightUnit) -> Tensor:
+        if unit.name in self._forms:
+            owner, _, name = unit.parameter.rpartition(".")
+            return as_matrix(dequantized(self._model.get_submodule(owner), name), unit)
+        return unit_matrix(self._model, unit)
+
+    def base_hash(self) -> str:
+        if self._forms:
+            return fingerprint(self.units, {unit.name: sample(self.load(unit)) for unit in self.units})
+        return base_hash(self._model)
+
+    def _form(self, unit: WeightUnit) -> str | None:
+        owner = self._model.get_submodule(unit.parameter.rpartition(".")[0])
+        form = quantized_form(owner, self._model.get_parameter(unit.parameter))
+        return None if form is None else form[0]
+
+    def work(self, units: Sequence[WeightUnit]) -> Iterator[tuple[WeightUnit, Load]]:
+        if shards.first_rank_loads():
+            mine = deal(units, 1)[0] if ranks.rank() == 0 else []
+            yield from ((unit, partial(self.load, unit)) for unit in mine)
+        elif not self.divided:
+            yield from super().work(units)
+        else:
+            # all ranks get their unit of a round before one of them starts to measure
+            for each in rounds(units, ranks.world()):
+                yield from [mine for owner, unit in enumerate(each) if (mine := self._gather(unit, owner))]
+
+    def _gather(self, unit: WeightUnit, owner: int) -> tuple[WeightUnit, Load] | None:
+        """The unit and its values on the rank `owner`, None elsewhere. Collective."""
+        block = shards.whole_block(self._model.get_parameter(unit.parameter), unit.index, owner)
+        return None if block is None else (unit, partial(as_matrix, block, unit))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "bfloat16" for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _model_name(model: nn.Module) -> str:
+    """What the report calls the model: its hub name, the last part of its folder, or its class."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    return path_name(name)

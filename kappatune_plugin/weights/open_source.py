@@ -1,0 +1,146 @@
+"""From a model, a folder or a hub name to the Source of its weights."""
+
+import os
+import warnings
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from kappatune_plugin.compat import how_to_load_whole
+from kappatune_plugin.distributed import ranks
+from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.weights.checkpoint_source import SafetensorsSource, _Unusable
+from kappatune_plugin.weights.fingerprint import fingerprint, holds_other_values
+from kappatune_plugin.weights.load_model import empty_model, load_model, model_config
+from kappatune_plugin.weights.model_source import ModelSource
+from kappatune_plugin.weights.safetensors_files import TensorFiles, checkpoint_files
+from kappatune_plugin.weights.source import Source
+from kappatune_plugin.weights.units import WeightUnit
+
+
+def checkpoint_source(path: str, trust_remote_code: bool = False) -> Source:
+    """The checkpoint in a folder or of a hub name: its safetensors files, or else the model loaded from it.
+
+    Raises:
+        KappaTuneError: files that are missing or damaged, or a model that can't be loaded.
+    """
+    model_config(path, trust_remote_code)
+    try:
+        files = TensorFiles(_files(path))
+        return SafetensorsSource(path, files, _empty(path, trust_remote_code))
+    except _Unusable as reason:
+        model = load_model(path, trust_remote_code)
+        warnings.warn(f"'{path}' is loaded whole, since {reason}.", stacklevel=2)
+        return ModelSource(model)
+
+
+def same_on_disk(model: nn.Module, source: ModelSource) -> Source | None:
+    """The checkpoint that a model divided over ranks was loaded from, if all ranks find the same weights there.
+
+    Collective. Each rank then reads what it measures, and nothing has to be gathered.
+
+    Raises:
+        KappaTuneError: the checkpoint has this model in this precision, and other values. Only embeddings and heads
+            may differ: toolkits initialize rows of tokens anew.
+    """
+    path = getattr(getattr(model, "config", None), "_name_or_path", "")
+    try:
+        found = SafetensorsSource(path, TensorFiles(_files(path)), model) if path else None
+    except (KappaTuneError, _Unusable):
+        # whatever it is, the weights in memory can be gathered
+        found = None
+    alike = found is not None and _forms(found) == _forms(source)
+    if not all(ranks.exchange(alike)):
+        return None
+    samples = found.samples()
+    if fingerprint(found.units, samples) == source.base_hash():
+        return found
+    matrices = [unit for unit in found.units if not unit.groups & {"embedding", "head"}]
+    changed = (holds_other_values(model.get_parameter(each.parameter), each, samples[each.name]) for each in matrices)
+    everywhere = ranks.exchange([unit.name for unit, other in zip(matrices, changed, strict=True) if other])
+    if any(everywhere):
+        raise KappaTuneError(_not_loaded(path, everywhere))
+    return None
+
+
+def _not_loaded(path: str, wrong: Sequence[Sequence[str]]) -> str:
+    """`wrong` are the names for each rank."""
+    ranks = [f"rank {rank}: {len(names)}, such as {names[0]}" for rank, names in enumerate(wrong) if names]
+    return (
+        f"The weights in memory are not those of '{path}', where they were loaded from. Matrices with other values: "
+        f"{'; '.join(ranks)}. Trained values would belong to a base that nobody has. {how_to_load_whole()} If you "
+        'changed the weights on purpose, save and load them, or write model.config.name_or_path = "" before.'
+    )
+
+
+def _forms(source: Source) -> list[tuple[str, tuple[int, int], str]]:
+    """What a report says of the units before they are measured."""
+    return [(unit.name, unit.shape, source.dtype(unit)) for unit in source.units]
+
+
+def _files(path: str) -> list:
+    files = checkpoint_files(path)
+    if not files:
+        raise _Unusable("it has no safetensors files")
+    return files
+
+
+def _empty(path: str, trust_remote_code: bool) -> nn.Module:
+    try:
+        return empty_model(path, trust_remote_code)
+    except Exception as error:
+        # transformers and remote code raise anything where a model can't be built without memory
+        raise _Unusable(f"its architecture can't be built empty ({type(error).__name__}: {error})") from error
+
+
+class ScanFrom(Source):
+    """A model whose units are measured by the values that a checkpoint of the same model has: one of the unquantized
+    weights, for a quantized model."""
+
+    def __init__(self, model: Source, values: Source) -> None:
+        self.name, self.units, self.parameters, self.contents = model.name, model.units, model.parameters, {}
+        self._model, self._values = model, values
+        self._theirs = {unit.name: unit for unit in values.units}
+        wrong = [unit.name for unit in self.units if unit.name not in self._theirs]
+        wrong += [unit.name for unit in self.units if unit.name not in wrong and self._shape(unit) != unit.shape]
+        if wrong:
+            raise KappaTuneError(
+                f"scan_from: '{values.name}' lacks {len(wrong)} of the {len(self.units)} weight matrices of "
+                f"'{model.name}', or has them in another shape, such as {wrong[0]}: give the checkpoint it was made of."
+            )
+
+    def dtype(self, unit: WeightUnit) -> str:
+        return f"{self._values.dtype(self._theirs[unit.name])} of {self._values.name}"
+
+    def load(self, unit: WeightUnit) -> Tensor:
+        return self._values.load(self._theirs[unit.name])
+
+    def base_hash(self) -> str:
+        return self._model.base_hash()
+
+    def memory_limit(self) -> int:
+        return self._values.memory_limit()
+
+    def _shape(self, unit: WeightUnit) -> tuple[int, int]:
+        return self._theirs[unit.name].shape
+
+
+def open_source(model_or_path: nn.Module | str | os.PathLike, trust_remote_code: bool = False) -> Source:
+    """The weights of a model, or of the folder or hub name of one. Collective where ranks run together.
+
+    Raises:
+        KappaTuneError: neither, or the model can't be loaded.
+    """
+    if isinstance(model_or_path, nn.Module):
+        source = ModelSource(model_or_path)
+        if not source.divided:
+            return source
+        from kappatune_plugin.weights.open_source import same_on_disk
+
+        return same_on_disk(model_or_path, source) or source
+    if isinstance(model_or_path, str | os.PathLike):
+        from kappatune_plugin.weights.open_source import checkpoint_source
+
+        return checkpoint_source(os.fspath(model_or_path), trust_remote_code)
+    kind = type(model_or_path).__name__
+    raise KappaTuneError(f"scan needs a model, or the folder or hub name of one; found {kind}.")

@@ -1,0 +1,187 @@
+"""Which weight matrices a model has.
+
+A unit is what the paper calls a weight tensor: one 2-D weight matrix. It is a whole parameter, or one expert's
+projection inside a fused expert parameter.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.parametrize import ParametrizationList
+
+from kappatune_plugin.distributed import shards
+from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.weights.checkpoint_names import CheckpointNames
+from kappatune_plugin.weights.quantized import is_scale, quantized_form
+
+FUSED_PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj")}
+# children that the tuner adds to the modules it trains
+OWN = "kappatune_"
+HEAD_NAMES = ("lm_head", "embed_out", "score", "classifier", "qa_outputs")
+ROUTER_NAMES = ("gate", "router")
+
+
+@dataclass(frozen=True)
+class WeightUnit:
+    """One 2-D weight matrix of a model.
+
+    Attributes:
+        name: its name in the checkpoint, whichever way the model in memory holds it.
+        shape: (rows, columns) as stored; convolutions count as (d_out, everything else).
+        parameter: name of the parameter that holds it, as `model.named_parameters()` gives it.
+        index: `parameter[index]` is this unit; empty for a whole parameter.
+        groups: those of "embedding", "head", "router" that it belongs to.
+        out_axis: axis of `parameter[index]` that counts outputs (1 for transposed convolutions only).
+    """
+
+    name: str
+    shape: tuple[int, int]
+    parameter: str
+    index: tuple[int | slice, ...] = ()
+    groups: frozenset[str] = field(default_factory=frozenset)
+    out_axis: int = 0
+
+
+def find_units(model: nn.Module, quantized: bool = False) -> list[WeightUnit]:
+    """Every 2-D weight matrix of `model`, in the model's order; weights tied together once, under their first name.
+
+    Never units: anything below 2-D (a 1 x n matrix is a vector too), norms, biases, weights that torch computes from
+    others (parametrizations).
+
+    Args:
+        quantized: also weights that are stored quantized in a way that `quantized.dequantized` knows, as what they
+            stand for.
+
+    Raises:
+        KappaTuneError: another weight is quantized.
+    """
+    names = CheckpointNames(model)
+    inputs, outputs = _embedding_modules(model)
+    units: dict[int, list[WeightUnit]] = {}
+    for module_name, module in model.named_modules():
+        if isinstance(module, ParametrizationList) or "Norm" in type(module).__name__ or f".{OWN}" in f".{module_name}":
+            continue
+        for short_name, parameter in module.named_parameters(recurse=False):
+            whole = shards.layout(parameter)
+            form = quantized_form(module, parameter)
+            if form is not None and quantized:
+                whole = torch.empty(form[1], device="meta")
+            elif quantized and is_scale(short_name):
+                continue
+            if whole.ndim < 2 or short_name.endswith("bias"):
+                continue
+            full_name = f"{module_name}.{short_name}" if module_name else short_name
+            if (form is not None and not quantized) or not whole.is_floating_point() or whole.element_size() < 2:
+                raise KappaTuneError(
+                    f"{full_name} is stored as {form[0] if form else whole.dtype}: load the model in bfloat16, "
+                    "float16 or float32. Of quantized weights those of bitsandbytes (NF4, FP4, int8) can be ranked and "
+                    "trained, float8 ones ranked; comparisons and gain_over_forgetting take none."
+                )
+            groups = _groups(model, module_name, module, inputs, outputs)
+            if id(parameter) in units:
+                units[id(parameter)] = [replace(unit, groups=unit.groups | groups) for unit in units[id(parameter)]]
+            else:
+                found = _units_of(module, full_name, whole, names)
+                units[id(parameter)] = [replace(unit, groups=unit.groups | groups) for unit in found]
+    return [unit for found in units.values() for unit in found if min(unit.shape) > 1]
+
+
+def unit_block(parameter: Tensor, unit: WeightUnit) -> Tensor:
+    """The unit's part of its parameter: a view of it, of the shape the parameter stores."""
+    return parameter[unit.index] if unit.index else parameter
+
+
+def unit_matrix(model: nn.Module, unit: WeightUnit) -> Tensor:
+    """The unit's weight as a matrix of `unit.shape`: a view where the storage allows, in the parameter's dtype."""
+    return as_matrix(unit_block(model.get_parameter(unit.parameter).detach(), unit), unit)
+
+
+def as_matrix(block: Tensor, unit: WeightUnit) -> Tensor:
+    """The unit's part of its parameter, as the parameter stores it, as a matrix of `unit.shape`."""
+    return block.movedim(unit.out_axis, 0).reshape(unit.shape)
+
+
+def _units_of(module: nn.Module, name: str, parameter: Tensor, names: CheckpointNames) -> Iterator[WeightUnit]:
+    """The units inside one parameter of at least two dimensions."""
+    if isinstance(module, _ConvNd):
+        out_axis = 1 if isinstance(module, _ConvTransposeNd) else 0
+        shape = (parameter.shape[out_axis], parameter.numel() // parameter.shape[out_axis])
+        yield WeightUnit(names.whole(name), shape, name, out_axis=out_axis)
+    elif parameter.ndim == 2:
+        yield WeightUnit(names.whole(name), tuple(parameter.shape), name)
+    elif parameter.ndim == 3 and parameter.shape[0] > 1:
+        yield from _expert_units(module, name, parameter, names)
+    else:
+        # one table with leading axes of size 1: learned positions or tokens of vision and speech encoders
+        shape = (parameter.numel() // parameter.shape[-1], parameter.shape[-1])
+        yield WeightUnit(names.whole(name), shape, name, groups=frozenset({"embedding"}))
+
+
+def _expert_units(module: nn.Module, name: str, parameter: Tensor, names: CheckpointNames) -> Iterator[WeightUnit]:
+    """One unit for each expert and projection of a fused parameter (experts, ., .)."""
+    short_name = name.rpartition(".")[2]
+    projections, parts = (short_name,), [(slice(None), slice(None))]
+    if short_name in FUSED_PROJECTIONS and (axis := _output_axis(module, parameter)) is not None:
+        projections = FUSED_PROJECTIONS[short_name]
+        half = parameter.shape[axis] // 2
+        halves = [slice(0, half), slice(half, 2 * half)]
+        # GPT-OSS interleaves gate and up: even outputs are the gate's; transformers 4 has no mark for that
+        if not getattr(module, "is_concatenated", "GptOss" not in type(module).__name__):
+            halves = [slice(0, None, 2), slice(1, None, 2)]
+        parts = [(part, slice(None)) if axis == 1 else (slice(None), part) for part in halves]
+    for expert in range(parameter.shape[0]):
+        for unit_name, part in zip(names.expert(name, expert, projections), parts, strict=True):
+            index = (expert, *part)
+            yield WeightUnit(unit_name, tuple(parameter[index].shape), name, index)
+
+
+def _output_axis(module: nn.Module, gate_up: Tensor) -> int | None:
+    """The axis of gate_up_proj that holds gate's outputs and then up's; None if its shape is not that of a pair."""
+    if hasattr(module, "is_transposed"):
+        return 2 if module.is_transposed else 1
+    down = getattr(module, "down_proj", None)
+    down = shards.layout(down) if isinstance(down, Tensor) else None
+    if down is None or down.ndim != 3:
+        return None
+    if gate_up.shape[1:] == (2 * down.shape[2], down.shape[1]):
+        return 1
+    return 2 if gate_up.shape[1:] == (down.shape[2], 2 * down.shape[1]) else None
+
+
+def _embedding_modules(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """The modules that `model` itself calls its input and output embeddings, where it has them."""
+    found = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            found.append(getattr(model, getter)() if hasattr(model, getter) else None)
+        except NotImplementedError:
+            # transformers' way to say that this architecture has none
+            found.append(None)
+    return found[0], found[1]
+
+
+def _groups(
+    model: nn.Module, name: str, module: nn.Module, inputs: nn.Module | None, outputs: nn.Module | None
+) -> frozenset[str]:
+    groups = set()
+    if isinstance(module, nn.Embedding) or (module is inputs and inputs is not None):
+        groups.add("embedding")
+    if (module is outputs and outputs is not None) or name.partition(".")[0] in HEAD_NAMES:
+        groups.add("head")
+    if _is_router(model, name, module):
+        groups.add("router")
+    return frozenset(groups)
+
+
+def _is_router(model: nn.Module, name: str, module: nn.Module) -> bool:
+    """A module that scores experts: named so beside the experts, or of a router class."""
+    parent, _, last = name.rpartition(".")
+    if "Router" in type(module).__name__ or last == "router":
+        return True
+    grandparent, _, parent_last = parent.rpartition(".")
+    if parent_last == "router":
+        return True
+    return last in ROUTER_NAMES and "experts" in model.get_submodule(parent)._modules
