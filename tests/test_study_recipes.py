@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from helpers.recipes import write_rows
+from helpers.tiny import tiny_model, tiny_tokenizer
 from kappatune_plugin import KappaReport
 from kappatune_plugin.cli.app import app
 from kappatune_plugin.recipe.recipe import load_recipe
 from kappatune_plugin.run.train import run_sft
-from recipes import write_rows
-from tiny import tiny_model, tiny_tokenizer
 
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))

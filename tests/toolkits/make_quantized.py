@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from helpers.tiny import tiny_model
 from kappatune_plugin.weights.quantized import whole_model
-from tiny import tiny_model
 
 
 def make_quantized(folder: Path) -> None:

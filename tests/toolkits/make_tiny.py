@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tiny import tiny_model, tiny_tokenizer
+from helpers.tiny import tiny_model, tiny_tokenizer
 
 MODELS = {"tiny-llama": "llama", "tiny-olmoe": "olmoe"}
 TEMPLATE = (

@@ -60,12 +60,12 @@ if [ ! "$quick" ]; then
     echo "== pytest"
     export OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$folder/extensions-$name
     # transformers 4 weighs the losses of ranks otherwise, and needs a GPU for FSDP
-    ranks=test_distributed_training.py
+    ranks=distributed/test_training.py
     [ "$name" != trl-old ] || ranks=
     # README gets the row only when all this has run
     # shellcheck disable=SC2086
     python -m pytest -p no:cacheprovider --junitxml "$work/tests.xml" \
         --deselect tests/test_versions.py::test_readmes_table_is_what_was_recorded \
-        test_versions.py test_units.py test_tuner.py test_trainer.py test_trl_trainers.py test_recipe.py test_run.py \
-        test_plan.py test_quantized.py test_modes.py $ranks
+        test_versions.py weights/test_units.py weights/test_quantized.py distributed/test_unsupported.py tuner \
+        recipe/test_recipe.py run/test_train.py toolkits/test_plan.py $ranks
 fi

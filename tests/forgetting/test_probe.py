@@ -1,0 +1,250 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+from trl import SFTConfig, SFTTrainer
+
+from helpers.recipes import CONTROL, FACTS, write_rows
+from helpers.tiny import tiny_tokenizer
+from kappatune_plugin import KappaTuneConfig, KappaTuneError
+from kappatune_plugin.data.examples import ChoiceExample
+from kappatune_plugin.forgetting.callback import ForgettingCallback
+from kappatune_plugin.forgetting.config import ForgettingConfig
+from kappatune_plugin.forgetting.measures import completion_kl, kl_to_base, token_loss
+from kappatune_plugin.forgetting.probe import ForgettingData, ForgettingProbe
+
+TEXTS = [f"the cat {i} sat on the mat {j} times" for i in range(4) for j in range(4)]
+TASK = [ChoiceExample("the cat", (" yes", " no"), answer) for answer in (0, 1, 0)]
+RECALL = {"prompt": "{question}", "completion": "{answer}"}
+
+
+def trainer(base: Path, output: Path, **settings) -> SFTTrainer:
+    """With dropout in the attention: a measurement that draws random numbers shows in the losses."""
+    arguments = {
+        "output_dir": str(output),
+        "use_cpu": True,
+        "bf16": False,
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        **settings,
+    }
+    return SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attention_dropout=0.2),
+        args=SFTConfig(**arguments),
+        train_dataset=Dataset.from_dict({"text": TEXTS}),
+        processing_class=tiny_tokenizer(),
+        peft_config=KappaTuneConfig(k=9),
+    )
+
+
+def probe(one: SFTTrainer, folder: Path, control="rows") -> ForgettingProbe:
+    rows = {"path": str(write_rows(folder / "control.jsonl", CONTROL))}
+    facts = {"path": str(write_rows(folder / "facts.jsonl", FACTS)), **RECALL}
+    config = ForgettingConfig(control=rows if control == "rows" else control, recall=facts, samples=3, max_length=16)
+    return ForgettingProbe.build(config, ForgettingData.load(config, TASK), one.model, tiny_tokenizer())
+
+
+def measured(one: SFTTrainer, folder: Path, every: int = 0, control="rows") -> ForgettingCallback:
+    callback = ForgettingCallback(probe(one, folder, control), one.args.output_dir, every)
+    callback.trainer = one
+    one.add_callback(callback)
+    return callback
+
+
+def losses(one: SFTTrainer) -> list[float]:
+    return [entry["loss"] for entry in one.state.log_history if "loss" in entry]
+
+
+def test_measuring_does_not_disturb_the_run(saved_olmoe, tmp_path):
+    plain = trainer(saved_olmoe, tmp_path / "a")
+    plain.train()
+    # after it: making a Trainer sets the seed
+    watched = trainer(saved_olmoe, tmp_path / "b")
+    measured(watched, tmp_path, every=1, control="self")
+    watched.train()
+    assert len(losses(plain)) == 6
+    assert losses(watched) == losses(plain), "a step's loss is lost or changed by the measurement in it"
+    for name, value in plain.model.state_dict().items():
+        assert torch.equal(value, watched.model.state_dict()[name]), name
+
+
+def test_before_is_the_base_and_after_is_the_model(saved_olmoe, tmp_path):
+    one = trainer(saved_olmoe, tmp_path / "out")
+    callback = measured(one, tmp_path)
+    one.train()
+    name, pieces = next(iter(callback.probe.controls.items()))
+    base = AutoModelForCausalLM.from_pretrained(saved_olmoe, dtype=torch.float32)
+    report = callback.report
+    assert report.before[f"{name}_loss"] == pytest.approx(token_loss(base, pieces).nats_per_token, abs=1e-6)
+    assert report.after[f"{name}_loss"] == pytest.approx(token_loss(one.model, pieces).nats_per_token, abs=1e-6)
+    assert report.after[f"{name}_kl"] == pytest.approx(kl_to_base(one.model, pieces), abs=1e-6)
+    assert report.after[f"{name}_loss"] != report.before[f"{name}_loss"]
+    assert report.after[f"{name}_ppl"] == pytest.approx(math.exp(report.after[f"{name}_loss"]))
+
+
+def test_logged_as_the_trainers_own_metrics(saved_olmoe, tmp_path):
+    one = trainer(saved_olmoe, tmp_path / "out")
+    callback = measured(one, tmp_path, every=2)
+    one.train()
+    logged = [entry for entry in one.state.log_history if "forgetting/control_loss" in entry]
+    assert [entry["step"] for entry in logged] == [0, 2, 4, 6]
+    assert logged[0]["forgetting/control_loss"] == callback.report.before["control_loss"]
+    assert {"forgetting/control_ppl", "forgetting/task_accuracy", "forgetting/recall"} < logged[1].keys()
+    assert {"forgetting/control_kl", "forgetting/task_kl"} < logged[3].keys()
+
+
+def test_file_is_as_documented(saved_olmoe, tmp_path):
+    one = trainer(saved_olmoe, tmp_path / "out")
+    callback = measured(one, tmp_path, every=4)
+    one.train()
+    content = json.loads((tmp_path / "out" / "forgetting.json").read_text())
+    assert content.keys() == {"format", "control", "task", "recall", "steps"}
+    assert content["format"] == 1
+    assert content["control"]["control"] == {
+        "loss_before": callback.report.before["control_loss"],
+        "loss_after": callback.report.after["control_loss"],
+        "ppl_before": callback.report.before["control_ppl"],
+        "ppl_after": callback.report.after["control_ppl"],
+        "kl_after": callback.report.after["control_kl"],
+    }
+    assert content["task"]["metric"] == "accuracy"
+    right = [(example.prompt, example.choices[example.answer]) for example in TASK]
+    assert content["task"]["kl_after"] == pytest.approx(completion_kl(one.model, tiny_tokenizer(), right))
+    assert content["recall"] | {"before": 0, "after": 0} == {
+        "metric": "exact_match",
+        "facts": 2,
+        "before": 0,
+        "after": 0,
+    }
+    assert [step["step"] for step in content["steps"]] == [4]
+
+
+def test_steps_of_an_interrupted_run_are_kept(saved_olmoe, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 3}
+    whole = trainer(saved_olmoe, tmp_path / "whole", **settings)
+    measured(whole, tmp_path, every=1)
+    whole.train()
+    resumed = trainer(saved_olmoe, tmp_path / "whole", **settings)
+    callback = measured(resumed, tmp_path, every=1)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    steps = json.loads((tmp_path / "whole" / "forgetting.json").read_text())["steps"]
+    assert [step["step"] for step in steps] == [1, 2, 3, 4, 5]
+    assert callback.report.before["control_loss"] == pytest.approx(
+        whole.state.log_history[0]["forgetting/control_loss"]
+    )
+
+
+def test_table_shows_before_after_and_change(saved_olmoe, tmp_path):
+    one = trainer(saved_olmoe, tmp_path / "out")
+    callback = measured(one, tmp_path)
+    callback.report.before = {"task_accuracy": 0.5, "recall": 1.0, "control_loss": 2.0, "control_ppl": 7.389}
+    callback.report.after = {
+        "task_accuracy": 0.75,
+        "recall": 0.5,
+        "control_loss": 2.25,
+        "control_ppl": 9.488,
+        "control_kl": 0.125,
+        "task_kl": 1.5,
+    }
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(callback.report.table())
+    shown = capture.get()
+    for line in (["accuracy", "50.0%", "75.0%", "+25.0 points"], ["recall of 2 facts", "100.0%", "50.0%", "-50.0"]):
+        assert any(all(word in row for word in line) for row in shown.splitlines()), line
+    assert any(all(word in row for word in ("loss", "2.000", "2.250", "+0.250")) for row in shown.splitlines())
+    for kl in (("control: KL", "0.1250"), ("task: KL", "1.5000")):
+        assert any(all(word in row for word in kl) for row in shown.splitlines()), kl
+    assert callback.report.delta(callback.report.after) == 0.25
+    assert callback.report.delta({"control_loss": math.nan}) == math.inf
+
+
+def test_a_task_without_labels_is_measured_by_its_loss(saved_olmoe, tmp_path):
+    one = trainer(saved_olmoe, tmp_path / "out")
+    data = ForgettingData(task=[("the cat", " sat"), ("yes", " no")])
+    found = ForgettingProbe.build(ForgettingConfig(), data, one.model, tiny_tokenizer()).measure(one.model)
+    assert found.keys() == {"task_loss"} and 0 < found["task_loss"] < 20
+
+
+def test_a_task_can_be_measured_by_what_the_model_writes(saved_olmoe, tmp_path):
+    one = trainer(saved_olmoe, tmp_path / "out")
+    config = ForgettingConfig(generate={"max_new_tokens": 4})
+    data = ForgettingData.load(config, [("the cat", " #### 5"), ("yes", " The answer is: 3")])
+    built = ForgettingProbe.build(config, data, one.model, tiny_tokenizer())
+    assert built.measure(one.model) == {"task_answer_accuracy": 0.0}
+    assert built.measure(one.model, quick=True) == {}
+    with pytest.raises(KappaTuneError, match="no task to write answers to"):
+        ForgettingData.load(config, TASK)
+
+
+def test_a_control_may_name_its_own_column(tmp_path):
+    one = str(write_rows(tmp_path / "a.jsonl", [{"text": "the cat"}]))
+    other = str(write_rows(tmp_path / "b.jsonl", [{"story": "the mat"}]))
+    config = ForgettingConfig(control={"a": {"path": one}, "b": {"path": other, "text_column": "story"}})
+    assert ForgettingData.load(config).controls == {"a": ["the cat"], "b": ["the mat"]}
+
+
+def test_several_controls_and_max_samples(saved_olmoe, tmp_path):
+    path = str(write_rows(tmp_path / "a.jsonl", CONTROL))
+    config = ForgettingConfig(control={"one": {"path": path}, "own": "self"}, max_samples=1, samples=2, max_length=8)
+    one = trainer(saved_olmoe, tmp_path / "out")
+    data = ForgettingData.load(config)
+    assert data.controls == {"one": [CONTROL[0]["text"]], "own": None}
+    built = ForgettingProbe.build(config, data, one.model, tiny_tokenizer())
+    assert len(built.controls["own"]) == 2
+    assert max(len(piece) for pieces in built.controls.values() for piece in pieces) <= 8
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"control": "sefl"}, ["'sefl'", "Did you mean 'self'?"]),
+        ({"control": []}, ["control: []"]),
+        ({"control": {"name": {"split": "test"}}}, ["control name", "no path"]),
+        ({"every": -1}, ["every: -1"]),
+        ({"every": True}, ["every: True"]),
+        ({"max_length": 1}, ["max_length: 1", "from 2 on"]),
+        ({"batch_size": 0, "samples": 1.5}, ["batch_size: 0", "samples: 1.5"]),
+        ({"recall": {"path": "x.jsonl"}}, ["prompt is missing", "completion is missing"]),
+        ({"recall": "facts.jsonl"}, ["not a mapping"]),
+        ({"recall": {"path": "x", "prompt": "{a", "completion": "{b}"}}, ["recall.prompt", "{a"]),
+        ({"text_column": 3}, ["text_column: 3"]),
+        ({"control": "task.jsonl"}, ["Write {path: task.jsonl}"]),
+        ({"control": {"task": {"path": "x"}}}, ["control: the name 'task' stands for the task"]),
+        ({"long_texts": "cut"}, ["long_texts: 'cut'", "split, truncate"]),
+        ({"max_delta": 0}, ["max_delta: 0", "such as 0.05"]),
+        ({"max_delta": True}, ["max_delta: True"]),
+        ({"generate": 3}, ["generate: 3", "max_new_tokens"]),
+        ({"generate": {"max_new": 3, "batch_size": 0}}, ["unknown key 'max_new'", "generate.batch_size: 0"]),
+        ({"lm_eval": "hellaswag"}, ["lm_eval: 'hellaswag'", "[hellaswag, arc_challenge]"]),
+        ({"lm_eval": {"task": ["x"]}}, ["unknown key 'task'", "tasks: None"]),
+        ({"lm_eval": {"tasks": ["x"], "limit": 0}}, ["lm_eval.limit: 0"]),
+    ],
+)
+def test_blocks_that_cannot_be_right(values, words):
+    with pytest.raises(KappaTuneError) as error:
+        ForgettingConfig(**values)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_nothing_to_measure_and_missing_columns_are_errors(tmp_path):
+    with pytest.raises(KappaTuneError, match="nothing to measure"):
+        ForgettingData.load(ForgettingConfig())
+    path = str(write_rows(tmp_path / "a.jsonl", [{"sentence": "x"}]))
+    with pytest.raises(KappaTuneError, match="no column 'text', only sentence"):
+        ForgettingData.load(ForgettingConfig(control={"path": path}))
+    recall = {"path": path, "prompt": "{question}", "completion": "{answer}"}
+    with pytest.raises(KappaTuneError, match="question"):
+        ForgettingData.load(ForgettingConfig(recall=recall))

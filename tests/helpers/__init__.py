@@ -1,0 +1,1 @@
+"""What several tests use: tiny models, recipes, slow obvious references, made-up reports, ranks on one machine."""

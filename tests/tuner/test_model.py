@@ -1,0 +1,457 @@
+"""The PEFT method: what it trains, what it leaves alone, what it saves and loads."""
+
+import copy
+import json
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from peft.utils.peft_types import PeftType
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from helpers.reference import random_batches, train_with_full_gradients
+from helpers.tiny import CONFIGS, MOE_KINDS, tiny_model
+from kappatune_plugin import KappaTuneConfig, KappaTuneError, Selection, scan, select
+from kappatune_plugin.tuner.layer import KappaTuneLayer
+from kappatune_plugin.weights.units import find_units, unit_matrix
+
+
+def steps(model: nn.Module, batches: list[list[Tensor]], optimizer: torch.optim.Optimizer | None = None) -> list[float]:
+    """A plain PyTorch loop that knows nothing of this package."""
+    model.train()
+    if optimizer is None:
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trainable, lr=1e-2, weight_decay=0.1)
+    losses = []
+    for micro_batches in batches:
+        for tokens in micro_batches:
+            loss = model(input_ids=tokens, labels=tokens).loss / len(micro_batches)
+            loss.backward()
+            losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def mixed_selection(model: nn.Module, order: str = "random", k: int = 7, **kwargs) -> Selection:
+    return select(scan(model, progress=False, **kwargs), k=k, order=order, seed=3)
+
+
+def matrices(model: nn.Module) -> dict[str, Tensor]:
+    return {unit.name: unit_matrix(model, unit).clone() for unit in find_units(model)}
+
+
+def logits(model: nn.Module) -> Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=random_batches(1)[0][0]).logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind != "bert"])
+def test_only_the_selected_units_change(kind, dtype):
+    """Over the whole state dict, with weight decay on."""
+    model = tiny_model(kind, dtype)
+    before = copy.deepcopy(model.state_dict())
+    selection = mixed_selection(model)
+    peft_model = get_peft_model(model, KappaTuneConfig(selection=selection.to_dict()))
+    steps(peft_model, random_batches(3))
+    merged = peft_model.merge_and_unload()
+    assert type(merged) is type(tiny_model(kind)) and set(merged.state_dict()) == set(before)
+    units = {unit.name: unit for unit in find_units(merged)}
+    for row in selection.units:
+        unit = units[row.name]
+        after, base = merged.state_dict()[unit.parameter][unit.index], before[unit.parameter][unit.index]
+        assert not torch.equal(after, base), row.name
+        after.copy_(base)
+    assert all(torch.equal(value, before[name]) for name, value in merged.state_dict().items())
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}])
+@pytest.mark.parametrize("experts", ["eager", "batched_mm", "grouped_mm"])
+def test_equals_full_gradients_on_the_slices(experts, checkpointing, accumulation):
+    batches = random_batches(3, accumulation)
+    model, reference = tiny_model("olmoe"), tiny_model("olmoe")
+    if not hasattr(model, "set_experts_implementation") and experts != "eager":
+        pytest.skip("transformers 4 knows eager experts only")
+    for one in (model, reference) if hasattr(model, "set_experts_implementation") else ():
+        one.set_experts_implementation(experts)
+    selection = mixed_selection(model, k=15)
+    names = [row.name for row in selection.units]
+    expected = train_with_full_gradients(reference, names, batches, checkpointing=checkpointing)
+    peft_model = get_peft_model(model, KappaTuneConfig(selection=selection.to_dict()))
+    if checkpointing is not None:
+        peft_model.gradient_checkpointing_enable(checkpointing)
+        peft_model.enable_input_require_grads()
+    losses = steps(peft_model, batches)
+    assert losses == pytest.approx(expected, abs=1e-6)
+    ours, theirs = matrices(model), matrices(reference)
+    for name in names:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind not in ("olmoe", "bert")])
+def test_every_architecture_equals_full_gradients(kind):
+    model, reference = tiny_model(kind), tiny_model(kind)
+    selection = mixed_selection(model)
+    names = [row.name for row in selection.units]
+    expected = train_with_full_gradients(reference, names, random_batches(3))
+    losses = steps(get_peft_model(model, KappaTuneConfig(selection=selection.to_dict())), random_batches(3))
+    assert losses == pytest.approx(expected, abs=1e-6)
+
+
+def test_bf16_base_with_fp32_masters_equals_the_same_reference():
+    model, reference = (tiny_model("olmoe", torch.bfloat16) for _ in range(2))
+    selection = mixed_selection(model)
+    names = [row.name for row in selection.units]
+    expected = train_with_full_gradients(reference, names, random_batches(4))
+    assert steps(get_peft_model(model, KappaTuneConfig(selection=selection.to_dict())), random_batches(4)) == expected
+    ours, theirs = matrices(model), matrices(reference)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_embedding_and_head_train_through_every_use(kind):
+    """GPT-2 ties them: the gradient of both uses has to arrive."""
+    model, reference = tiny_model(kind), tiny_model(kind)
+    patterns = {"include": ["embedding", "head"], "exclude": ()}
+    selection = mixed_selection(model, order="lowest", k=2, **patterns)
+    names = [row.name for row in selection.units]
+    expected = train_with_full_gradients(reference, names, random_batches(3))
+    losses = steps(get_peft_model(model, KappaTuneConfig(selection=selection.to_dict())), random_batches(3))
+    assert losses == pytest.approx(expected, abs=1e-6)
+
+
+def test_optimizer_state_is_eight_bytes_a_selected_parameter():
+    model = tiny_model("olmoe", torch.bfloat16)
+    selection = mixed_selection(model)
+    count = sum(rows * columns for rows, columns in (row.shape for row in selection.units))
+    peft_model = get_peft_model(model, KappaTuneConfig(selection=selection.to_dict()))
+    masters = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
+    assert sum(master.numel() for master in masters) == count
+    optimizer = torch.optim.AdamW(masters)
+    tokens = random_batches(1)[0][0]
+    peft_model.train()(input_ids=tokens, labels=tokens).loss.backward()
+    gradients = [parameter.grad for parameter in peft_model.parameters() if parameter.grad is not None]
+    # storage, not numel: a view into a fused gradient would keep all of it
+    assert sum(gradient.untyped_storage().nbytes() for gradient in gradients) == 4 * count
+    optimizer.step()
+    moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    assert sum(moment.untyped_storage().nbytes() for moment in moments) == 8 * count
+
+
+def test_print_trainable_parameters_counts_the_selected(capsys):
+    model = tiny_model("olmoe")
+    selection = mixed_selection(model)
+    count = sum(rows * columns for rows, columns in (row.shape for row in selection.units))
+    get_peft_model(model, KappaTuneConfig(selection=selection.to_dict())).print_trainable_parameters()
+    assert f"trainable params: {count:,} " in capsys.readouterr().out
+
+
+def test_the_default_selection_is_the_k_lowest():
+    model = tiny_model("olmoe")
+    expected = [row.name for row in select(scan(model, progress=False), k=5).units]
+    peft_model = get_peft_model(model, KappaTuneConfig(k=5))
+    assert [row.name for row in peft_model.base_model.selections["default"].units] == expected
+    assert {layer.unit.name for layer in peft_model.base_model.layers()} == set(expected)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("kind", MOE_KINDS)
+def test_saved_adapter_reproduces_the_logits(kind, low_cpu_mem_usage, tmp_path):
+    model = tiny_model(kind, torch.bfloat16)
+    peft_model = get_peft_model(model, KappaTuneConfig(k=7))
+    steps(peft_model, random_batches(3))
+    peft_model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    values = {name: tensor for name, tensor in saved.items() if name.endswith("kappatune_master")}
+    assert len(values) == 7 and all(tensor.dtype == torch.float32 for tensor in values.values())
+    loaded = PeftModel.from_pretrained(tiny_model(kind, torch.bfloat16), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(logits(loaded), logits(peft_model))
+    with loaded.disable_adapter():
+        assert torch.equal(logits(loaded), logits(tiny_model(kind, torch.bfloat16)))
+    assert torch.equal(logits(loaded), logits(peft_model))
+
+
+def test_adapter_config_carries_the_selection(tmp_path):
+    peft_model = get_peft_model(tiny_model("olmoe"), KappaTuneConfig(k="10%"))
+    peft_model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["peft_type"] == "KAPPATUNE" and saved["k"] == "10%"
+    assert saved["selection"] == peft_model.base_model.selections["default"].to_dict()
+    assert len(saved["selection"]["units"]) == 5 and saved["selection"]["base"]["hash"]
+
+
+def test_loading_on_another_base_is_an_error(tmp_path):
+    get_peft_model(tiny_model("olmoe"), KappaTuneConfig(k=5)).save_pretrained(tmp_path)
+    with pytest.raises(KappaTuneError, match="fingerprint"):
+        PeftModel.from_pretrained(tiny_model("olmoe", seed=1), tmp_path)
+    with pytest.raises(KappaTuneError, match="fingerprint"):
+        PeftModel.from_pretrained(tiny_model("llama"), tmp_path)
+
+
+def test_loading_values_into_a_run_on_another_base_is_an_error(tmp_path):
+    """What Trainer does on resume: the adapter exists already, its config isn't read."""
+    selection = mixed_selection(tiny_model("olmoe"))
+    get_peft_model(tiny_model("olmoe"), KappaTuneConfig(selection=selection.to_dict())).save_pretrained(tmp_path)
+    other = tiny_model("olmoe", seed=1)
+    same_names = {**selection.to_dict(), "base": scan(other, progress=False).base}
+    running = get_peft_model(other, KappaTuneConfig(selection=same_names))
+    with pytest.raises(KappaTuneError, match="another base model"):
+        running.load_adapter(str(tmp_path), "default", is_trainable=True)
+
+
+@pytest.mark.parametrize(("order", "k"), [("highest", 5), ("lowest", 4), ("lowest", 6)])
+def test_loading_another_selection_is_an_error(order, k, tmp_path):
+    get_peft_model(tiny_model("olmoe"), KappaTuneConfig(k=5)).save_pretrained(tmp_path)
+    running = get_peft_model(tiny_model("olmoe"), KappaTuneConfig(k=k, order=order))
+    with pytest.raises(KappaTuneError, match="another selection"):
+        running.load_adapter(str(tmp_path), "default", is_trainable=True)
+
+
+def test_disable_adapter_restores_the_base_exactly_in_mid_training():
+    model = tiny_model("olmoe", torch.bfloat16)
+    untouched = logits(tiny_model("olmoe", torch.bfloat16))
+    peft_model = get_peft_model(model, KappaTuneConfig(k=9))
+    steps(peft_model, random_batches(2))
+    trained = logits(peft_model)
+    assert not torch.equal(trained, untouched)
+    with peft_model.disable_adapter():
+        assert torch.equal(logits(peft_model), untouched)
+    assert torch.equal(logits(peft_model), trained)
+
+
+def test_training_is_the_same_with_the_base_measured_in_between():
+    batches = random_batches(4)
+
+    def run(measure: bool) -> list[float]:
+        peft_model = get_peft_model(tiny_model("olmoe", torch.bfloat16), KappaTuneConfig(k=9))
+        optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=1e-2)
+        losses = []
+        for batch in batches:
+            losses += steps(peft_model, [batch], optimizer)
+            if measure:
+                with peft_model.disable_adapter():
+                    logits(peft_model)
+        return losses
+
+    assert run(measure=True) == run(measure=False)
+
+
+def test_the_base_may_run_between_forward_and_backward():
+    """As DPO does; a backward while the base holds other values would be wrong and is refused."""
+    tokens = random_batches(1)[0][0]
+    peft_model = get_peft_model(tiny_model("olmoe"), KappaTuneConfig(k=7))
+    steps(peft_model, random_batches(1))
+    masters = [layer.kappatune_master["default"] for layer in peft_model.base_model.layers()]
+    peft_model.zero_grad()
+    peft_model(input_ids=tokens, labels=tokens).loss.backward()
+    expected = [master.grad.clone() for master in masters]
+    peft_model.zero_grad()
+    loss = peft_model(input_ids=tokens, labels=tokens).loss
+    with peft_model.disable_adapter():
+        peft_model(input_ids=tokens)
+        with pytest.raises(KappaTuneError, match="outside of disable_adapter"):
+            loss.backward(retain_graph=True)
+    peft_model.zero_grad()
+    loss = peft_model(input_ids=tokens, labels=tokens).loss
+    with peft_model.disable_adapter():
+        peft_model(input_ids=tokens)
+    loss.backward()
+    assert all(torch.equal(master.grad, each) for master, each in zip(masters, expected, strict=True))
+
+
+def test_named_adapters_take_turns():
+    model = tiny_model("olmoe")
+    base = logits(model)
+    peft_model = get_peft_model(model, KappaTuneConfig(k=5), adapter_name="low")
+    steps(peft_model, random_batches(2))
+    low = logits(peft_model)
+    peft_model.add_adapter("high", KappaTuneConfig(k=5, order="highest"))
+    assert torch.equal(logits(peft_model), low)
+    reports = peft_model.base_model.reports
+    assert [row.kappa for row in reports["high"].units] == [row.kappa for row in reports["low"].units]
+    peft_model.set_adapter("high")
+    assert torch.equal(logits(peft_model), base)
+    steps(peft_model, random_batches(2))
+    high = logits(peft_model)
+    assert not torch.equal(high, base) and not torch.equal(high, low)
+    peft_model.set_adapter("low")
+    assert torch.equal(logits(peft_model), low)
+    peft_model.set_adapter("high")
+    assert torch.equal(logits(peft_model), high)
+    with pytest.raises(KappaTuneError, match="one adapter at a time"):
+        peft_model.base_model.set_adapter(["low", "high"])
+    peft_model.set_adapter("low")
+    peft_model.delete_adapter("low")
+    peft_model.set_adapter("high")
+    assert torch.equal(logits(peft_model), high)
+    peft_model.delete_adapter("high")
+    assert torch.equal(logits(model), base)
+    assert not [module for module in model.modules() if isinstance(module, KappaTuneLayer)]
+
+
+def test_a_scan_that_fails_leaves_the_adapter_before_it_as_it_was():
+    peft_model = get_peft_model(tiny_model("olmoe"), KappaTuneConfig(k=5), adapter_name="low")
+    steps(peft_model, random_batches(2))
+    low = logits(peft_model)
+    with pytest.raises(KappaTuneError, match="no_such_weight"):
+        peft_model.add_adapter("high", KappaTuneConfig(k=5, include=["no_such_weight"]))
+    assert torch.equal(logits(peft_model), low)
+
+
+def test_unload_gives_the_base_back():
+    model = tiny_model("olmoe")
+    before = copy.deepcopy(model.state_dict())
+    peft_model = get_peft_model(model, KappaTuneConfig(k=9))
+    steps(peft_model, random_batches(2))
+    after = peft_model.unload().state_dict()
+    assert set(after) == set(before) and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_merged_checkpoint_loads_without_this_package(tmp_path):
+    peft_model = get_peft_model(tiny_model("mixtral", torch.bfloat16), KappaTuneConfig(k=9))
+    steps(peft_model, random_batches(2))
+    trained = logits(peft_model)
+    peft_model.merge_and_unload(safe_merge=True).save_pretrained(tmp_path)
+    plain = type(tiny_model("mixtral")).from_pretrained(tmp_path, dtype=torch.bfloat16, attn_implementation="eager")
+    assert torch.equal(logits(plain), trained)
+
+
+def test_safe_merge_refuses_what_is_not_finite():
+    peft_model = get_peft_model(tiny_model("llama"), KappaTuneConfig(k=2))
+    first, last = peft_model.base_model.layers()
+    with torch.no_grad():
+        last.master[0, 0] = torch.nan
+    for merge in (peft_model.merge_and_unload, peft_model.base_model.merge_adapter):
+        with pytest.raises(KappaTuneError, match="finite"):
+            merge(safe_merge=True)
+        # the others go on training
+        assert not first.merged and not last.merged
+
+
+def test_a_copied_model_trains_on_its_own():
+    peft_model = get_peft_model(tiny_model("olmoe"), KappaTuneConfig(k=5))
+    copied = copy.deepcopy(peft_model)
+    before = logits(peft_model)
+    steps(copied, random_batches(2))
+    assert torch.equal(logits(peft_model), before) and not torch.equal(logits(copied), before)
+
+
+class StepsBehindTheBack:
+    """An optimizer that is none of torch's."""
+
+    def __init__(self, parameters: list[Tensor], through_data: bool) -> None:
+        self.parameters, self.through_data = parameters, through_data
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for parameter in self.parameters:
+            (parameter.data if self.through_data else parameter).sub_(0.1 * parameter.grad)
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+
+def test_a_step_that_never_reached_the_base_is_an_error():
+    peft_model = get_peft_model(tiny_model("olmoe"), KappaTuneConfig(k=5))
+    optimizer = StepsBehindTheBack([p for p in peft_model.parameters() if p.requires_grad], through_data=False)
+    with pytest.raises(KappaTuneError, match="write_through"):
+        steps(peft_model, random_batches(2), optimizer)
+    peft_model.base_model.write_through()
+    steps(peft_model, random_batches(1), optimizer)
+
+
+def test_values_that_never_reached_the_base_are_not_saved(tmp_path):
+    peft_model = get_peft_model(tiny_model("olmoe"), KappaTuneConfig(k=5))
+    optimizer = StepsBehindTheBack([p for p in peft_model.parameters() if p.requires_grad], through_data=True)
+    steps(peft_model, random_batches(2), optimizer)
+    with pytest.raises(KappaTuneError, match="write_through"):
+        peft_model.save_pretrained(tmp_path)
+    peft_model.base_model.write_through(everything=True)
+    peft_model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_registered_once_and_found_by_name(tmp_path):
+    import importlib
+
+    from kappatune_plugin.tuner import register
+
+    importlib.reload(register)
+    assert PeftType("KAPPATUNE") is PeftType.KAPPATUNE and list(PeftType).count(PeftType.KAPPATUNE) == 1
+    assert PeftType.KAPPATUNE == "KAPPATUNE" and json.dumps(PeftType.KAPPATUNE) == '"KAPPATUNE"'
+    assert copy.deepcopy(PeftType.KAPPATUNE) is PeftType.KAPPATUNE
+
+
+def test_config_names_all_problems_at_once():
+    with pytest.raises(KappaTuneError) as error:
+        KappaTuneConfig(k=0, order="lowset", rank_by="kapa", exclude="norm", seed=-1, rtol=2)
+    for word in ("k", "lowset", "kapa", "exclude", "seed", "rtol"):
+        assert word in str(error.value)
+
+
+def test_config_can_be_used_for_two_models():
+    config = KappaTuneConfig(k=3)
+    for seed in (0, 1):
+        get_peft_model(tiny_model("llama", seed=seed), config)
+    assert config.selection is None and config.k == 3
+
+
+def test_report_of_another_base_is_refused(tmp_path):
+    report = scan(tiny_model("llama", seed=1), progress=False)
+    report.save(tmp_path / "kappa_report.json")
+    with pytest.raises(KappaTuneError, match="fingerprint"):
+        get_peft_model(tiny_model("llama"), KappaTuneConfig(k=3, report=str(tmp_path / "kappa_report.json")))
+
+
+def test_report_made_earlier_is_used(tmp_path):
+    report = scan(tiny_model("llama"), progress=False)
+    report.save(tmp_path / "kappa_report.json")
+    peft_model = get_peft_model(tiny_model("llama"), KappaTuneConfig(k=3, report=str(tmp_path / "kappa_report.json")))
+    expected = [row.name for row in select(report, k=3).units]
+    assert [row.name for row in peft_model.base_model.selections["default"].units] == expected
+
+
+@pytest.mark.parametrize("fill", [torch.nan, 0.0])
+def test_nan_and_zero_weights_are_never_trained(fill):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.gate_proj.weight.fill_(fill)
+    peft_model = get_peft_model(model, KappaTuneConfig(k=13))
+    names = {layer.unit.name for layer in peft_model.base_model.layers()}
+    assert len(names) == 13 and "model.layers.0.mlp.gate_proj.weight" not in names
+
+
+def test_classifier_heads_are_saved_whole(tmp_path):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return LlamaForSequenceClassification(LlamaConfig(**CONFIGS["llama"][1], num_labels=3))
+
+    peft_model = get_peft_model(model(), KappaTuneConfig(k=3, task_type="SEQ_CLS"))
+    trainable = {name for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
+    assert len(trainable) == 4 and any("score.modules_to_save" in name for name in trainable)
+    optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=1e-2)
+    tokens = random_batches(1)[0][0]
+    peft_model.train()(input_ids=tokens, labels=torch.tensor([0, 2])).loss.backward()
+    optimizer.step()
+    peft_model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(model(), tmp_path)
+    assert torch.equal(logits(loaded), logits(peft_model))
+    expected = logits(peft_model)
+    assert torch.equal(logits(peft_model.merge_and_unload()), expected)
+
+
+def test_new_tokens_can_be_trained_beside_the_units():
+    model = tiny_model("llama")
+    before = model.model.embed_tokens.weight.detach().clone()
+    peft_model = get_peft_model(model, KappaTuneConfig(k=3, trainable_token_indices={"embed_tokens": [60, 61]}))
+    tokens = torch.tensor([[3, 60, 5, 61]])
+    steps(peft_model, [[tokens]])
+    after = peft_model.merge_and_unload().model.embed_tokens.weight
+    assert set((after != before).any(1).nonzero().flatten().tolist()) == {60, 61}
