@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
+from helpers.training import losses
 from kappatune_plugin.recipe.recipe import load_recipe
 from kappatune_plugin.run.train import run_sft
 
@@ -69,12 +70,12 @@ def test_the_first_steps_learn_and_forget_little(tmp_path):
     """The recipe itself, an eighth of it."""
     flags = ["--max_steps", "50", "--logging_steps", "10", "--output_dir", str(tmp_path)]
     result = run_sft(load_recipe(REPOSITORY / "recipes" / "quickstart.yaml", flags))
-    losses = [entry["loss"] for entry in result.trainer.state.log_history if "loss" in entry]
+    learned = losses(result.trainer)
     measured = result.forgetting.to_dict()
     assert measured["recall"]["facts"] == 340 and measured["recall"]["before"] > 0.99
     assert measured["recall"]["after"] > 0.9
     assert measured["control"]["stories"]["loss_before"] == pytest.approx(0.5, abs=0.02)
     assert measured["control"]["stories"]["loss_after"] < 0.7
-    assert losses[-1] < 0.1 * losses[0]
+    assert learned[-1] < 0.1 * learned[0]
     assert {unit.name.rsplit(".", 2)[-2] for unit in result.selection.units} <= {"gate_proj", "up_proj", "down_proj"}
     assert len(result.selection.units) == 52

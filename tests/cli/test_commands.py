@@ -11,6 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import kappatune_plugin
 from helpers.command import kappatune
 from helpers.recipes import tiny_recipe, write_recipe
 from helpers.tiny import tiny_model
@@ -111,7 +112,7 @@ def test_select_chooses_from_a_report(run, tmp_path):
 @pytest.mark.parametrize("option", ["--output", "--plot"])
 @pytest.mark.parametrize(("path", "words"), [("", "it is a folder"), ("file/x", "Can't write in")])
 def test_a_scan_that_cannot_be_written_does_not_start(saved_olmoe, tmp_path, monkeypatch, option, path, words):
-    monkeypatch.setattr("kappatune_plugin.scan", lambda *_, **__: pytest.fail("it scanned"))
+    monkeypatch.setattr(kappatune_plugin, "scan", lambda *_, **__: pytest.fail("it scanned"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     code, _, errors = kappatune("scan", saved_olmoe, option, tmp_path / path)
@@ -119,7 +120,7 @@ def test_a_scan_that_cannot_be_written_does_not_start(saved_olmoe, tmp_path, mon
 
 
 def test_a_plot_of_an_unknown_format_is_refused_before_the_scan(saved_olmoe, tmp_path, monkeypatch):
-    monkeypatch.setattr("kappatune_plugin.scan", lambda *_, **__: pytest.fail("it scanned"))
+    monkeypatch.setattr(kappatune_plugin, "scan", lambda *_, **__: pytest.fail("it scanned"))
     code, _, errors = kappatune("scan", saved_olmoe, "--plot", tmp_path / "k.xyz", "--output", tmp_path / "r.json")
     assert code == 2 and "k.xyz: its ending is none of" in errors and ".png" in errors
 

@@ -5,6 +5,7 @@ import importlib.metadata
 import pytest
 
 from helpers.command import kappatune
+from kappatune_plugin import compat
 from kappatune_plugin.cli import doctor
 from kappatune_plugin.compat import newer_tokenizer
 
@@ -32,6 +33,6 @@ def test_what_is_missing_or_too_old_gets_a_cure(monkeypatch, found, fits):
 
 @pytest.mark.parametrize(("installed", "told"), [("4.57.6", True), ("5.24.0", False)])
 def test_a_tokenizer_of_transformers_5_is_explained_in_4(monkeypatch, installed, told):
-    monkeypatch.setattr("kappatune_plugin.compat.version", lambda name: installed)
+    monkeypatch.setattr(compat, "version", lambda name: installed)
     error = ValueError("Tokenizer class TokenizersBackend does not exist or is not currently imported.")
     assert bool(newer_tokenizer(error)) is told and newer_tokenizer(ValueError("other")) is None

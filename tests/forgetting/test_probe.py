@@ -11,6 +11,7 @@ from trl import SFTConfig, SFTTrainer
 
 from helpers.recipes import CONTROL, FACTS, write_rows
 from helpers.tiny import tiny_tokenizer
+from helpers.training import ON_CPU, losses
 from kappatune_plugin import KappaTuneConfig, KappaTuneError
 from kappatune_plugin.data.examples import ChoiceExample
 from kappatune_plugin.forgetting.callback import ForgettingCallback
@@ -25,23 +26,9 @@ RECALL = {"prompt": "{question}", "completion": "{answer}"}
 
 def trainer(base: Path, output: Path, **settings) -> SFTTrainer:
     """With dropout in the attention: a measurement that draws random numbers shows in the losses."""
-    arguments = {
-        "output_dir": str(output),
-        "use_cpu": True,
-        "bf16": False,
-        "max_steps": 6,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        **settings,
-    }
     return SFTTrainer(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attention_dropout=0.2),
-        args=SFTConfig(**arguments),
+        args=SFTConfig(str(output), **{**ON_CPU, "max_steps": 6, "save_strategy": "no", **settings}),
         train_dataset=Dataset.from_dict({"text": TEXTS}),
         processing_class=tiny_tokenizer(),
         peft_config=KappaTuneConfig(k=9),
@@ -60,10 +47,6 @@ def measured(one: SFTTrainer, folder: Path, every: int = 0, control="rows") -> F
     callback.trainer = one
     one.add_callback(callback)
     return callback
-
-
-def losses(one: SFTTrainer) -> list[float]:
-    return [entry["loss"] for entry in one.state.log_history if "loss" in entry]
 
 
 def test_measuring_does_not_disturb_the_run(saved_olmoe, tmp_path):

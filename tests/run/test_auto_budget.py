@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from helpers.recipes import tiny_recipe, write_recipe
+from helpers.training import unit_values
 from kappatune_plugin import KappaTuneError, Selection
 from kappatune_plugin.recipe.recipe import load_recipe
 from kappatune_plugin.run.train import run_sft
 from kappatune_plugin.selection.auto_budget import AutoBudget, decide, levels, mean_loss, prefix_count
 from kappatune_plugin.selection.budget import parse_budget
 from kappatune_plugin.selection.selection import SelectedUnit
-from kappatune_plugin.weights.units import find_units, unit_matrix
 
 SETTINGS = AutoBudget(window=10, min_improvement=0.1, target_loss=0.5)
 FALLING = [(step, 3.0 - 0.05 * step) for step in range(1, 41)]
@@ -114,10 +114,6 @@ def train(folder, model, *overrides, auto=None, max_delta=9.0, **changes):
     return run_sft(load_recipe(write_recipe(folder / "recipe.yaml", recipe), overrides))
 
 
-def values(model) -> dict[str, torch.Tensor]:
-    return {unit.name: unit_matrix(model, unit).clone() for unit in find_units(model)}
-
-
 def base(folder) -> AutoModelForCausalLM:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
@@ -135,8 +131,8 @@ def test_grows_where_the_loss_stays(saved_olmoe, tmp_path, capsys):
     assert [unit.name for unit in selection.units] == [unit.name for unit in lowest] and selection.k == 16
     assert sum("master" in name for name in load_file(out / "adapter_model.safetensors")) == 16
     # the adapter is the run: loaded anew it gives the trained model, and only what was trained differs from the base
-    before, after = values(base(saved_olmoe)), values(PeftModel.from_pretrained(base(saved_olmoe), str(out)))
-    trained = values(result.trainer.model)
+    before, after = unit_values(base(saved_olmoe)), unit_values(PeftModel.from_pretrained(base(saved_olmoe), str(out)))
+    trained = unit_values(result.trainer.model)
     assert {name.removeprefix("base_model.model.") for name in after} == set(before)
     for name, value in after.items():
         assert torch.equal(value, trained[name])
@@ -186,8 +182,8 @@ def test_goes_back_to_the_last_values_within_the_limit(saved_olmoe, tmp_path, ca
     assert len(result.selection.units) == 4 and sum(bool(state) for state in optimizer.state.values()) == 4
     (control,) = measured["control"].values()
     assert 0 < control["loss_after"] - control["loss_before"] <= limit
-    reloaded = values(PeftModel.from_pretrained(base(saved_olmoe), str(out)))
-    trained = values(result.trainer.model)
+    reloaded = unit_values(PeftModel.from_pretrained(base(saved_olmoe), str(out)))
+    trained = unit_values(result.trainer.model)
     assert all(torch.equal(value, trained[name]) for name, value in reloaded.items())
     assert "Step 10, shrink: the control loss rose" in capsys.readouterr().out
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import accelerate.commands.launch
 import pytest
 import torch
+from accelerate.commands.config import config_args
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -27,6 +28,8 @@ from kappatune_plugin.distributed.ranks import LAUNCHED, is_launched
 from kappatune_plugin.distributed.unsupported import fsdp_problem
 from kappatune_plugin.recipe.launch_keys import split_words, warn_of_unused
 from kappatune_plugin.recipe.recipe import load_recipe
+from kappatune_plugin.run import launch as launch_module
+from kappatune_plugin.run import train as train_module
 from kappatune_plugin.run.launch import launch
 from kappatune_plugin.run.train import run_sft
 
@@ -101,9 +104,9 @@ def test_accelerate_gets_the_command(no_launcher, monkeypatch):
 def launched(no_launcher, monkeypatch, tmp_path) -> list:
     """What `kappatune sft` gives to the launcher, [] for a run in this process, which doesn't happen."""
     seen: list = []
-    monkeypatch.setattr("kappatune_plugin.run.launch.launch", lambda *given: seen.extend(given))
-    monkeypatch.setattr("kappatune_plugin.run.train.run_sft", lambda recipe: None)
-    monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(tmp_path / "default.yaml"))
+    monkeypatch.setattr(launch_module, "launch", lambda *given: seen.extend(given))
+    monkeypatch.setattr(train_module, "run_sft", lambda recipe: None)
+    monkeypatch.setattr(config_args, "default_config_file", str(tmp_path / "default.yaml"))
     return seen
 
 

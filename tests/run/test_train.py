@@ -12,27 +12,18 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from helpers.recipes import ROWS, tiny_recipe, write_recipe, write_rows
+from helpers.recipes import ROWS, write_rows
+from helpers.training import losses, train, unit_values
 from kappatune_plugin import KappaReport, KappaTuneError, Selection
 from kappatune_plugin.recipe.recipe import load_recipe
 from kappatune_plugin.run.train import run_sft
-from kappatune_plugin.weights.units import find_units, unit_matrix
 
 REPOSITORY = Path(__file__).parents[2]
 DATA = Path(os.environ.get("KAPPATUNE_DATA", REPOSITORY.parent / "shared" / "data"))
 
 
-def train(folder: Path, model: Path, *overrides: str, **changes):
-    path = write_recipe(folder / "recipe.yaml", tiny_recipe(folder, model, **changes))
-    return run_sft(load_recipe(path, overrides))
-
-
 def load_base(folder: Path) -> AutoModelForCausalLM:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
-def unit_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {unit.name: unit_matrix(model, unit).clone() for unit in find_units(model)}
 
 
 def test_leaves_what_is_documented(saved_olmoe, tmp_path, capsys):
@@ -178,9 +169,9 @@ def test_real_models_learn_real_text(tmp_path, model):
     result = run_sft(
         load_recipe(RECIPE, [*local, *flags, "--kappatune.k", str(MODELS[model]), "--logging_steps", "10"])
     )
-    losses = [entry["loss"] for entry in result.trainer.state.log_history if "loss" in entry]
+    learned = losses(result.trainer)
     control = result.forgetting.to_dict()["control"]["tinystories"]
-    assert losses[-1] < losses[0] / 2
+    assert learned[-1] < learned[0] / 2
     # it knows stories to begin with (2048 tokens at random are 7.6 nats), and the whole model still does
     assert control["loss_before"] < 3.5 and control["loss_after"] < control["loss_before"] + 1
     assert control["kl_after"] > 0

@@ -19,6 +19,7 @@ from kappatune_plugin.scanning import measure as measure_module
 from kappatune_plugin.scanning.cache import Cache, cache_folder, content_hash
 from kappatune_plugin.scanning.scan import scan
 from kappatune_plugin.selection.report import UnitReport
+from kappatune_plugin.weights.safetensors_files import TensorFiles
 from kappatune_plugin.weights.units import WeightUnit
 
 UNIT = WeightUnit("a.weight", (6, 4), "a.weight", groups=frozenset({"router"}))
@@ -61,7 +62,7 @@ def test_known_files_are_not_read_again(saved_olmoe, monkeypatch):
     def refuse(*args):
         raise AssertionError("a tensor was read")
 
-    monkeypatch.setattr("kappatune_plugin.weights.safetensors_files.TensorFiles.read", refuse)
+    monkeypatch.setattr(TensorFiles, "read", refuse)
     assert quiet(saved_olmoe) == first
     with pytest.raises(AssertionError):
         quiet(saved_olmoe, cache=False)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM
+from trl import SFTTrainer
 
 from helpers.command import kappatune
 from helpers.recipes import tiny_recipe, write_recipe
@@ -368,6 +369,6 @@ def test_only_what_peft_raises_is_put_down_to_it(bench, monkeypatch, method):
     def fails(*_, **__):
         raise RuntimeError("the driver failed")
 
-    monkeypatch.setattr("trl.SFTTrainer.__init__", fails)
+    monkeypatch.setattr(SFTTrainer, "__init__", fails)
     with pytest.raises(RuntimeError, match="the driver failed"):
         train_run(bench, parse_methods(method)[0], 1e-3, 0, every=6)

@@ -10,6 +10,7 @@ from rich.console import Console
 from helpers.made_up_reports import report, row, twelve_units
 from helpers.tiny import tiny_model
 from kappatune_plugin import KappaTuneError, scan
+from kappatune_plugin.study import plots
 from kappatune_plugin.study.method_configs import Pool, arm_config, choose, nearest_count
 from kappatune_plugin.study.methods import DEFAULT_METHODS, Method, parse_methods
 from kappatune_plugin.study.plots import budget_plot, frontier_plot, matched_plot
@@ -370,7 +371,7 @@ def test_a_budget_that_diverged_is_left_out_of_the_picture(tmp_path):
 @pytest.mark.parametrize(("worst", "scale"), [(0.9, "linear"), (1.1, "symlog")])
 def test_methods_are_told_apart_beside_one_that_forgets_far_more(tmp_path, monkeypatch, worst, scale):
     drawn = []
-    monkeypatch.setattr("kappatune_plugin.study.plots._save", lambda figure, axes, *_, **__: drawn.append(axes))
+    monkeypatch.setattr(plots, "_save", lambda figure, axes, *_, **__: drawn.append(axes))
     content = made_up(entry("lowest", [0.8] * 3, [0.02] * 3), entry("full", [0.9] * 3, [worst] * 3))
     frontier_plot(content, tmp_path / "a.png")
     matched_plot(content, tmp_path / "b.png")
@@ -380,7 +381,7 @@ def test_methods_are_told_apart_beside_one_that_forgets_far_more(tmp_path, monke
 
 def test_long_names_and_what_was_not_reached_are_on_lines_of_their_own(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr("kappatune_plugin.study.plots._save", lambda figure, axes, *_, **__: drawn.append(axes))
+    monkeypatch.setattr(plots, "_save", lambda figure, axes, *_, **__: drawn.append(axes))
     long = entry("lowest:rank_by=kappa_over_null", [0.8, 0.9, 0.85], [0.1, 0.2, 0.3], reached=False)
     matched_plot(made_up(entry("lora", [0.8] * 3, [0.1] * 3), long), tmp_path / "a.png")
     labels = [label.get_text() for label in drawn[0].get_yticklabels()]

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from helpers.reference import random_batches, train_with_full_gradients
 from helpers.tiny import CONFIGS, MOE_KINDS, tiny_model
+from helpers.training import unit_values
 from kappatune_plugin import KappaTuneConfig, KappaTuneError, Selection, scan, select
 from kappatune_plugin.tuner.layer import KappaTuneLayer
-from kappatune_plugin.weights.units import find_units, unit_matrix
+from kappatune_plugin.weights.units import find_units
 
 
 def steps(model: nn.Module, batches: list[list[Tensor]], optimizer: torch.optim.Optimizer | None = None) -> list[float]:
@@ -36,10 +37,6 @@ def steps(model: nn.Module, batches: list[list[Tensor]], optimizer: torch.optim.
 
 def mixed_selection(model: nn.Module, order: str = "random", k: int = 7, **kwargs) -> Selection:
     return select(scan(model, progress=False, **kwargs), k=k, order=order, seed=3)
-
-
-def matrices(model: nn.Module) -> dict[str, Tensor]:
-    return {unit.name: unit_matrix(model, unit).clone() for unit in find_units(model)}
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -87,7 +84,7 @@ def test_equals_full_gradients_on_the_slices(experts, checkpointing, accumulatio
         peft_model.enable_input_require_grads()
     losses = steps(peft_model, batches)
     assert losses == pytest.approx(expected, abs=1e-6)
-    ours, theirs = matrices(model), matrices(reference)
+    ours, theirs = unit_values(model), unit_values(reference)
     for name in names:
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=2e-6)
 
@@ -108,7 +105,7 @@ def test_bf16_base_with_fp32_masters_equals_the_same_reference():
     names = [row.name for row in selection.units]
     expected = train_with_full_gradients(reference, names, random_batches(4))
     assert steps(get_peft_model(model, KappaTuneConfig(selection=selection.to_dict())), random_batches(4)) == expected
-    ours, theirs = matrices(model), matrices(reference)
+    ours, theirs = unit_values(model), unit_values(reference)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 

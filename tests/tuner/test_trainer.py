@@ -13,13 +13,14 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from helpers.recipes import known
 from helpers.tiny import tiny_tokenizer
+from helpers.training import ON_CPU, losses, unit_values
 from kappatune_plugin import KappaTuneConfig, KappaTuneError
-from kappatune_plugin.weights.units import find_units, unit_matrix
+from kappatune_plugin.weights.units import find_units
 
 TEXTS = [f"the cat {i} sat on the mat {j} times" for i in range(8) for j in range(4)]
 
@@ -27,16 +28,9 @@ TEXTS = [f"the cat {i} sat on the mat {j} times" for i in range(8) for j in rang
 def trainer(base: Path, output: Path, config: KappaTuneConfig | None = None, **settings) -> SFTTrainer:
     arguments = {
         "output_dir": str(output),
-        "use_cpu": True,
-        "bf16": False,
+        **ON_CPU,
         "max_steps": 6,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
         "weight_decay": 0.1,
-        "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "gradient_checkpointing": False,
         "model_init_kwargs": {"dtype": "float32"},
         **settings,
     }
@@ -47,14 +41,6 @@ def trainer(base: Path, output: Path, config: KappaTuneConfig | None = None, **s
         processing_class=tiny_tokenizer(),
         peft_config=config or KappaTuneConfig(k=7),
     )
-
-
-def losses(one: Trainer) -> list[float]:
-    return [entry["loss"] for entry in one.state.log_history if "loss" in entry]
-
-
-def values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {unit.name: unit_matrix(model, unit).clone() for unit in find_units(model)}
 
 
 @pytest.mark.parametrize(
@@ -110,7 +96,7 @@ def test_resumed_equals_uninterrupted(saved_olmoe, tmp_path):
     resumed = trainer(saved_olmoe, tmp_path / "resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     assert losses(resumed) == losses(whole)
-    ours, theirs = values(resumed.model.get_base_model()), values(whole.model.get_base_model())
+    ours, theirs = unit_values(resumed.model.get_base_model()), unit_values(whole.model.get_base_model())
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -151,8 +137,8 @@ def test_best_model_is_loaded_at_the_end(saved_olmoe, tmp_path):
     masters = [name for name in best if name.endswith("kappatune_master")]
     assert any(not torch.equal(best[name], last[name]) for name in masters)
     loaded = AutoModelForCausalLM.from_pretrained(saved_olmoe, dtype=torch.float32)
-    expected = values(PeftModel.from_pretrained(loaded, one.state.best_model_checkpoint).get_base_model())
-    found = values(one.model.get_base_model())
+    expected = unit_values(PeftModel.from_pretrained(loaded, one.state.best_model_checkpoint).get_base_model())
+    found = unit_values(one.model.get_base_model())
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
@@ -209,8 +195,8 @@ def test_the_output_head_is_trained(task_type, saved_olmoe, tmp_path):
     """TRL reads its weight from outside, and PEFT calls the base model past the tuner where it knows no task."""
     config = KappaTuneConfig(k=1, include=["head"], exclude=(), task_type=task_type)
     one = trainer(saved_olmoe, tmp_path, config)
-    before = values(one.model.get_base_model())
+    before = unit_values(one.model.get_base_model())
     one.train()
-    after = values(one.model.get_base_model())
+    after = unit_values(one.model.get_base_model())
     assert [name for name in before if not torch.equal(before[name], after[name])] == ["lm_head.weight"]
     assert losses(one)[-1] < losses(one)[0] - 0.1

@@ -11,6 +11,7 @@ from transformers import MixtralForSequenceClassification, PreTrainedModel, Trai
 
 from helpers.recipes import known
 from helpers.tiny import tiny_model, tiny_tokenizer
+from helpers.training import ON_CPU
 from kappatune_plugin import KappaTuneConfig
 from kappatune_plugin.weights.units import find_units, unit_block
 
@@ -36,16 +37,9 @@ def short_words(completions: list[str], **_: object) -> list[float]:
 def trainer(kind: str, model: PreTrainedModel, output: Path, config: dict | None = None, **settings: object) -> Trainer:
     arguments = {
         "output_dir": str(output),
-        "use_cpu": True,
-        "bf16": False,
+        **ON_CPU,
         "max_steps": 3,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
         "weight_decay": 0.1,
-        "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "gradient_checkpointing": False,
         **SETTINGS.get(kind, {}),
         **settings,
     }
