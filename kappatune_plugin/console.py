@@ -1,4 +1,4 @@
-"""Where people read what a command says."""
+"""The console that commands print to, and numbers as they show them."""
 
 import sys
 
@@ -8,22 +8,22 @@ WIDTH_OF_A_FILE = 120
 
 
 def number(form: str, value: float) -> str:
-    """`value` in `form` ("{:+.3f}"), without the minus of a zero that only rounding made."""
+    """`value` formatted by `form` ("{:+.3f}"), never as a negative zero."""
     text = form.format(value)
     return form.format(0.0) if text == form.format(-0.0) else text
 
 
 def console(quiet: bool = False) -> Console:
-    """Standard output; a file or a pipe is wide enough for the tables, whatever rich would guess.
+    """Standard output. A file or pipe counts as wide enough for the tables, where rich would assume 80 columns.
 
     Args:
-        quiet: says nothing, as on all processes but the main one.
+        quiet: print nothing, for all processes but the main one.
     """
     return Console(quiet=quiet, width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE)
 
 
 def short_number(value: float | None) -> str:
-    """Three significant digits, thousands written out, "-" for None."""
+    """`value` to three significant digits, thousands written out; "-" for None."""
     if value is None:
         return "-"
     if value >= 1e6:

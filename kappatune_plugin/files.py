@@ -1,4 +1,4 @@
-"""JSON files that are either whole or not there."""
+"""Files that are written whole or not at all, and our JSON format."""
 
 import json
 import os
@@ -15,7 +15,7 @@ def write_text(path: str | os.PathLike, text: str, durable: bool = True) -> None
     """Write `text` to `path` atomically: a reader sees the old file or the new one, never a part of one.
 
     Args:
-        durable: wait until it is on the disk, so that it outlives a power failure.
+        durable: wait until it is on the disk, so that it survives a power failure.
 
     Raises:
         KappaTuneError: the folder can't be made or written, or the disk is full.
@@ -30,7 +30,7 @@ def write_text(path: str | os.PathLike, text: str, durable: bool = True) -> None
                 file.flush()
                 if durable:
                     os.fsync(file.fileno())
-            # mkstemp makes files private; a report is as public as its folder
+            # mkstemp makes files private
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
         except BaseException:
@@ -41,12 +41,12 @@ def write_text(path: str | os.PathLike, text: str, durable: bool = True) -> None
 
 
 def write_json(path: str | os.PathLike, content: dict[str, Any]) -> None:
-    """Write `content` with `"format": 1` first, atomically. NaN and infinity are not JSON and are refused."""
+    """Write `content` as JSON with `"format": 1` first, atomically. Raises ValueError for NaN and infinity."""
     write_text(path, json.dumps({"format": FORMAT, **content}, indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: str | os.PathLike, what: str) -> dict[str, Any]:
-    """Read what `write_json` wrote. `what` names the file's kind in errors ("a kappa report").
+    """Read a file that `write_json` wrote. `what` names its kind in errors ("a kappa report").
 
     Raises:
         KappaTuneError: missing, unreadable, not JSON, not an object, or of another format.

@@ -1,9 +1,9 @@
-"""Condition numbers of many matrices of one shape at once: for a GPU, which one matrix at a time leaves idle.
+"""Condition numbers of many matrices of one shape at once, for GPUs, which one matrix at a time leaves idle.
 
-As `condition`, but all in float64 (an H100 multiplies float64 as fast as float32), with products of matrices wherever
-there is a choice: an explicit inverse of the Cholesky factor, so that a step is two products; Gram-Schmidt in place of
-QR; a fixed number of steps, so that no loop waits for the device. What isn't settled so goes on to `condition`'s
-factors one by one.
+As `number`, but all in float64 (an H100 multiplies float64 as fast as float32), and with matrix products wherever there
+is a choice: an explicit inverse of the Cholesky factor, so that a step is two products; Gram-Schmidt instead of QR; a
+fixed number of steps, so that no loop waits for the device. Matrices that this doesn't settle go on to `by_factors` one
+by one.
 """
 
 import math
@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from kappatune_plugin.condition.bracket import BLOCK, LARGEST_DEFECT, PROBE_SAFETY, PROBES, Bracket, proven
+from kappatune_plugin.condition.bracket import BLOCK, LARGEST_DEFECT, PROBE_SAFETY, PROBES, Bracket
 from kappatune_plugin.condition.by_factors import by_factors
 from kappatune_plugin.condition.exact import from_eigenvalues, from_svd
 from kappatune_plugin.condition.kappa import (
@@ -29,26 +29,26 @@ from kappatune_plugin.condition.ritz_bounds import EPS, eigenvalues_below, large
 
 # fewer columns leave no room for a Krylov space
 FEWEST_COLUMNS = 33
-# bytes of float64 copies and factors in use at a time, of an 80 GB device
+# bytes of float64 copies and factors in use at a time, on an 80 GB device
 WORKSPACE_BYTES = 8 << 30
 # float64 matrices of (n, n) held for each: A^T A, the inverse factor and the parts it is made from
 SQUARES_HELD = 4
-# rows and columns that LAPACK's unblocked Cholesky gets; the rest is products
+# largest side handed to LAPACK's unblocked Cholesky; the rest is products
 LEAF = 128
-# products with a block of BLOCK vectors before a look at the convergence, and looks before giving up
+# products with a block of BLOCK vectors between checks of convergence, and checks before giving up
 STEPS, ROUNDS = 12, 5
 # enough for a bound
 ROUGH_STEPS = 2
-# part of a random vector mixed into each new one, so that there is a new one where the Krylov space ends
+# share of a random vector mixed into each new one, so that there is a new direction where the Krylov space ends
 FILL = 1e-10
 
 
 @torch.no_grad()
-def condition_numbers(w: Tensor, rtol: float = 1e-3, above: float = math.inf, proof: bool = False) -> list[Kappa]:
-    """The condition numbers of `w`, (b, m, n): what `condition_number` tells of each w[i], on any device.
+def condition_numbers(w: Tensor, rtol: float = 1e-3, above: float = math.inf) -> list[Kappa]:
+    """The condition number of each matrix w[i] of `w`, (b, m, n), on any device.
 
     Args:
-        rtol, above, proof: as in `condition_number`.
+        rtol, above: as in `condition_number`.
 
     Raises:
         KappaTuneError: not a 3-D floating-point tensor with values, or `rtol` out of range.
@@ -63,24 +63,21 @@ def condition_numbers(w: Tensor, rtol: float = 1e-3, above: float = math.inf, pr
     for begin in range(0, len(left), size):
         chosen = left[begin : begin + size]
         exponents = [math.frexp(peaks[i])[1] for i in chosen]
-        some = _batch(tall[chosen], exponents, rtol, above, proof) if n >= FEWEST_COLUMNS else [None] * len(chosen)
+        some = _batch(tall[chosen], exponents, rtol, above) if n >= FEWEST_COLUMNS else [None] * len(chosen)
         for i, exponent, kappa in zip(chosen, exponents, some, strict=True):
-            found[i] = _one(tall[i], exponent, rtol, above, proof) if kappa is None else kappa
+            found[i] = _one(tall[i], exponent, rtol, above) if kappa is None else kappa
     return found
 
 
-def _one(tall: Tensor, exponent: int, rtol: float, above: float, proof: bool) -> Kappa:
+def _one(tall: Tensor, exponent: int, rtol: float, above: float) -> Kappa:
     """Kappa of a matrix that is too small for a batch, or not settled by its A^T A."""
     m, n = tall.shape
     if n < FEWEST_COLUMNS:
-        kappa = None if proof else from_eigenvalues(tall, exponent, rtol)
-        return kappa or from_svd(tall, exponent)
-    if m == n:
-        return by_factors(tall, exponent, (torch.float64,), rtol, above, proof)
-    return from_svd(tall, exponent)
+        return from_eigenvalues(tall, exponent, rtol) or from_svd(tall, exponent)
+    return by_factors(tall, exponent, (torch.float64,), rtol, above) if m == n else from_svd(tall, exponent)
 
 
-def _batch(tall: Tensor, exponents: Sequence[int], rtol: float, above: float, proof: bool) -> list[Kappa | None]:
+def _batch(tall: Tensor, exponents: Sequence[int], rtol: float, above: float) -> list[Kappa | None]:
     """Kappa of each matrix of `tall`, (b, m, n) with m >= n; None where its interval is wider than `rtol`."""
     found: list[Kappa | None] = [None] * len(tall)
     stack = _factored(tall, exponents)
@@ -98,13 +95,10 @@ def _batch(tall: Tensor, exponents: Sequence[int], rtol: float, above: float, pr
         brackets = stack.brackets()
         norms, log_volumes = stack.frobenius.tolist(), stack.log_volume.tolist()
         for position, (i, each) in enumerate(zip(chosen, brackets, strict=True)):
-            if proof and each.narrower_than(rtol):
-                each = proven(stack.a[position], each)
-            if each is not None and each.narrower_than(rtol):
+            if each.narrower_than(rtol):
                 sigma = each.sigma_max[0], each.sigma_min[1]
-                method = "gram64" + " proven" * proof
                 known = log_volumes[position], norms[position], tall.shape[2], exponents[i]
-                found[i] = settled(each.kappa, sigma, *known, method)
+                found[i] = settled(each.kappa, sigma, *known, "gram64")
         kept = [position for position, i in enumerate(chosen) if found[i] is None]
         chosen = [chosen[position] for position in kept]
         stack = stack.take(kept)
@@ -113,15 +107,15 @@ def _batch(tall: Tensor, exponents: Sequence[int], rtol: float, above: float, pr
 
 @dataclass
 class _Stack:
-    """Matrices A with their factors and the Krylov spaces so far; every field but `noise` has the batch first.
+    """Matrices A with their factors and their Krylov spaces so far. The batch is the first axis of all but `noise`.
 
     Attributes:
         a: (b, m, n), float64, values below 1.
         gram: (b, n, n), A^T A.
-        inverse: (b, n, n), X with X A^T A X^T near the identity; lower triangular.
+        inverse: (b, n, n), lower triangular X with X A^T A X^T near the identity.
         frobenius, log_volume: (b,).
-        defect: (b,), bound of ||X A^T A X^T - I||; inf where A^T A has no Cholesky factor.
-        low, high: (b, n, BLOCK), where the next Krylov spaces of the smallest and largest singular values start.
+        defect: (b,), upper bound on ||X A^T A X^T - I||; inf where A^T A has no Cholesky factor.
+        low, high: (b, n, BLOCK), start vectors of the next Krylov spaces for the smallest and largest singular values.
         noise: (n, STEPS * BLOCK), unit columns.
     """
 
@@ -143,22 +137,22 @@ class _Stack:
         return replace(self, **{name: part[index] for name, part in parts.items()})
 
     def solve(self, v: Tensor) -> Tensor:
-        """(A^T A)^-1 v, nearly."""
+        """Approximately (A^T A)^-1 v."""
         return self.inverse.mT @ (self.inverse @ v)
 
     def at_least(self) -> Tensor:
-        """Numbers, (b,), that kappa is certainly not below, as in `bracket.at_least`."""
-        # the Ritz vector still holds enough of the start to hide a small ||A x||: one more step takes it out
+        """Lower bounds on the condition numbers, (b,), as in `bracket.at_least`."""
+        # enough of the start vector is left in the Ritz vector to hide a small ||A x||; one more step removes it
         low = self.solve(_ritz_pairs(self.solve, self.low, self.noise, ROUGH_STEPS).vectors[..., :1])
         high = _ritz_pairs(lambda v: self.gram @ v, self.high, self.noise, ROUGH_STEPS).vectors[..., :1]
         x = torch.cat([high, low], -1)
         norms = torch.linalg.vector_norm(self.a @ x, dim=1) / torch.linalg.vector_norm(x, dim=1)
         longest, shortest = norms.unbind(-1)
-        # 0 where that isn't a number
+        # 0, which bounds nothing, where the result isn't finite
         return torch.nan_to_num(longest / shortest * (1 - 8 * EPS * self.frobenius / shortest), 0.0, 0.0, 0.0)
 
     def brackets(self) -> list[Bracket]:
-        """Intervals of the extreme singular values, from Krylov spaces that start where the last ones ended."""
+        """Intervals around the extreme singular values, from Krylov spaces that start where the last ones ended."""
         inverse = _ritz_pairs(self.solve, self.low, self.noise, STEPS)
         top = _ritz_pairs(lambda v: self.gram @ v, self.high, self.noise, STEPS)
         self.low, self.high = inverse.vectors, top.vectors
@@ -221,7 +215,7 @@ def _factored(tall: Tensor, exponents: Sequence[int]) -> _Stack:
 
 
 def _gram(a: Tensor) -> Tensor:
-    """A^T A, (b, n, n): the lower triangle in four block rows, then mirrored."""
+    """A^T A, (b, n, n): computed as a lower triangle in four block rows, then mirrored."""
     n = a.shape[2]
     gram = a.new_empty(a.shape[0], n, n)
     rows = -(-n // 4)
@@ -233,7 +227,8 @@ def _gram(a: Tensor) -> Tensor:
 
 
 def _inverse_factor(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """X, (b, n, n) lower triangular, with X G X^T = I, by halves; and where G isn't positive definite, (b,).
+    """Lower triangular X, (b, n, n), with X G X^T = I, by recursive halving; and a mask, (b,), of the G that aren't
+    positive definite.
 
     The inverse of [[L11, 0], [L21, L22]] is [[X11, 0], [-X22 L21 X11, X22]]; L21 = G21 X11^T.
     """
@@ -255,8 +250,8 @@ def _inverse_factor(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class _RitzPairs:
-    """The BLOCK + 1 largest, largest first: values and residual norms (b, BLOCK + 1); vectors (b, n, BLOCK) of the
-    first BLOCK."""
+    """The BLOCK + 1 largest Ritz values and their residual norms, (b, BLOCK + 1), largest first; and the vectors of the
+    first BLOCK, (b, n, BLOCK)."""
 
     values: Tensor
     residuals: Tensor
@@ -266,8 +261,8 @@ class _RitzPairs:
 def _ritz_pairs(operator: Callable[[Tensor], Tensor], start: Tensor, noise: Tensor, steps: int) -> _RitzPairs:
     """Largest eigenpairs of a symmetric `operator`, (b, n, BLOCK) -> (b, n, BLOCK), from its Krylov space of `start`.
 
-    With the operator's values on the whole space kept: the residuals are norms of what they claim to be, whatever
-    the rounding did to the space.
+    The operator's image of the whole space is kept, so that residuals are computed directly and stay right whatever
+    rounding did to the basis.
     """
     b, n, width = start.shape
     steps = min(steps, n // width)
@@ -288,7 +283,8 @@ def _ritz_pairs(operator: Callable[[Tensor], Tensor], start: Tensor, noise: Tens
 
 
 def _orthonormal(v: Tensor, basis: Tensor, fill: Tensor) -> Tensor:
-    """The unit vector of `v`, (b, n), outside of `basis`, (b, n, j); of `fill`, (n,), if nothing of `v` is left."""
+    """`v`, (b, n), made orthogonal to `basis`, (b, n, j), and normalized; `fill`, (n,), takes its place if nothing of
+    it is left."""
     v = v / torch.linalg.vector_norm(v, dim=1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny) + FILL * fill
     # twice is enough (Parlett, The Symmetric Eigenvalue Problem, ch. 6)
     for _ in range(2):

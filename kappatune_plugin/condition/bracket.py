@@ -1,9 +1,9 @@
-"""Intervals that hold the extreme singular values of A, (m, n) with m >= n, from a factor near A^T A.
+"""Intervals around the extreme singular values of A, (m, n) with m >= n, from an approximate factor of A^T A.
 
 Upper ends of sigma_min and lower ends of sigma_max are norms of products with A itself in float64, so they hold up to
 the rounding of float64. The other ends rest on the residuals of those products, on Lehmann's bound and on the factor's
-measured defect (see `interval`). They hold unless the Krylov space of a random block missed an extreme singular value,
-or the random probes missed most of the defect; `proven` leaves no such unless.
+measured defect (see `ritz_bounds`). They hold unless the Krylov space of a random block missed an extreme singular
+value, or the random probes missed most of the defect.
 """
 
 import math
@@ -12,32 +12,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kappatune_plugin.condition.factor import CholeskyFactor, Factor, gram, products
+from kappatune_plugin.condition.factor import Factor, products
 from kappatune_plugin.condition.lanczos import RitzPairs, block_lanczos
 from kappatune_plugin.condition.ritz_bounds import EPS, eigenvalues_below, largest_singular_value, lowest_eigenvalue
 
-# a block of 4 finds up to 4 equal singular values; 40 steps reach them or another factor is due
+# a block of 4 finds up to 4 equal singular values; if 40 steps don't converge, a more precise factor is needed
 BLOCK, STEPS = 4, 40
-# Davidson corrections before another factor is due: each costs a tenth of that
+# Davidson corrections before a more precise factor is tried: each costs a tenth of that
 CORRECTIONS = 8
 PROBES = 16
 # the norm of the largest of 16 products with Gaussian vectors is below ||E|| / 1.8 with probability 1e-6 for E of rank
 # one, the worst case: P(|N(0, 1)| < 1 / 1.8)^16
 PROBE_SAFETY = 1.8
-# a factor with a larger defect says too little of A's eigenvalues
+# a factor with a larger defect says too little about A's eigenvalues
 LARGEST_DEFECT = 0.25
 
 
 @dataclass(frozen=True)
 class Bracket:
-    """sigma_max and sigma_min of a matrix, each between two numbers."""
+    """Intervals (lower, upper) that hold a matrix's sigma_max and sigma_min."""
 
     sigma_max: tuple[float, float]
     sigma_min: tuple[float, float]
 
     @property
     def kappa(self) -> tuple[float, float]:
-        """The interval of sigma_max / sigma_min; inf where sigma_min may be 0."""
+        """The interval of sigma_max / sigma_min; its upper end is inf where sigma_min may be 0."""
         lo, hi = self.sigma_max[0] / self.sigma_min[1], math.inf
         if self.sigma_min[0] > 0:
             hi = self.sigma_max[1] / self.sigma_min[0]
@@ -52,7 +52,7 @@ class Bracket:
 def bracket(
     a: Tensor, factor: Factor, top: RitzPairs, frobenius: float, rtol: float, generator: torch.Generator
 ) -> Bracket | None:
-    """Intervals of relative width `rtol` where this factor reaches it, wider ones where not.
+    """Intervals whose quotient has relative width `rtol` where this factor is precise enough, wider ones elsewhere.
 
     Args:
         top: Ritz pairs of A^T A, for sigma_max.
@@ -80,11 +80,11 @@ def bracket(
 
 
 def at_least(a: Tensor, factor: Factor, top: RitzPairs, frobenius: float, generator: torch.Generator) -> float:
-    """A number that kappa is certainly not below, from two inverse steps: ||A u|| / ||A v|| for unit vectors u, v."""
+    """A lower bound on kappa from two inverse iterations: ||A u|| / ||A v|| for unit vectors u, v."""
     inverse = block_lanczos(factor.solve, gaussian(a, BLOCK, factor.dtype, generator), 2, 0.0)
     if inverse is None:
         return 1.0
-    # the Ritz vector still holds enough of the start to hide a small ||A x||: one more step takes it out
+    # enough of the start vector is left in the Ritz vector to hide a small ||A x||; one more step removes it
     low = factor.solve(inverse.largest(1).to(factor.dtype)).double()
     x = torch.cat([top.largest(1), low], dim=1)
     norms = torch.linalg.vector_norm(products(a, x)[0], dim=0) / torch.linalg.vector_norm(x, dim=0)
@@ -92,30 +92,8 @@ def at_least(a: Tensor, factor: Factor, top: RitzPairs, frobenius: float, genera
     return longest / shortest * (1 - 8 * EPS * frobenius / shortest) if shortest > 0 else math.inf
 
 
-def proven(a: Tensor, found: Bracket) -> Bracket | None:
-    """`found`, widened by float64's rounding, if no singular value of A lies outside of that: a proof, by Sylvester's
-    law of inertia.
-
-    A^T A - lo^2 and hi^2 - A^T A have Cholesky factors only if they are positive definite, but for the rounding of the
-    products and of the factorization (Higham, Accuracy and Stability, th. 10.3).
-    """
-    lower = gram(a, torch.float64)
-    trace = lower.diagonal().sum().item()
-    # of products over the m rows, and of the n steps of the factorization
-    error = 4 * EPS * (a.shape[0] + 2) * trace
-    for sign, bound in ((1, found.sigma_min[0]), (-1, found.sigma_max[1])):
-        shifted = sign * lower
-        # half of what the bound is widened by, so that rounding alone doesn't fail it
-        shifted.diagonal().sub_(sign * bound**2 - error)
-        if CholeskyFactor.of(shifted) is None:
-            return None
-    low = math.sqrt(max(0.0, found.sigma_min[0] ** 2 - 2 * error))
-    high = math.sqrt(found.sigma_max[1] ** 2 + 2 * error)
-    return Bracket((found.sigma_max[0], high), (low, found.sigma_min[1]))
-
-
 def gaussian(a: Tensor, width: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """(n, width) on the device of `a`, the same numbers on every device."""
+    """Gaussian numbers, (n, width), on the device of `a`; the same numbers on every device."""
     return torch.randn(a.shape[1], width, generator=generator, dtype=torch.float64).to(a.device, dtype)
 
 
@@ -129,7 +107,8 @@ class _Space:
 
 
 def _below(a: Tensor, factor: Factor, inverse: RitzPairs, low: Tensor, generator: torch.Generator) -> Tensor | None:
-    """Lower bounds of A^T A's lowest BLOCK + 1 eigenvalues, (BLOCK + 1,), 0 where the factor is too far from it."""
+    """Lower bounds on the BLOCK + 1 smallest eigenvalues of A^T A, (BLOCK + 1,); 0 where the factor is too imprecise,
+    None if it broke down."""
     z = gaussian(a, PROBES, factor.dtype, generator)
     x = factor.probe(z)
     if not torch.isfinite(x).all():
@@ -139,7 +118,7 @@ def _below(a: Tensor, factor: Factor, inverse: RitzPairs, low: Tensor, generator
     shrinks = []
     for lowest in range(BLOCK + 1):
         eta = PROBE_SAFETY * torch.linalg.vector_norm(defect, dim=0).max().item()
-        # a defect that isn't a number is no small defect
+        # a NaN defect must not count as a small one
         shrinks.append(factor.shrink(eta) if eta < LARGEST_DEFECT else 0.0)
         image = images[:, lowest : lowest + 1]
         defect = defect - image @ (image.mT @ defect)
@@ -151,7 +130,7 @@ def _below(a: Tensor, factor: Factor, inverse: RitzPairs, low: Tensor, generator
 def _smallest(
     a: Tensor, factor: Factor, space: _Space, below: Tensor, hidden: float, frobenius: float, rtol: float
 ) -> tuple[float, float]:
-    """The interval of sigma_min, improved until it is as narrow as `rtol` or the corrections are through."""
+    """The interval of sigma_min, improved until its relative width is `rtol` or all corrections are used."""
     floor = torch.tensor(4 * EPS * frobenius**2, dtype=torch.float64)
     best = 0.0
     for correction in range(CORRECTIONS + 1):
@@ -162,15 +141,16 @@ def _smallest(
         if done or correction == CORRECTIONS or not below.any():
             break
         space = _widened(a, factor, space, residuals)
-    # of a float64 norm ||A x|| for a unit vector x
+    # rounding of the float64 norm ||A x|| for a unit vector x
     error = 8 * EPS * frobenius / upper if upper > 0 else 0.0
     return math.sqrt(best) * max(0.0, 1 - error), upper * (1 + error)
 
 
 def _rayleigh_ritz(space: _Space) -> tuple[Tensor, Tensor]:
-    """The BLOCK lowest values of ||A x||^2 on the space, (BLOCK,), and the residuals of their vectors, (n, BLOCK).
+    """The BLOCK smallest Ritz values of A^T A on the space, (BLOCK,), and their residual vectors, (n, BLOCK).
 
-    From the singular values of A @ basis, not from those of its square: float64 then reaches sigma_min itself.
+    From the singular values of A @ basis, not from the eigenvalues of its Gram matrix: squaring would cost half the
+    digits of sigma_min.
     """
     _, sigma, right = torch.linalg.svd(torch.linalg.qr(space.a)[1])
     rotation = right.mT.flip(1)[:, :BLOCK]
@@ -179,7 +159,7 @@ def _rayleigh_ritz(space: _Space) -> tuple[Tensor, Tensor]:
 
 
 def _widened(a: Tensor, factor: Factor, space: _Space, residuals: Tensor) -> _Space:
-    """The space with the factor's answer to the residuals (Davidson, J. Comput. Phys. 17, 1975)."""
+    """The space extended by M^-1 of the residuals (Davidson, J. Comput. Phys. 17, 1975)."""
     scale = torch.linalg.vector_norm(residuals, dim=0).clamp_min(torch.finfo(torch.float64).tiny)
     step = factor.solve((residuals / scale).to(factor.dtype)).double()
     for _ in range(2):

@@ -1,11 +1,11 @@
-"""Condition numbers from an LU or Cholesky factor, which preconditions block Lanczos."""
+"""Condition numbers by block Lanczos, preconditioned by an LU or Cholesky factor."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from kappatune_plugin.condition.bracket import BLOCK, at_least, bracket, gaussian, proven
+from kappatune_plugin.condition.bracket import BLOCK, at_least, bracket, gaussian
 from kappatune_plugin.condition.exact import from_svd
 from kappatune_plugin.condition.factor import CholeskyFactor, LUFactor, gram, products, symmetric_product
 from kappatune_plugin.condition.kappa import LARGEST_BOUND, Kappa, only_bounded, scaled, settled
@@ -14,30 +14,26 @@ from kappatune_plugin.condition.ritz_bounds import RESIDUALS_HIGH
 
 # a float32 factor's interval is no narrower than about this
 FLOAT32_RTOL = 1e-5
-# products with A^T A until its largest eigenvalue is known: with a float32 factor, and where that wasn't enough
+# products with A^T A to find its largest eigenvalue: in the factor's precision, and then in float64 if needed
 TOP_STEPS, MORE_TOP_STEPS = 80, 160
 # enough for a bound
 ROUGH_TOP_STEPS = 5
-# sigma_max gets this part of half the interval (its residual counts RESIDUALS_HIGH times in sigma_max^2, so half of
-# that in sigma_max)
+# share of half the interval's width given to sigma_max (its residual counts RESIDUALS_HIGH times in sigma_max^2, half
+# of that in sigma_max)
 TOP_SHARE = 0.8
 
 
-def by_factors(
-    tall: Tensor, exponent: int, dtypes: Sequence[torch.dtype], rtol: float, above: float, proof: bool
-) -> Kappa:
+def by_factors(tall: Tensor, exponent: int, dtypes: Sequence[torch.dtype], rtol: float, above: float) -> Kappa:
     """Kappa of `tall`, (m, n) with m >= n and largest magnitude below 2^exponent: by a factor in the first of `dtypes`
-    whose interval is as narrow as `rtol`, else by a float64 SVD."""
+    that gives an interval of relative width `rtol`, else by a float64 SVD."""
     for dtype in dtypes:
-        kappa = _from_factor(tall, exponent, dtype, rtol, above, proof)
+        kappa = _from_factor(tall, exponent, dtype, rtol, above)
         if kappa is not None:
             return kappa
     return from_svd(tall, exponent)
 
 
-def _from_factor(
-    tall: Tensor, exponent: int, dtype: torch.dtype, rtol: float, above: float, proof: bool
-) -> Kappa | None:
+def _from_factor(tall: Tensor, exponent: int, dtype: torch.dtype, rtol: float, above: float) -> Kappa | None:
     """Kappa of `tall`, (m, n) with m >= n, by a factor in `dtype`; None if its interval is wider than `rtol`."""
     a = scaled(tall, exponent, torch.promote_types(tall.dtype, torch.float32))
     # the same start vectors for every matrix and device: the same weights give the same report
@@ -63,17 +59,14 @@ def _from_factor(
     if top is None or top.relative_residual > tolerance:
         top = block_lanczos(lambda v: products(a, v)[1], start.double(), MORE_TOP_STEPS, tolerance)
     found = bracket(a, factor, top, frobenius, rtol / 2, generator) if top is not None else None
-    if found is not None and proof:
-        found = proven(a, found)
     if found is None or not found.narrower_than(rtol):
         return None
-    # products with Ritz vectors are far nearer than the interval says
+    # norms of products with Ritz vectors are far nearer to the exact values than the interval's width says
     sigma = found.sigma_max[0], found.sigma_min[1]
-    method += " proven" * proof
     return settled(found.kappa, sigma, factor.log_volume(), frobenius, a.shape[1], exponent, method)
 
 
 def _frobenius(a: Tensor) -> float:
-    """||A||_F: float64 from lines of A in its own precision, of which the sum in float64 is slow."""
+    """||A||_F: norms of lines in A's own precision, then summed in float64, since all of it in float64 is slow."""
     lines = a if a.is_contiguous() else a.mT
     return torch.linalg.vector_norm(torch.linalg.vector_norm(lines, dim=1).double()).item()

@@ -12,9 +12,9 @@ def from_eigenvalues(tall: Tensor, exponent: int, rtol: float) -> Kappa | None:
     """Kappa of `tall`, (m, n) with m >= n and largest magnitude below 2^exponent, by the eigenvalues of A^T A in
     float64; None if its interval is wider than `rtol`.
 
-    Faster than an SVD where both are fast, and good for kappa up to about 1e5. An eigenvalue's error is within
+    Faster than an SVD for small matrices, and precise enough for kappa up to about 1e5. An eigenvalue's error is within
     p(n) * eps * ||A^T A|| (LAPACK Users' Guide, 3rd ed., section 4.7.1), the product's within p(m) * eps * ||A||_F^2;
-    p as in `from_svd`, which doubles as the error of both.
+    one p, that of `from_svd`, covers both.
     """
     m, n = tall.shape
     a = scaled(tall, exponent, torch.float64)
@@ -63,5 +63,5 @@ def from_svd(tall: Tensor, exponent: int) -> Kappa:
 
 
 def _growth(m: int, n: int) -> float:
-    # a vector has one singular value, so its kappa is 1 whatever the rounding
+    # a vector has one singular value, so its kappa is exactly 1
     return min(math.sqrt(m) + math.sqrt(n), m) if n > 1 else 0.0

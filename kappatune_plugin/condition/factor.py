@@ -1,7 +1,7 @@
 """Triangular factors of A^T A, for a matrix A of (m, n) with m >= n, and how far they are from it.
 
-A factor made in float32 is wrong, but it is known by how much: its defect eta bounds every eigenvalue of A^T A from
-below by those of the factored matrix. That makes it a preconditioner whose results can be certified.
+A factor made in float32 is inexact, but its error is measured: with the defect eta, every eigenvalue of A^T A is
+bounded from below by the factored matrix's. That makes it a preconditioner whose results can be certified.
 """
 
 from typing import Protocol
@@ -12,7 +12,7 @@ from torch import Tensor
 # columns of a block product: large enough for BLAS, small enough to use the symmetry (measured on an AVX-512 CPU, as
 # the next two were)
 PANEL = 256
-# columns of a Cholesky factor that LAPACK's own, half as fast, gets at a time
+# columns of a Cholesky factor handed to LAPACK, which is half as fast, at a time
 CHOLESKY_PANEL = 64
 # values of A converted at a time
 CHUNK = 1 << 20
@@ -33,13 +33,13 @@ class Factor(Protocol):
         """E z, (n, b), where E is what a perfect factor would make 0; ax = A x and gx = A^T A x for x = probe(z)."""
 
     def image(self, v: Tensor) -> Tensor:
-        """The vectors, (n, b), to project out of E's values to leave the eigenvectors `v` of M out of account."""
+        """The vectors, (n, b), to project out of E's images so that the eigenvectors `v` of M don't count."""
 
     def shrink(self, eta: float) -> float:
-        """eigenvalue i of A^T A >= shrink(eta) * eigenvalue i of M, if ||E|| <= eta.
+        """The factor s with: eigenvalue i of A^T A >= s * eigenvalue i of M for every i, if ||E|| <= eta.
 
-        With P E in place of E, where P projects the images of M's i lowest eigenvectors out, that holds for the
-        eigenvalues after those: on the rest of R^n, M is at least its eigenvalue i + 1.
+        With ||P E|| <= eta, where P projects out the images of M's i lowest eigenvectors, it holds for the eigenvalues
+        after those i: on the rest of R^n, M is at least its eigenvalue i + 1.
         """
 
     def log_volume(self) -> float:
@@ -54,7 +54,7 @@ class CholeskyFactor:
 
     @classmethod
     def of(cls, gram: Tensor) -> "CholeskyFactor | None":
-        """From A^T A, of which only the lower triangle is read; None if it isn't positive definite in its precision."""
+        """Factor A^T A, of which only the lower triangle is read; None if it isn't positive definite in its dtype."""
         lower = gram.tril()
         for left in range(0, len(lower), CHOLESKY_PANEL):
             end = min(left + CHOLESKY_PANEL, len(lower))
@@ -91,7 +91,7 @@ class CholeskyFactor:
 class LUFactor:
     """A^T ~ P L U for a square A, so M = P L U U^T L^T P^T. E = (P L U)^-T A - I.
 
-    Reaches condition numbers that A^T A, where they are squared, does not.
+    Works for larger condition numbers than a Cholesky factor of A^T A, which squares them.
     """
 
     def __init__(self, packed: Tensor, pivots: Tensor) -> None:
@@ -100,7 +100,7 @@ class LUFactor:
 
     @classmethod
     def of(cls, a: Tensor) -> "LUFactor | None":
-        """From a square A; None if a pivot is 0 or not finite."""
+        """Factor a square A; None if a pivot is 0 or not finite."""
         packed, pivots, info = torch.linalg.lu_factor_ex(a.mT)
         return cls(packed, pivots) if info.item() == 0 else None
 
@@ -134,7 +134,7 @@ class LUFactor:
 
 
 def gram(a: Tensor, dtype: torch.dtype) -> Tensor:
-    """Lower triangle of A^T A, (n, n), in `dtype`; above the blocks on its diagonal there are zeros."""
+    """Lower triangle of A^T A, (n, n), in `dtype`; zeros above the diagonal blocks."""
     m, n = a.shape
     result = torch.zeros(n, n, dtype=dtype, device=a.device)
     rows = m if a.dtype == dtype else max(PANEL, CHUNK // n)
@@ -147,8 +147,8 @@ def gram(a: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def symmetric_product(lower: Tensor, v: Tensor) -> Tensor:
-    """G v for the symmetric G of which `gram` holds the lower triangle."""
-    # a few vectors as rows: BLAS takes several times as long for as many columns
+    """G v for the symmetric G whose lower triangle `lower` is, as `gram` returns it."""
+    # as rows, since BLAS takes several times as long for a few columns
     rows = v.mT.contiguous()
     result = torch.empty_like(rows)
     for top in range(0, lower.shape[0], PANEL):
@@ -173,7 +173,7 @@ def products(a: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _permutation(pivots: Tensor) -> Tensor:
-    """order such that (P^T v) = v[order], from LAPACK's sequence of row exchanges."""
+    """The order with P^T v = v[order], from LAPACK's sequence of row exchanges."""
     order = list(range(len(pivots)))
     for row, other in enumerate((pivots - 1).tolist()):
         order[row], order[other] = order[other], order[row]

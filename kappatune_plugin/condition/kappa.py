@@ -1,4 +1,4 @@
-"""Kappa: what is known of one matrix's condition number, and the ways to it that need no iteration."""
+"""The result type Kappa, its constructors, and the checks and scaling that every way to measure shares."""
 
 import math
 from dataclasses import dataclass
@@ -10,27 +10,27 @@ from kappatune_plugin.errors import KappaTuneError
 
 STATUSES = ("ok", "zero", "rank_deficient", "nonfinite")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# what is only known to be above a bound gets no status; up to this bound, that is: above, it might be rank-deficient
+# larger bounds aren't reported as "kappa is above this": such a matrix might be rank-deficient, a status of its own
 LARGEST_BOUND = 1e6
 
 
 @dataclass(frozen=True)
 class Kappa:
-    """Condition number of one matrix W, with what its singular values sigma_1 >= ... >= sigma_n also tell.
+    """The condition number of one matrix W, and other numbers from its singular values sigma_1 >= ... >= sigma_n.
 
     Attributes:
         value: kappa; inf for "zero" and "rank_deficient".
-        lo, hi: the exact kappa of the stored values lies between them; hi is inf where value is, lo is finite for
-            "rank_deficient" (at least this large) and inf for "zero".
+        lo, hi: interval that holds the exact kappa. hi is inf where value is; lo is finite for "rank_deficient" (kappa
+            is at least that) and inf for "zero".
         sigma_max, sigma_min: largest and smallest singular value, in the units of W.
         log_volume: sum of log sigma_i; -inf for "zero" and "rank_deficient".
         frobenius: ||W||_F.
         stable_rank: ||W||_F^2 / sigma_max^2, between 1 and min(m, n); nan for "zero".
-        method: what settled it: "lu32", "lu64", "gram32", "gram64" (a factor and its precision), "eig64" (all
-            eigenvalues of W^T W) or "svd64"; " bound" or " proven" behind it says so; "none" if no singular values were
-            needed.
-        status: "ok"; "zero"; "rank_deficient" where sigma_min can't be told from 0 in float64; or "nonfinite" where W
-            holds NaN or infinity. Every number of a "nonfinite" matrix is nan.
+        method: how it was measured: "lu32", "lu64", "gram32", "gram64" (a factor and its precision), "eig64" (all
+            eigenvalues of W^T W) or "svd64", with " bound" appended if only a lower bound is known; "none" if no
+            singular values were needed.
+        status: "ok"; "zero"; "rank_deficient" if sigma_min can't be told from 0 in float64; "nonfinite" if W holds NaN
+            or infinity (all numbers are nan then).
     """
 
     value: float
@@ -46,7 +46,7 @@ class Kappa:
 
 
 def check_input(caller: str, w: Tensor, ndim: int, rtol: float) -> None:
-    """Raise KappaTuneError if `w` is no floating-point tensor of `ndim` dimensions with values, or `rtol` no part."""
+    """Raise KappaTuneError unless `w` is a non-empty floating-point tensor of `ndim` dimensions and 0 < `rtol` < 1."""
     if not isinstance(w, Tensor):
         raise KappaTuneError(f"{caller} needs a tensor, found {type(w).__name__}: write torch.as_tensor(w).")
     if w.dtype not in DTYPES:
@@ -63,7 +63,7 @@ def check_input(caller: str, w: Tensor, ndim: int, rtol: float) -> None:
 
 
 def without_singular_values(peak: float) -> Kappa | None:
-    """What the largest magnitude of a matrix tells by itself: that it holds no numbers, or only zeros."""
+    """The result for a matrix that isn't finite or is all zeros, by its largest magnitude; None for any other."""
     if not math.isfinite(peak):
         return Kappa(*[math.nan] * 8, method="none", status="nonfinite")
     if peak == 0:
@@ -72,7 +72,7 @@ def without_singular_values(peak: float) -> Kappa | None:
 
 
 def only_bounded(bound: float, frobenius: float, exponent: int, method: str) -> Kappa:
-    """Of 2^exponent A: kappa above `bound`, and no more. `frobenius` is A's."""
+    """Result when only kappa > bound is known. The matrix is A scaled by 2^exponent; `frobenius` is A's."""
     return Kappa(
         value=bound,
         lo=bound,
@@ -96,7 +96,8 @@ def settled(
     exponent: int,
     method: str,
 ) -> Kappa:
-    """Of 2^exponent A: kappa in `interval`, with sigma_max, sigma_min, log volume and norm of A."""
+    """Result when kappa is known to lie in `interval`. The matrix is A scaled by 2^exponent; `sigma` (largest and
+    smallest), `log_volume` and `frobenius` are A's."""
     largest, smallest = sigma
     return Kappa(
         value=largest / smallest,
@@ -113,17 +114,18 @@ def settled(
 
 
 def scaled(w: Tensor, exponent: int, dtype: torch.dtype) -> Tensor:
-    """w * 2^-exponent in `dtype`, rounded only where that is narrower than w's; no copy if there is nothing to do."""
+    """w * 2^-exponent in `dtype`, exact unless `dtype` is narrower than w's; no copy if there is nothing to do."""
     wide = w.to(torch.promote_types(w.dtype, torch.float32))
     if exponent == 0:
         return wide.to(dtype)
-    # denormals need a factor that overflows: two halves don't
+    # in two steps: for denormals the whole factor would overflow
     half = exponent // 2
     wide = wide * 2.0**-half
     return wide.mul_(2.0 ** (half - exponent)).to(dtype)
 
 
 def times_power_of_two(value: float, exponent: int) -> float:
+    """value * 2^exponent; inf on overflow."""
     try:
         return math.ldexp(value, exponent)
     except OverflowError:

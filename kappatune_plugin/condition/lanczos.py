@@ -1,7 +1,7 @@
 """Block Lanczos: the largest eigenvalues of a symmetric operator, from products with it alone.
 
 Golub and Underwood, "The block Lanczos method for computing eigenvalues", 1977; with full reorthogonalization (Parlett,
-The Symmetric Eigenvalue Problem, ch. 13), which a basis of a few dozen vectors can afford.
+The Symmetric Eigenvalue Problem, ch. 13), which is cheap for a basis of a few dozen vectors.
 """
 
 import math
@@ -11,14 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# vectors in the basis from which on only each third step looks at the convergence: an eigenproblem of the size of the
-# basis isn't free
+# from this many basis vectors on, only every third step checks convergence, which solves an eigenproblem of that size
 LARGE_BASIS = 32
 
 
 @dataclass(frozen=True)
 class RitzPairs:
-    """Approximate eigenpairs of an operator on R^n, the largest last.
+    """Approximate eigenpairs of an operator on R^n, largest last.
 
     Attributes:
         values: (j,), float64, ascending.
@@ -33,12 +32,12 @@ class RitzPairs:
     coordinates: Tensor
 
     def largest(self, count: int) -> Tensor:
-        """Vectors of the `count` largest values, (n, count), float64, the largest first; nearly orthonormal."""
+        """Vectors of the `count` largest values, (n, count), float64, largest first; nearly orthonormal."""
         return (self.basis @ self.coordinates[:, -count:].flip(1).to(self.basis.dtype)).double()
 
     @property
     def relative_residual(self) -> float:
-        """That of the largest pair."""
+        """Residual of the largest pair over its value."""
         return (self.residuals[-1] / self.values[-1]).item()
 
 
@@ -50,11 +49,11 @@ def block_lanczos(
     Args:
         operator: (n, b) -> (n, b), in the precision of `start`.
         start: (n, b), random, of full rank.
-        steps: most products taken.
-        tolerance: stop when the residual of the largest pair is below this, relative to its value.
+        steps: number of products at most.
+        tolerance: stop when the relative residual of the largest pair is below this.
 
     Returns:
-        None if a product isn't finite: the operator broke down.
+        None if the operator broke down: a product isn't finite.
     """
     n, width = start.shape
     steps = min(steps, n // width)

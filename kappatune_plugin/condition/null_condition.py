@@ -1,4 +1,4 @@
-"""The condition number that a matrix of a shape has by chance."""
+"""The condition number that a random matrix of a given shape has."""
 
 import math
 
@@ -12,9 +12,9 @@ EDELMAN_MEDIAN = math.sqrt(1 + 2 * math.log(2)) - 1
 def null_condition(m: int, n: int) -> float:
     """The median condition number of an (m, n) matrix of independent Gaussian values, m, n >= 1.
 
-    kappa mostly reflects shape; kappa / null_condition(m, n) is what training left of it. Rectangular shapes come to
-    the edges of the Marchenko-Pastur law, (1 + sqrt(b)) / (1 - sqrt(b)) with b = min / max, square ones to 3.67 n
-    (Edelman, SIAM J. Matrix Anal. Appl. 9, 1988). In between and for small shapes, the edges move inwards by the
+    kappa mostly follows the shape; kappa / null_condition(m, n) is what training changed. For rectangular shapes it
+    approaches the edges of the Marchenko-Pastur law, (1 + sqrt(b)) / (1 - sqrt(b)) with b = min / max, for square ones
+    3.67 n (Edelman, SIAM J. Matrix Anal. Appl. 9, 1988). In between and for small shapes, the edges move inwards by the
     median of the Tracy-Widom law: Johnstone, Ann. Statist. 29, 2001 (sigma_max); Feldheim and Sodin, Geom. Funct.
     Anal. 20, 2010 (sigma_min). The last term joins this to Edelman's law; its factor of m - n is fitted to
     simulations. Within 15% from 8 x 8 to 4096 x 4096, as the tests check.
@@ -23,7 +23,7 @@ def null_condition(m: int, n: int) -> float:
         KappaTuneError: m or n below 1.
     """
     if min(m, n) < 1:
-        raise KappaTuneError(f"null_condition: {m} x {n} is no matrix shape: both sides are at least 1.")
+        raise KappaTuneError(f"null_condition: {m} x {n} is not a matrix shape: both sides must be at least 1.")
     short, long = math.sqrt(min(m, n)), math.sqrt(max(m, n))
     if short == 1:
         return 1.0

@@ -1,6 +1,6 @@
-"""From Ritz values and residuals to intervals of singular values; for one matrix or, in leading dimensions, for many.
+"""From Ritz values and residuals to intervals of singular values, for one matrix or (leading dimensions) for many.
 
-Everything here is of the size of a block, float64, and free of branches on values.
+All tensors are small (the size of a block) and float64, and no branch depends on a value, so that GPUs needn't wait.
 """
 
 import torch
@@ -8,10 +8,10 @@ from torch import Tensor
 
 # unit roundoff of float64
 EPS = torch.finfo(torch.float64).eps / 2
-# room for the distance between a Ritz value and its eigenvalue, in residual norms; one vector sees a cluster less well
-# than a block
+# margin for the distance between a Ritz value and its eigenvalue, in residual norms; larger for sigma_max, where one
+# vector separates a cluster less well than a block
 RESIDUALS_LOW, RESIDUALS_HIGH = 2.0, 4.0
-# Ritz values of a factor made with unit roundoff u are off by about this many u of the largest of them
+# error of Ritz values of a factor made with unit roundoff u, in units of u times the largest of them
 RITZ_ROUNDINGS = 16
 
 
@@ -21,18 +21,18 @@ def largest_singular_value(value: Tensor, residual: Tensor) -> tuple[Tensor, Ten
 
 
 def eigenvalues_below(values: Tensor, residuals: Tensor, shrinks: Tensor, eps: float) -> Tensor:
-    """Numbers that the lowest j eigenvalues of A^T A, smallest first, are not below, (..., j); 0 if nothing is known.
+    """Lower bounds on the j smallest eigenvalues of A^T A, smallest first, (..., j); 0 where nothing is known.
 
     Args:
         values, residuals: (..., j), the largest Ritz values of the inverse of a factored matrix M, largest first, and
             the norms of their residuals.
-        shrinks: (..., j), eigenvalue i + 1 of A^T A >= shrinks[i] * eigenvalue i + 1 of M, by M's error with its i
-            lowest vectors projected out; 0 if that isn't known. shrinks[0] then holds for all of them.
-        eps: machine epsilon of the precision that M was made and solved in.
+        shrinks: (..., j): eigenvalue i + 1 of A^T A >= shrinks[i] * eigenvalue i + 1 of M, from M's error with its i
+            lowest vectors projected out; 0 if unknown. shrinks[0] holds for all of them.
+        eps: machine epsilon of M's precision.
     """
     shared = shrinks[..., :1] / (values + residuals)
-    # M^-1 in the basis of its first i Ritz vectors and the rest: what couples them moves the rest's largest value by
-    # no more than the squared coupling over the gap
+    # M^-1 in the basis of its first i Ritz vectors and the rest: their coupling moves the rest's largest eigenvalue by
+    # at most the squared coupling over the gap
     gaps = (values[..., None] - values[..., None, :]).clamp_min(torch.finfo(torch.float64).tiny)
     coupling = torch.triu(residuals.square()[..., None] / gaps, diagonal=1).sum(-2)
     rest = values + residuals + coupling + RITZ_ROUNDINGS * eps * values[..., :1]
@@ -40,14 +40,14 @@ def eigenvalues_below(values: Tensor, residuals: Tensor, shrinks: Tensor, eps: f
 
 
 def lowest_eigenvalue(theta: Tensor, residual_gram: Tensor, below: Tensor, hidden: Tensor, floor: Tensor) -> Tensor:
-    """What the smallest eigenvalue of A^T A is not below, (...); 0 if nothing can be said.
+    """Lower bound on the smallest eigenvalue of A^T A, (...); 0 where nothing is known.
 
     Args:
-        theta: (..., j), Ritz values of A^T A, the smallest first.
+        theta: (..., j), Ritz values of A^T A, smallest first.
         residual_gram: (..., j, j), R^T R of their residuals R, which are orthogonal to their vectors.
         below: (..., j + 1), as `eigenvalues_below` returns it.
-        hidden: (...), relative residual of the factored matrix's lowest Ritz value: what a cluster that the Krylov
-            space hasn't parted yet may hide.
+        hidden: (...), relative residual of the factored matrix's lowest Ritz value, a margin for clusters that the
+            Krylov space hasn't separated yet.
         floor: (...), rounding error of a residual.
     """
     lowest = theta[..., 0]
@@ -65,9 +65,9 @@ def lowest_eigenvalue(theta: Tensor, residual_gram: Tensor, below: Tensor, hidde
 
 
 def _lehmann(theta: Tensor, residual_gram: Tensor, beta: Tensor) -> Tensor:
-    """The lowest eigenvalue is at least this, (...), if eigenvalue j + 1 is at least `beta` and beta > theta.
+    """Lehmann's lower bound on the smallest eigenvalue, (...), given that eigenvalue j + 1 >= `beta` > theta.
 
-    Lehmann's bound (Parlett, The Symmetric Eigenvalue Problem, ch. 10); -inf where rounding is in the way.
+    Parlett, The Symmetric Eigenvalue Problem, ch. 10; -inf where rounding spoils it.
     """
     shifted = torch.diag_embed(theta - beta[..., None])
     squared = shifted @ shifted + residual_gram

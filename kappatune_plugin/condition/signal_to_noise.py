@@ -1,4 +1,4 @@
-"""The signal-to-noise ratio that Spectrum ranks by (arXiv 2406.06623), to compare with."""
+"""The signal-to-noise ratio that Spectrum ranks by (arXiv 2406.06623), for comparison."""
 
 import math
 
@@ -10,11 +10,11 @@ NORMAL_IQR = 1.349
 
 
 def signal_to_noise(matrix: Tensor) -> float:
-    """(sum of sigma_i above eps) / (sum of the others) / sigma_max, of a floating-point matrix (m, n) that isn't zero.
+    """(sum of sigma_i above eps) / (sum of the others) / sigma_max, of a non-zero floating-point matrix (m, n).
 
-    eps = s (1 + sqrt(min(m, n) / max(m, n))), where a matrix of noise would end by the law of Marchenko and Pastur;
-    the paper takes for s the interquartile range of the singular values over that of a normal law. Where none is
-    below eps the sum counts as 1, as in Spectrum's own program. Not scale-free: W / 2 has twice the value.
+    eps = s (1 + sqrt(min(m, n) / max(m, n))) is the largest singular value of a noise matrix by the Marchenko-Pastur
+    law; as in the paper, s is the interquartile range of the singular values over that of a normal law. If none is
+    below eps, their sum counts as 1, as in Spectrum's own program. Not scale-free: W / 2 has twice the value.
     """
     tall = matrix if matrix.shape[0] > matrix.shape[1] else matrix.mT
     sigma = torch.linalg.svdvals(tall.to(torch.promote_types(tall.dtype, torch.float32)))

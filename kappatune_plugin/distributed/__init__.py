@@ -1,5 +1,5 @@
-"""Processes that work together. The one room that knows DeepSpeed and DTensor.
+"""Several processes on one model. The only room that knows DeepSpeed and DTensor.
 
-`ranks` is who runs, `shards` where a divided weight is, `work` who measures what, `lost_ranks` what happens when one
-dies, `unsupported` what doesn't work in which mode.
+`ranks`: which process this is and how they exchange objects; `shards`: where a divided weight is; `work`: who measures
+what; `lost_ranks`: errors when a process dies; `unsupported`: errors for modes of training that can't work.
 """

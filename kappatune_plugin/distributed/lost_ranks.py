@@ -1,7 +1,7 @@
-"""When a rank dies while all of them work together, the others stop and say which it was.
+"""When a rank dies while all of them work together, the others stop and name it.
 
-gloo's error for it names a port, and NCCL waits for ten minutes. So a thread of each rank leaves a sign of life in the
-store that the ranks met at, looks for that of the next rank, and makes known to all what it misses.
+By itself gloo would name a port, and NCCL would wait for ten minutes. So a thread of each rank writes a heartbeat to
+the store at which the ranks met, watches the next rank's, and tells all ranks when that one stops.
 """
 
 import os
@@ -18,8 +18,8 @@ import torch.distributed as dist
 from kappatune_plugin.distributed import ranks
 from kappatune_plugin.errors import KappaTuneError
 
-# seconds: between signs of life; without one until a rank counts as lost, and so after an error of the communication;
-# for the main thread to stop by itself
+# seconds: between heartbeats; without one until a rank counts as lost, normally and after a communication error; given
+# to the main thread to stop by itself
 BEAT, SILENT, SILENT_AFTER_ERROR, PATIENCE = 2.0, 20.0, 8.0, 15.0
 DONE, FAILED = "done", "failed"
 _times = 0
@@ -27,12 +27,12 @@ _times = 0
 
 @contextmanager
 def together(what: str, stop_stuck: bool = True) -> Iterator[None]:
-    """Do in the context what all ranks do together.
+    """Run this block on all ranks; if one dies, the others stop and name it.
 
     Args:
-        what: how errors call it ("the scan").
-        stop_stuck: end this process when a rank is lost and its own main thread waits for it forever. Not where a
-            rank may be silent for long for other reasons: writing a large file keeps Python's other threads waiting.
+        what: what errors call the block ("the scan").
+        stop_stuck: end this process when a rank is lost and the main thread waits for it forever. Set to False where a
+            rank may be silent for other reasons: writing a large file keeps Python's other threads waiting.
 
     Raises:
         KappaTuneError: another rank died or failed; names it.
@@ -49,14 +49,14 @@ def together(what: str, stop_stuck: bool = True) -> Iterator[None]:
         watch.say(f"{FAILED}: {error}")
         raise
     except RuntimeError as error:
-        # what gloo and NCCL raise where a rank is gone
+        # gloo and NCCL raise it where a rank is gone
         problem = watch.ask_for_problem()
         watch.say(f"{FAILED}: {error}")
         if problem:
             raise KappaTuneError(problem) from error
         raise
     except BaseException as error:
-        # an interrupt too: without a word this rank would count as killed
+        # an interrupt too: without a last heartbeat this rank would count as killed
         watch.say(f"{FAILED}: {type(error).__name__}: {error}")
         raise
     finally:
@@ -75,21 +75,21 @@ class _Watch(threading.Thread):
         self._state, self._silent = "here", SILENT
         self._problem = ""
         self._ended, self._known = threading.Event(), threading.Event()
-        # the thread must not put an older state over the last one
+        # the thread must not overwrite the last state with an older one
         self._signing = threading.Lock()
-        # at once: a rank that never gave one counts as not there yet
+        # at once, since a rank without any heartbeat counts as not started yet
         self._sign(0)
 
     def say(self, state: str) -> None:
-        """What the others read from now on."""
+        """Publish this rank's state."""
         self._state = state
         if not self._problem:
-            # whoever held the store may have ended before, and with it those who would read this
+            # the process that holds the store may have ended before
             with suppress(RuntimeError):
                 self._sign(0)
 
     def ask_for_problem(self) -> str:
-        """What is wrong, after an error of the communication; "" if all ranks are there."""
+        """The cause of a communication error: which rank is gone; "" if all ranks are alive."""
         self._silent = SILENT_AFTER_ERROR
         self._known.wait(SILENT_AFTER_ERROR + 3 * BEAT)
         return self._problem
@@ -119,7 +119,7 @@ class _Watch(threading.Thread):
                 return
 
     def _missing(self, sign: str, silence: float) -> str:
-        """What is wrong with the next rank, that has given `sign` since `silence` seconds."""
+        """What is wrong with the next rank, whose last heartbeat `sign` is `silence` seconds old; "" if nothing."""
         _, _, state = sign.partition(" ")
         if state.startswith(FAILED):
             return f"stopped ({state.removeprefix(FAILED).lstrip(': ')})."
@@ -144,7 +144,7 @@ class _Watch(threading.Thread):
 
 
 def _own_connection() -> Any:
-    """To the store at which the ranks met; the process group's own connection may be busy waiting."""
+    """A new connection to the store at which the ranks met; the process group's own may be busy waiting."""
     store = dist.distributed_c10d._get_default_store()
     while hasattr(store, "underlying_store"):
         store = store.underlying_store

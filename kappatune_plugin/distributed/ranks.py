@@ -5,7 +5,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-# set for the processes that `launch` starts: accelerate tells one that runs alone nothing
+# set for the processes that `launch` starts, since accelerate sets nothing for one that runs alone
 LAUNCHED = "KAPPATUNE_LAUNCHED"
 
 
@@ -26,7 +26,7 @@ def join() -> None:
 
 
 def exchange(mine: Any) -> list[Any]:
-    """What each rank gives, in the order of the ranks, on all of them. Collective; anything that pickles."""
+    """Gather `mine` of every rank, in the order of ranks, on all of them. Collective; for anything that pickles."""
     if world() == 1:
         return [mine]
     everything: list[Any] = [None] * world()
@@ -35,12 +35,12 @@ def exchange(mine: Any) -> list[Any]:
 
 
 def from_first(value: Any) -> Any:
-    """The first rank's value, on all of them. Collective; anything that pickles."""
+    """Broadcast the first rank's `value` to all. Collective; for anything that pickles."""
     return exchange(value if rank() == 0 else None)[0]
 
 
 def switched_on(variable: str) -> bool:
-    """Whether the environment's `variable` says yes, as accelerate spells it."""
+    """Whether the environment variable is set to one of accelerate's words for true."""
     return os.environ.get(variable, "").lower() in ("1", "true", "yes")
 
 

@@ -1,8 +1,8 @@
-"""Where a weight is: whole in this process, or in parts over the ranks of a DeepSpeed ZeRO-3 or FSDP2 run.
+"""Where a weight is: whole in this process, or partitioned over the ranks of a DeepSpeed ZeRO-3 or FSDP2 run.
 
-The one module that knows. Both frameworks cut a weight into consecutive ranges of its flattened values, one a rank. A
-block of a weight (one expert's projection), flattened too, is then cut into consecutive ranges as well. So whatever has
-to be done (gather a block, write one, bring trained values to where the base is) is one exchange of ranges.
+The only module that knows. Both frameworks cut a flattened weight into consecutive ranges, one a rank. Then a block of
+the weight (one expert's projection), flattened too, is also cut into consecutive ranges. So each operation (gather a
+block, write one, bring trained values to where the base is) is one exchange of ranges.
 """
 
 import math
@@ -27,14 +27,14 @@ def is_partitioned(parameter: Tensor) -> bool:
 
 
 def is_stepped_elsewhere(parameter: Tensor) -> bool:
-    """Whether DeepSpeed ZeRO optimizes copies of `parameter`, so that its optimizer never holds the parameter."""
+    """Whether DeepSpeed ZeRO optimizes copies of `parameter`, so its optimizer never holds the parameter itself."""
     return hasattr(parameter, "ds_tensor") or hasattr(parameter, "_hp_mapping")
 
 
 def gather_while_running(module: nn.Module, parameter: Tensor) -> None:
-    """Have ZeRO-3 gather `parameter` whenever `module` runs, forward or backward, from now on.
+    """From now on let ZeRO-3 gather `parameter` whenever `module` runs, forward or backward.
 
-    autograd wants a gradient to have its parameter's shape, and a trained slice belongs to a module that never runs.
+    autograd expects a gradient to have its parameter's shape, and a trained slice belongs to a module that never runs.
     Collective the first time.
     """
     if hasattr(parameter, "ds_tensor") and parameter.ds_id not in module.__dict__.get("_external_params", {}):
@@ -58,7 +58,7 @@ def first_rank_loads() -> bool:
 
 
 def layout(parameter: Tensor) -> Tensor:
-    """`parameter`, or for one in parts a tensor without storage of its whole shape; ZeRO-3 shows the shape (0,)."""
+    """`parameter`; for a partitioned one a meta tensor of its whole shape (ZeRO-3 shows the shape (0,))."""
     if not is_partitioned(parameter):
         return parameter
     return torch.empty(getattr(parameter, "ds_shape", parameter.shape), dtype=parameter.dtype, device="meta")
@@ -70,13 +70,13 @@ def block_shape(parameter: Tensor, index: Index) -> torch.Size:
 
 
 def read_block(parameter: Tensor, index: Index) -> Tensor:
-    """What this process holds of `parameter[index]`, a copy: all of it in its shape, or flat its range of it."""
+    """A copy of what this process holds of `parameter[index]`: its range, flat, if partitioned, else all of it."""
     return _held(parameter, index).clone()
 
 
 @torch.no_grad()
 def write_block(parameter: Tensor, index: Index, values: Tensor) -> None:
-    """Write `values`, as `read_block` gives them, to where this process holds `parameter[index]`. Collective."""
+    """Write `values`, as `read_block` returns them, into this process's part of `parameter[index]`. Collective."""
     if not is_partitioned(parameter):
         _block(parameter.detach(), index).copy_(values.view(block_shape(parameter, index)))
         return
@@ -85,14 +85,14 @@ def write_block(parameter: Tensor, index: Index, values: Tensor) -> None:
         view.copy_(values[done : done + view.numel()].view(view.shape))
         done += view.numel()
     if hasattr(parameter, "ds_tensor") and parameter.shape == parameter.ds_shape:
-        # ZeRO-3 keeps small weights whole beside their parts ("persistent")
+        # ZeRO-3 also keeps small weights whole ("persistent")
         _block(parameter.data, index).copy_(whole_block(parameter, index))
 
 
 def whole_block(parameter: Tensor, index: Index, owner: int | None = None) -> Tensor | None:
-    """`parameter[index]`, gathered on the rank `owner` and None elsewhere, or on all ranks without one. Collective.
+    """`parameter[index]`, gathered on all ranks, or on the rank `owner` alone (None elsewhere). Collective.
 
-    Needs memory for this block on the ranks that get it. A weight that isn't partitioned is not copied.
+    Takes memory for this block on the ranks that get it. A weight that isn't partitioned is not copied.
     """
     mine = owner is None or owner == rank()
     if is_partitioned(parameter):
@@ -105,7 +105,7 @@ def whole_block(parameter: Tensor, index: Index, owner: int | None = None) -> Te
 
 
 def block_ranges(parameter: Tensor, index: Index) -> list[Range]:
-    """For each rank the range that it holds of the flattened `parameter[index]`."""
+    """For each rank, the range it holds of the flattened `parameter[index]`."""
     count = block_shape(parameter, index).numel()
     if not is_partitioned(parameter):
         return [(0, count)] * world()
@@ -121,11 +121,11 @@ def block_ranges(parameter: Tensor, index: Index) -> list[Range]:
 
 @torch.no_grad()
 def redistribute(values: Tensor, held: Sequence[Range], wanted: Sequence[Range]) -> Tensor:
-    """Bring the flat ranges of one tensor from where they are to where they are wanted. Collective.
+    """Move the flat ranges of one tensor from the ranks that hold them to those that want them. Collective.
 
     Args:
-        values: those of the range `held[rank()]`.
-        held, wanted: a range a rank, the same lists on all of them. What several hold is sent by the first of them.
+        values: the values of the range `held[rank()]`.
+        held, wanted: one range for each rank, the same lists on all. A range that several hold is sent by the first.
 
     Returns:
         The values of `wanted[rank()]`, flat, on the device of `values`.
@@ -157,7 +157,7 @@ def _overlap(one: Range, other: Range) -> Range:
 
 
 def _link(device: torch.device) -> torch.device:
-    """Where tensors of `device` have to be to be sent: NCCL doesn't know the CPU, where offloaded weights are."""
+    """The device from which tensors of `device` can be sent: NCCL can't send from the CPU (offloaded weights)."""
     if dist.get_backend() != "nccl" or device.type != "cpu":
         return device
     return torch.device("cuda", torch.cuda.current_device())
@@ -168,7 +168,7 @@ def _block(whole: Tensor, index: Index) -> Tensor:
 
 
 def _held(parameter: Tensor, index: Index) -> Tensor:
-    """As `read_block`, a view where that can be."""
+    """As `read_block`, but a view where possible."""
     if not is_partitioned(parameter):
         return _block(parameter.detach(), index)
     views = [view.reshape(-1) for view in _local_views(parameter, index)]
@@ -176,7 +176,7 @@ def _held(parameter: Tensor, index: Index) -> Tensor:
 
 
 def _ranges(parameter: Tensor) -> list[Range]:
-    """For each rank the range that it holds of the flattened `parameter`."""
+    """For each rank, the range it holds of the flattened `parameter`."""
     if isinstance(parameter, DTensor):
         return _fsdp2_ranges(parameter)
     if getattr(parameter, "ds_secondary_tensor", None) is not None:
@@ -191,8 +191,8 @@ def _fsdp2_ranges(parameter: DTensor) -> list[Range]:
     sharded = [axis for axis, placement in enumerate(parameter.placements) if isinstance(placement, Shard)]
     if len(sharded) != 1 or parameter.placements[sharded[0]].dim != 0:
         raise KappaTuneError(
-            f"A weight is placed as {parameter.placements}: of the ways to divide weights only FSDP2's own, along "
-            "their first axis, is supported (no tensor or expert parallelism)."
+            f"A weight is placed as {parameter.placements}: only FSDP2's own sharding along the first axis is "
+            "supported (no tensor or expert parallelism)."
         )
     parts, rows = parameter.device_mesh.size(sharded[0]), parameter.shape[0]
     chunk, row = math.ceil(rows / parts), math.prod(parameter.shape[1:])
@@ -214,7 +214,7 @@ def _local(parameter: Tensor) -> Tensor:
 
 
 def _local_views(parameter: Tensor, index: Index) -> Iterator[Tensor]:
-    """Views (rows, columns) into this process's part that together are its range of `parameter[index]`, in order."""
+    """Views (rows, columns) into this process's part that make up its range of `parameter[index]`, in order."""
     flat = _local(parameter)
     rows, columns, width = _grid(layout(parameter).shape, index)
     low, high = _ranges(parameter)[rank()]
@@ -227,7 +227,7 @@ def _local_views(parameter: Tensor, index: Index) -> Iterator[Tensor]:
 
 
 def _grid(shape: torch.Size, index: Index) -> tuple[range, range, int]:
-    """A block of a tensor as rows and columns of the flattened tensor cut into rows of a width."""
+    """A block of a tensor as (rows, columns, width): a grid on the flattened tensor cut into rows of `width`."""
     if not index:
         return range(1), range(shape.numel()), shape.numel()
     expert, row_slice, column_slice = index
@@ -237,7 +237,7 @@ def _grid(shape: torch.Size, index: Index) -> tuple[range, range, int]:
 
 
 def _bands(low: int, high: int, width: int) -> Iterator[tuple[int, int, int, int]]:
-    """A flat range as at most three rectangles (top, bottom, left, right) of rows of `width`, in order."""
+    """A flat range as at most three rectangles (top, bottom, left, right) in rows of `width`, in order."""
     first, left = divmod(low, width)
     last, right = divmod(high, width)
     if first == last:
@@ -251,5 +251,5 @@ def _bands(low: int, high: int, width: int) -> Iterator[tuple[int, int, int, int
 
 
 def _below(numbers: range, limit: int) -> int:
-    """How many of `numbers`, which rise, are below `limit`."""
+    """How many of `numbers`, which are ascending, are below `limit`."""
     return len(range(numbers.start, min(numbers.stop, max(limit, numbers.start)), numbers.step))

@@ -1,8 +1,8 @@
-"""What was measured before, by the weights themselves: no matrix is measured twice.
+"""A cache of measured matrices, keyed by a hash of their values: no matrix is measured twice.
 
-In the user's cache folder, or the one that the environment variable KAPPATUNE_CACHE names, lie `matrices/`, a file for
-each matrix by a hash of its values, and `files/`, for each checkpoint read from disk the hashes of its matrices, so
-that known files need not be read again. The folder may be deleted at any time.
+It lies in the user's cache folder, or in the one that the environment variable KAPPATUNE_CACHE names: `matrices/` has a
+file for each matrix, `files/` has for each checkpoint read from disk the hashes of its matrices, so that known files
+need not be read again. The folder may be deleted at any time.
 """
 
 import functools
@@ -33,20 +33,20 @@ MEASURED = (*NUMBERS, "status", "method", "scores")
 
 
 class Cache:
-    """Rows by the hash of their matrix. A folder of None keeps nothing.
+    """Report rows by the hash of their matrix. With a folder of None nothing is kept.
 
-    Several processes may use one folder: an entry is a whole file, put in its place in one step. A damaged one gives
-    a warning and counts as absent; where the folder can't be written, a warning is all that is lost.
+    Several processes may use one folder, since entries are written atomically. A damaged entry counts as absent, with a
+    warning; so does a folder that can't be written.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self._may_write, self._warned = True, False
-        # a scan measures in several threads
+        # a scan measures in several threads, and each warning is given once
         self._lock = threading.Lock()
 
     def row(self, content: str, unit: WeightUnit, rtol: float, above: float = math.inf) -> UnitReport | None:
-        """The row of `unit`, whose matrix has the hash `content`; None if that isn't known.
+        """The row of `unit`, whose matrix has the hash `content`; None if the cache doesn't have it.
 
         Args:
             rtol, above: as they would be given to `condition_number`.
@@ -59,12 +59,12 @@ class Cache:
         return UnitReport(unit.name, unit.shape, null=null_condition(*unit.shape), groups=groups, **numbers)
 
     def keep_row(self, content: str, row: UnitReport, rtol: float) -> None:
-        """Keep what was found out about the matrix with the hash `content`."""
+        """Keep the measured row of the matrix with the hash `content`."""
         entry = {"name": row.name, "shape": list(row.shape), **{key: getattr(row, key) for key in MEASURED}}
         self._write("matrices", _matrix_key(content, rtol), entry)
 
     def files(self, identity: str) -> dict[str, Any] | None:
-        """What `keep_files` kept of the files with this `identity`."""
+        """{"base_hash", "contents"} as `keep_files` kept them for the files with this `identity`; None if unknown."""
         return self._read("files", identity, _is_files)
 
     def keep_files(self, identity: str, base_hash: str, contents: dict[str, str]) -> None:
@@ -76,30 +76,24 @@ class Cache:
             return None
         path = self._path(kind, key)
         try:
-            checksum, _, text = path.read_text(encoding="utf-8").partition("\n")
+            entry = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
             return self._damaged(path, str(error))
-        if checksum != _digest(f"{key}\n{text}".encode()):
-            return self._damaged(path, "its checksum is wrong")
-        entry = json.loads(text)
         return entry if is_right(entry) else self._damaged(path, "it has other content")
 
     def _damaged(self, path: Path, reason: str) -> None:
         with self._lock:
             first, self._warned = not self._warned, True
         if first:
-            warnings.warn(f"Damaged entries of the cache are made anew, such as {path}: {reason}.", stacklevel=2)
+            warnings.warn(f"Damaged entries of the cache are measured again, such as {path}: {reason}.", stacklevel=2)
 
     def _write(self, kind: str, key: str, entry: dict[str, Any]) -> None:
         if self.folder is None or not self._may_write:
             return
-        text = json.dumps(entry, allow_nan=False)
-        # with the key in it, an entry put in the place of another is damaged too
-        checksum = _digest(f"{key}\n{text}".encode())
         try:
-            write_text(self._path(kind, key), f"{checksum}\n{text}", durable=False)
+            write_text(self._path(kind, key), json.dumps(entry, allow_nan=False), durable=False)
         except KappaTuneError as error:
             with self._lock:
                 first, self._may_write = self._may_write, False
@@ -118,10 +112,10 @@ def cache_folder() -> Path:
 
 
 def content_hash(matrix: Tensor) -> str:
-    """A hash of a matrix: its dtype, its shape and its values, wherever it is and however it lies in memory.
+    """A hash of a matrix's dtype, shape and values, whatever its device and memory layout.
 
-    128 bits of XXH3 (xxhash.com), which reads faster than memory gives. Its name plays no part: equal matrices of
-    different models have equal condition numbers.
+    128 bits of XXH3 (xxhash.com), which is faster than memory. The name doesn't count: equal matrices of different
+    models have equal condition numbers.
     """
     values = matrix.detach().to("cpu").contiguous().view(torch.uint8).numpy()
     digest = xxhash.xxh3_128(f"{matrix.dtype} {tuple(matrix.shape)}\n".encode())
@@ -135,7 +129,7 @@ def _matrix_key(content: str, rtol: float) -> str:
 
 @functools.cache
 def _engine() -> str:
-    """A hash of the room that measures: when its code changes, no entry counts any more."""
+    """A hash of the code of `condition/`: when it changes, old entries are no longer used."""
     sources = sorted(Path(condition.__file__).parent.glob("*.py"))
     return _digest(b"".join(source.read_bytes() for source in sources))
 

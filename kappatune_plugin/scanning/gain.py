@@ -1,15 +1,15 @@
-"""`rank_by: gain_over_forgetting`: what training a unit would gain on the task over what it would cost what is known.
+"""`rank_by: gain_over_forgetting`: what training a unit gains on the task, relative to what it makes the model forget.
 
 To first order a gradient step eta * g in unit u alone lowers the task loss by eta * G_u, with G_u = ||dL/dW_u||^2. To
 second order it moves the model's own distribution by a KL of eta^2/2 * g' F_u g, with the Fisher information F_u (the
-quadratic penalty of elastic weight consolidation, Kirkpatrick et al. 2017, arXiv 1612.00796). With the mean of F_u's
-diagonal in the place of F_u, and the KL spread over the units as gains most, what a unit gains is per trained entry
+quadratic penalty of elastic weight consolidation, Kirkpatrick et al. 2017, arXiv 1612.00796). With F_u replaced by the
+mean of its diagonal, and the KL divided among the units so that the total gain is largest, a unit gains per trained
+entry, up to a factor that all units share,
 
     G_u / tr F_u
 
-up to a factor that all units share. EWC takes F on the old task's data. Here it is taken on
-text that the base model wrote itself: no pre-training data is needed, and the samples being the model's own, it is the
-Fisher information and not the empirical one.
+EWC measures F on the old task's data. Here it is measured on text that the base model wrote itself: no pre-training
+data is needed, and since the samples are the model's own, it is the true Fisher information and not the empirical one.
 """
 
 import math
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 GAIN = ranking.gain_over_forgetting.__name__
-# of the mean Fisher information an entry: an expert that no sampled token reached has none, and isn't free for that
+# share of the mean Fisher information per entry that is added to all: an expert that no sampled token reached has none,
+# and isn't free to train for that
 DAMPING = 1e-3
 # token ids, and the position of the first whose prediction counts
 Example = tuple[list[int], int]
@@ -78,16 +79,16 @@ def gain_over_forgetting(
     config: GainConfig | None = None,
     units: Sequence[WeightUnit] | None = None,
 ) -> dict[str, float]:
-    """G_u / tr F_u of each unit: name -> a number from 0 on; the higher, the more is gained for what is forgotten.
+    """Unit name -> G_u / tr F_u, at least 0; the higher, the more is gained for what is forgotten.
 
     Two short rounds of backward passes; the same seed gives the same numbers. Leaves the model and the random state as
-    they were. Beside the activations, memory for the gradient of one parameter at a time.
+    they were. Besides activations it takes memory for the gradient of one parameter at a time.
 
     Args:
-        model: without adapter, whole on one process.
-        rows: (prompt, completion) to train on, completions with their end token; an empty prompt means that the whole
-            text is learned.
-        units: which; default: all of the model's. The damping is by their mean information (see `ratios`).
+        model: without an adapter, whole in one process.
+        rows: (prompt, completion) to train on, completions with their end token; with an empty prompt the whole text
+            is learned.
+        units: the units to score; default: all of the model's. Their mean information is the damping (see `ratios`).
 
     Raises:
         KappaTuneError: no rows, a model with an adapter, a tokenizer without a token to write from, or gradients that
@@ -115,10 +116,10 @@ def with_gain(
     config: GainConfig | None = None,
     text_field: str = "text",
 ) -> KappaReport:
-    """`report` with the score "gain_over_forgetting" of each of its units; arguments as `gain_over_forgetting`.
+    """`report` with the score "gain_over_forgetting" added to each row; arguments as `gain_over_forgetting`.
 
     Args:
-        rows: to train on, in one of TRL's formats: columns `prompt` and `completion`, or `text_field`, of text.
+        rows: to train on, in one of TRL's formats: text in columns `prompt` and `completion`, or in `text_field`.
 
     Raises:
         KappaTuneError: as `gain_over_forgetting`; rows in another format, or a report of another model.
@@ -128,7 +129,7 @@ def with_gain(
     missing = sorted(names - {unit.name for unit in units})
     if missing:
         raise KappaTuneError(
-            f"{len(missing)} matrices of the kappa report are not in this model, such as {missing[0]}: scan it anew."
+            f"{len(missing)} matrices of the kappa report are not in this model, such as {missing[0]}: scan it again."
         )
     pairs = training_pairs(rows, tokenizer.eos_token or "", text_field)
     found = gain_over_forgetting(model, tokenizer, pairs, config, units)
@@ -147,14 +148,14 @@ def training_pairs(rows: "Dataset", end: str, text_field: str = "text") -> list[
             return [(prompt, text if end and text.endswith(end) else text + end) for prompt, text in found]
     raise KappaTuneError(
         f"rank_by: gain_over_forgetting reads training rows of text, in columns prompt and completion or {text_field}; "
-        f"these have {', '.join(rows.column_names)}. Write them as such with data.prompt and data.completion."
+        f"these have {', '.join(rows.column_names)}. Make these columns with data.prompt and data.completion."
     )
 
 
 def ratios(
     units: Sequence[WeightUnit], gain: Mapping[str, float], information: Mapping[str, float]
 ) -> dict[str, float]:
-    """gain / (information + damping) by unit; the damping is `DAMPING` of the mean information an entry."""
+    """gain / (information + damping) by unit; the damping per entry is `DAMPING` times the mean information."""
     entries = {unit.name: unit.shape[0] * unit.shape[1] for unit in units}
     damping = DAMPING * sum(information.values()) / sum(entries.values())
     below = {name: information[name] + damping * entries[name] for name in entries}
@@ -164,9 +165,9 @@ def ratios(
 def task_gain(
     model: nn.Module, units: Sequence[WeightUnit], examples: Sequence[Example], batch_size: int
 ) -> dict[str, float]:
-    """G_u: the squared norm of the gradient of a batch's mean loss a token, averaged over the batches.
+    """G_u: the squared norm of the gradient of a batch's mean loss per token, averaged over the batches.
 
-    That is what a step of training sees: the squared mean gradient and, over the batch size, its variance.
+    That is what a training step sees: the squared mean gradient plus its variance over the batch size.
     """
     totals = dict.fromkeys([unit.name for unit in units], 0.0)
     batches = [examples[start : start + batch_size] for start in range(0, len(examples), batch_size)]
@@ -180,7 +181,7 @@ def task_gain(
 def fisher_information(
     model: nn.Module, units: Sequence[WeightUnit], written: Sequence[Sequence[int]], batch_size: int
 ) -> dict[str, float]:
-    """tr F_u a token: the mean of ||d log p(token) / dW_u||^2 over text that the model wrote.
+    """tr F_u per token: the mean of ||d log p(token) / dW_u||^2 over text that the model wrote.
 
     Under the model's own distribution the gradients of different tokens and texts are uncorrelated, with mean zero. So
     the squared norm of a batch's *summed* gradient over its tokens estimates it without bias, whatever the batch size.
@@ -196,7 +197,7 @@ def fisher_information(
 
 
 def to_example(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, max_length: int) -> Example:
-    """Token ids of the last `max_length` tokens, and where the completion starts in them."""
+    """The last `max_length` token ids, and the position at which the completion starts in them."""
     if prompt:
         before, after = completion_ids(tokenizer, prompt, completion)
         ids, start = before + after, len(before)
@@ -219,7 +220,7 @@ def _finite(squares: dict[str, float]) -> dict[str, float]:
 
 
 def _nats(model: nn.Module, batch: Sequence[Example]) -> tuple[Tensor, int]:
-    """The summed loss of the tokens that count, in nats, and how many they are."""
+    """The summed loss of the tokens that count, in nats, and their number."""
     ids, mask = padded([ids for ids, _ in batch], model.device)
     logits = model(input_ids=ids, attention_mask=mask.long()).logits[:, :-1].float()
     positions = torch.arange(1, ids.shape[1], device=ids.device)
@@ -230,7 +231,7 @@ def _nats(model: nn.Module, batch: Sequence[Example]) -> tuple[Tensor, int]:
 
 @contextmanager
 def _collecting(model: nn.Module, units: Sequence[WeightUnit], totals: dict[str, float]) -> Iterator[None]:
-    """While it lasts, each backward pass adds the squared norm of each unit's gradient to `totals` and frees it."""
+    """In this block each backward pass adds the squared norm of each unit's gradient to `totals` and frees it."""
     parts: dict[str, list[WeightUnit]] = {}
     for unit in units:
         parts.setdefault(unit.parameter, []).append(unit)

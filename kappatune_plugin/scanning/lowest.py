@@ -1,4 +1,4 @@
-"""Only what a selection needs to know: which matrices have the lowest kappa, not the kappa of all others."""
+"""Find the matrices of lowest kappa without measuring all: for the others a lower bound on kappa is enough."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,31 +12,31 @@ from kappatune_plugin.weights.units import WeightUnit
 
 Above = Callable[[WeightUnit], float]
 Measure = Callable[[Sequence[WeightUnit], float, Above], list[UnitReport]]
-# matrices measured with one bound, at least: a new one has to wait for all of them
+# fewest matrices measured with one bound: a new bound has to wait for all of them
 SMALLEST_WAVE = 16
-# where intervals overlap at the boundary: narrower by this, and then as narrow as float64 gives
+# where intervals overlap at the boundary: first narrower by this factor, then as narrow as float64 allows
 NARROWER, NARROWEST = 1e-3, 1e-12
 
 
 def can_settle(order: str, rank_by: str) -> bool:
-    """Whether less than the whole table is enough: for the lowest kappa, and for random draws."""
+    """Whether the selection needs less than all condition numbers: for the lowest kappa, and for random draws."""
     return order != "highest" and rank_by in BOUNDED
 
 
 def settle(
     units: Sequence[WeightUnit], measure: Measure, rtol: float, budget: Budget, order: str, rank_by: str, seed: int
 ) -> list[UnitReport]:
-    """A row for each unit, in order: enough of them settled to tell what `select` takes, the others "above".
+    """A row for each unit, in order: enough of them measured to know what `select` takes, the others "above".
 
-    Units are measured in waves, those first that are expected to be lowest. The bound of a wave is what the rows
-    before it say is certainly not below the last one taken. Waves don't depend on how many threads or processes
-    measure, so neither do the rows.
+    Units are measured in waves, those expected to be lowest first. The bound of a wave is an upper bound on the last
+    value that will be taken, from the rows before it. Waves don't depend on the number of threads or processes, so
+    neither do the rows.
 
     Args:
         measure: (units, rtol, above) -> their rows; see `measure.measure`.
         order, rank_by: of those that `can_settle` allows.
     """
-    # kappa is at least 1: what is known of all before any is read
+    # before any is read, all that is known is kappa >= 1
     rows = {unit.name: _nothing_known(unit) for unit in units}
     by_kappa = order != "random" or budget.kind == "kappa"
 
@@ -65,7 +65,7 @@ def _nothing_known(unit: WeightUnit) -> UnitReport:
 
 
 def _scale(shape: tuple[int, int], rank_by: str) -> float:
-    """kappa over the value to rank by."""
+    """kappa divided by the ranking value."""
     return null_condition(*shape) if rank_by == "kappa_over_null" else 1.0
 
 
@@ -74,8 +74,8 @@ def _expected(unit: WeightUnit, rank_by: str) -> float:
 
 
 def _waves(units: Sequence[WeightUnit], rank_by: str, budget: Budget) -> Iterator[list[WeightUnit]]:
-    """The units, most promising first: kappa mostly follows shape. As many as are wanted, and then ever more."""
-    # relative to its shape no unit promises more than another; small ones give the first bound at the least cost
+    """The units, lowest expected value first (kappa mostly follows shape): as many as are wanted, then ever more."""
+    # with kappa_over_null all are expected alike; small ones give the first bound at the least cost
     expected = sorted(units, key=lambda unit: (_expected(unit, rank_by), math.prod(unit.shape), unit.name))
     size = wanted_count(budget, len(units)) if budget.kind in ("count", "share") else SMALLEST_WAVE
     if budget.kind == "kappa":
@@ -87,7 +87,7 @@ def _waves(units: Sequence[WeightUnit], rank_by: str, budget: Budget) -> Iterato
 
 
 def _bound(rows: Iterable[UnitReport], rank_by: str, budget: Budget, matrices: int) -> float:
-    """What a unit that matters is not above, by what is known now: of `rank_by`'s values."""
+    """Upper bound on the ranking value of any matrix still selectable, from the rows so far."""
     if budget.kind == "kappa":
         return float(budget.value)
     highs = ((row.hi / _scale(row.shape, rank_by), math.prod(row.shape)) for row in rows if row.status == "ok")
@@ -107,7 +107,7 @@ def _refine(
     budget: Budget,
     rank_by: str,
 ) -> None:
-    """Make the intervals that straddle the boundary narrower, until they don't or float64 can't tell them apart."""
+    """Narrow the intervals that straddle the boundary, until none does or float64 can't tell them apart."""
     for narrower in (rtol * NARROWER, NARROWEST):
         names = _straddling(list(rows.values()), budget, rank_by)
         if not names:
@@ -117,7 +117,7 @@ def _refine(
 
 
 def _straddling(rows: Sequence[UnitReport], budget: Budget, rank_by: str) -> set[str]:
-    """Rows whose interval doesn't tell on which side of the boundary they are; equal values are settled by name."""
+    """Names of rows whose interval reaches over the boundary of the selection; ties are broken by name."""
     values = rank_values(rows, rank_by)
     known = sorted((row for row in rows if row.status == "ok"), key=lambda row: (values[row.name], row.name))
     if budget.kind == "kappa":
@@ -126,7 +126,7 @@ def _straddling(rows: Sequence[UnitReport], budget: Budget, rank_by: str) -> set
         cuts = [wanted_count(budget, len(rows))]
     else:
         fitting = sum(total <= budget.value for total in accumulate(math.prod(row.shape) for row in known))
-        # which one is the first that doesn't fit matters too
+        # the selection also depends on which one is the first that doesn't fit
         cuts = [fitting, fitting + 1]
     found: set[str] = set()
     for cut in cuts:
@@ -135,7 +135,7 @@ def _straddling(rows: Sequence[UnitReport], budget: Budget, rank_by: str) -> set
 
 
 def _across(below: Sequence[UnitReport], above: Sequence[UnitReport], rank_by: str) -> set[str]:
-    """The rows of both sides whose intervals overlap with one of the other side, unless they are the same."""
+    """Names of rows whose interval overlaps with one of the other side, unless all these intervals are equal."""
     if not below or not above:
         return set()
     low = min(row.lo / _scale(row.shape, rank_by) for row in above)

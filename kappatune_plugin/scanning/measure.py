@@ -1,4 +1,4 @@
-"""Condition numbers of many matrices: several at once, one thread each, behind one bar."""
+"""Condition numbers of many matrices: several at a time, one thread each, with a progress bar."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -24,15 +24,15 @@ from kappatune_plugin.weights.units import WeightUnit
 BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
 # bytes for each value of a matrix: a float64 SVD, the last resort, was seen to take 3.5 copies in float64
 MEMORY_A_VALUE = 28
-# of matrices that a GPU gets at once; `condition_numbers` divides them further
+# bytes of matrices handed to a GPU at a time; `condition_numbers` splits them further
 BATCH_BYTES = 1 << 30
 Keep = Callable[[WeightUnit, UnitReport], None]
 
 
 class Bar:
-    """Progress over the matrices of a scan, in units of work; `steps` says how many matrices there are.
+    """Progress bar over the matrices of a scan, weighted by their cost.
 
-    With several ranks the first shows one, and takes the others to be as far as itself.
+    With several ranks only the first shows one, and assumes that the others are as far as itself.
     """
 
     def __init__(self, units: Sequence[WeightUnit], show: bool) -> None:
@@ -43,7 +43,7 @@ class Bar:
 
     def advance(self, unit: WeightUnit) -> None:
         if unit.name in self._done:
-            # again, with a narrower interval
+            # measured again, for a narrower interval
             return
         self._done.add(unit.name)
         done = min(len(self._done) * ranks.world(), self._steps)
@@ -55,7 +55,7 @@ class Bar:
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if error is None:
-            # what needn't be measured is done too
+            # matrices that needn't be measured count as done
             self._bar.update(self._bar.total - self._bar.n)
         self._bar.close()
 
@@ -73,14 +73,13 @@ def measure(
     """The rows of `units`, in their order, the same on all ranks: each measures those that `source.work` yields there.
 
     On a GPU, in batches of equal shapes. On the CPU, as many matrices at a time as torch has threads, each measured by
-    one thread: that is faster than all threads on one matrix, and no number depends on how many threads there are.
-    Only a matrix so large that the memory limit of the source leaves threads idle gets several.
+    one thread: that is faster than all threads on one matrix. Only a matrix so large that the source's memory limit
+    leaves threads idle gets several.
 
     Args:
-        above: the bound of a unit: once its kappa is certainly above, nothing more is found out. See
-            `condition_number`.
-        cache: rows that it knows are taken from it; it gets the others.
-        with_snr: also put "snr" into the rows' scores, for which all singular values have to be found.
+        above: a unit's bound: measuring it stops once its kappa is certainly above. See `condition_number`.
+        cache: rows it has are taken from it; new ones are added.
+        with_snr: also put "snr" into the rows' scores, which takes all singular values.
     """
     rows: dict[str, UnitReport] = {}
 
@@ -96,13 +95,13 @@ def measure(
             unknown.append(unit)
         else:
             keep(unit, row)
-    # ranks may have different caches: the first one's counts
+    # ranks may have different caches: the first rank's counts
     work = source.work(ranks.from_first(unknown))
     if torch.cuda.is_available():
         _in_batches(measurer, work, torch.device("cuda", torch.cuda.current_device()), keep)
     else:
         _in_threads(measurer, work, source.memory_limit(), keep)
-    # the first rank's last, with what it knew from its cache
+    # reversed, so that the first rank's rows, with those from its cache, win
     for others_rows, others_contents in reversed(ranks.exchange((rows, source.contents))):
         rows.update(others_rows)
         source.contents.update(others_contents)
@@ -111,7 +110,7 @@ def measure(
 
 @dataclass(frozen=True)
 class _Measurer:
-    """Matrices in, rows out, through the cache. `contents` gets the hashes that it makes; the rest as in `measure`."""
+    """Measures matrices through the cache. New hashes go into `contents`; other fields as in `measure`."""
 
     contents: dict[str, str]
     rtol: float
@@ -120,7 +119,7 @@ class _Measurer:
     with_snr: bool
 
     def known(self, unit: WeightUnit) -> UnitReport | None:
-        """The row of a unit whose hash is known, from the cache."""
+        """The unit's row from the cache, if its hash is in `contents`; else None."""
         content = self.contents.get(unit.name)
         row = self.cache.row(content, unit, self.rtol, self.above(unit)) if content is not None else None
         lacks_snr = row is not None and self.with_snr and row.status == "ok" and "snr" not in row.scores
@@ -163,7 +162,7 @@ def _in_threads(measurer: _Measurer, work: Iterator[tuple[WeightUnit, Load]], li
             while pending and memory(unit) + sum(map(memory, pending.values())) > limit:
                 _collect(pending, keep)
             pending[pool.submit(one, unit, load)] = unit
-            # it may hold the matrix, which is not to be kept while the next one is gathered
+            # it may hold the matrix, which would stay in memory while the next one is gathered
             del load
             while len(pending) >= threads:
                 _collect(pending, keep)
@@ -172,7 +171,7 @@ def _in_threads(measurer: _Measurer, work: Iterator[tuple[WeightUnit, Load]], li
 
 
 def _in_batches(measurer: _Measurer, work: Iterator[tuple[WeightUnit, Load]], device: torch.device, keep: Keep) -> None:
-    """Work comes longest first, so equal shapes follow each other."""
+    """Measure in batches; work comes most expensive first, so equal shapes follow each other."""
     batch: list[tuple[WeightUnit, Tensor]] = []
 
     def measure_batch() -> None:
@@ -200,19 +199,19 @@ def _form(matrix: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
 
 
 def memory(unit: WeightUnit) -> int:
-    """Bytes that measuring a unit takes at most."""
+    """Upper bound on the bytes that measuring a unit takes."""
     return MEMORY_A_VALUE * unit.shape[0] * unit.shape[1]
 
 
 def _collect(pending: dict[Future, WeightUnit], keep: Keep) -> None:
-    """Wait for the first of `pending` that is done, and hand it over."""
+    """Wait until some of `pending` are done, and keep their rows."""
     for future in wait(pending, return_when=FIRST_COMPLETED).done:
         keep(pending.pop(future), future.result())
 
 
 @contextmanager
 def _workers(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool; a thread's setting of torch's number of threads reaches others through MKL, so it is set back."""
+    """A thread pool. Setting torch's number of threads in one reaches others through MKL, so it is reset at the end."""
     pool = ThreadPoolExecutor(threads)
     try:
         yield pool

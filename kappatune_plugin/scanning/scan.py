@@ -39,33 +39,32 @@ def scan(
 ) -> KappaReport:
     """Measure every weight matrix of a model that `include` and `exclude` leave.
 
-    A matrix of NaN, of zeros or without full rank is a row with that status, never an error. With `k`, only as much is
-    found out as `select` with the same settings needs to know: the rest are rows of status "above".
+    A matrix of NaN, of zeros or without full rank becomes a row with that status, not an error. With `k`, only what
+    `select` with the same settings needs is measured; the remaining rows have the status "above".
 
-    Where torch.distributed runs, all ranks have to call it: each measures its share, and all get the whole report.
+    Under torch.distributed all ranks have to call it: each measures its share, and all get the whole report.
 
     Args:
-        model_or_path: a model; or the folder or hub name of one, which is read from its safetensors files one tensor
-            at a time, in the dtype it was saved in. Weights that bitsandbytes quantized are ranked as what they stand
-            for.
+        model_or_path: a model, or the folder or hub name of one. Files are read one tensor at a time, in the dtype
+            they were saved in. Weights that bitsandbytes quantized are dequantized.
         include, exclude: groups (`patterns.GROUPS`: "norm", "router", "attention", ...) or globs on unit names; an
             empty `include` means all.
         rtol: relative width of the interval of kappa, see `condition_number`.
         progress: show a bar on stderr.
         trust_remote_code: let transformers run code that comes with the model.
-        cache: use what earlier scans found, and keep what this one finds; see `cache`.
-        k, order, rank_by, seed: what will be selected (see `select`); k of None measures everything. rank_by "snr"
-            also measures that.
-        scan_from: a folder or hub name with the same model unquantized, whose values are measured in place of its
-            own. The report's `dtype` says what was measured, its `base` is the model.
+        cache: use results of earlier scans, and keep those of this one; see `cache`.
+        k, order, rank_by, seed: what will be selected (see `select`); with k of None everything is measured. rank_by
+            "snr" also measures that score.
+        scan_from: a folder or hub name of the same model, unquantized, whose values are measured instead. The report's
+            `dtype` says so; its `base` stays the model.
 
     Raises:
         KappaTuneError: the model can't be loaded, a pattern matches nothing, no weight matrix is left, or `rank_by`
-            isn't found by scanning.
+            can't be measured by a scan.
     """
     budget = check_settings(k, order, rank_by, seed) if k is not None else None
     if rank_by == gain_over_forgetting.__name__:
-        raise KappaTuneError(f"rank_by: {rank_by}: a scan can't tell. {how_to_measure(rank_by)}")
+        raise KappaTuneError(f"rank_by: {rank_by}: a scan can't measure it. {how_to_measure(rank_by)}")
     source = _source(model_or_path, scan_from, trust_remote_code)
     kept, left_out = filter_units(source.units, include, exclude, source.parameters)
     if not kept:
@@ -77,7 +76,7 @@ def scan(
         rows_of = partial(measure, source, bar=bar, cache=store, with_snr=rank_by == "snr")
         partly = budget is not None and can_settle(order, rank_by)
         rows = settle(kept, rows_of, rtol, budget, order, rank_by, seed) if partly else rows_of(kept, rtol)
-    # a file that changed meanwhile is not what was read
+    # the files may have changed while they were read
     if identity is not None and source.identity() == identity and ranks.rank() == 0:
         store.keep_files(identity, base["hash"], source.contents)
     wanted = {"k": budget and budget.written, "order": order, "rank_by": rank_by, "seed": seed}
@@ -93,7 +92,7 @@ def _source(
 
 
 def _recall(source: Source, cache: Cache, identity: str | None) -> str:
-    """The fingerprint of the weights. What is known of their files is put in `source.contents`."""
+    """The fingerprint of the weights, from the cache if it has the files; then their hashes go to `source.contents`."""
     known = ranks.from_first(cache.files(identity) if identity is not None else None)
     if known is None:
         return source.base_hash()
@@ -107,7 +106,7 @@ def _nothing_left(
     if not units:
         return (
             f"The model has no weight matrix to measure: none of its {len(parameters)} parameters is a 2-D weight in "
-            "floating point. Quantized weights can't be measured: scan the model they were made from."
+            "floating point. If its weights are quantized, scan the unquantized model."
         )
     return (
         f"No weight matrix is left: the model has {len(units)}, include {list(include)} and exclude {list(exclude)} "

@@ -1,7 +1,7 @@
-"""What a weight in memory is called in the checkpoint.
+"""The names that weights in memory have in the checkpoint.
 
-transformers 5 renames and fuses weights while it loads them (a layer's experts become one parameter). It undoes this
-when it saves; the same rules, reversed, give the names here. transformers 4 keeps the checkpoint's names.
+transformers 5 renames and fuses weights while it loads them (a layer's experts become one parameter), and reverses this
+when it saves. The same reversed rules give the names here. transformers 4 keeps the checkpoint's names.
 """
 
 from collections.abc import Sequence
@@ -10,20 +10,20 @@ from torch import nn
 
 
 class CheckpointNames:
-    """Translates parameter names of `model` to those `save_pretrained` would write."""
+    """Translates parameter names of `model` to those that `save_pretrained` would write."""
 
     def __init__(self, model: nn.Module) -> None:
         self._converters, self._renamings = _reversed_transforms(model)
 
     def whole(self, parameter: str) -> str:
-        """Name of a parameter that is one tensor in the checkpoint too."""
+        """The checkpoint's name of a parameter that is one tensor there too."""
         return self._rename(parameter)
 
     def expert(self, parameter: str, expert: int, projections: Sequence[str]) -> list[str]:
-        """Names of one expert's projections inside the fused `parameter`, in the order in which it holds them.
+        """The checkpoint's names of one expert's projections inside the fused `parameter`, in their order.
 
-        Where the checkpoint stores the experts fused as well (GPT-OSS) they get the names that the other
-        architectures use: `<owner>.<expert>.<projection>.weight`.
+        If the checkpoint stores the experts fused too (GPT-OSS), they are named as in other architectures:
+        `<owner>.<expert>.<projection>.weight`.
         """
         for converter in self._converters:
             renamed, source = converter.rename_source_key(parameter)
@@ -37,7 +37,7 @@ class CheckpointNames:
         return [self._rename(f"{prefix}{expert}.{projection}.weight") for projection in projections]
 
     def operations(self, parameter: str) -> set[str]:
-        """What `save_pretrained` would do to the values of `parameter`, by transformers' names of the operations."""
+        """The operations that `save_pretrained` would apply to `parameter`, by the names of transformers' classes."""
         matching = [each for each in self._converters if each.rename_source_key(parameter)[1] is not None]
         return {type(operation).__name__ for each in matching for operation in each.operations}
 
@@ -48,7 +48,7 @@ class CheckpointNames:
 
 
 def _reversed_transforms(model: nn.Module) -> tuple[list, list]:
-    """The loading rules of `model`'s architecture, reversed as `revert_weight_conversion` of transformers does."""
+    """The loading rules of `model`'s architecture, reversed as transformers' `revert_weight_conversion` does."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming

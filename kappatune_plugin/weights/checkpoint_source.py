@@ -1,4 +1,4 @@
-"""The weights of a checkpoint on disk, without its model: its architecture is built empty, to know names and shapes."""
+"""The weights of a checkpoint on disk. Its model is built without values, for names and shapes only."""
 
 import math
 from collections.abc import Sequence
@@ -18,17 +18,17 @@ from kappatune_plugin.weights.units import WeightUnit, as_matrix, find_units
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 STORED_FLOAT8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
-# what the loader of transformers may do to a layer's experts without changing one's matrix, as it is undone
+# operations of transformers' loader, as reversed for saving, that leave each expert's matrix unchanged
 STACKING = {"SplitModulelist", "Chunk"}
 
 
 class _Unusable(Exception):
-    """Why the files don't tell the units' values."""
+    """The units' values can't be read from the files; the message says why."""
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a unit is: the tensor, the part of it (none for a tensor of its own), and its scales if it is float8."""
+    """Where a unit is: the tensor, the index of its part in it (empty: all of it), and its scales if it is float8."""
 
     tensor: str
     index: tuple[int | slice, ...] = ()
@@ -36,7 +36,7 @@ class _Place:
 
 
 class SafetensorsSource(Source):
-    """A checkpoint in safetensors files: one tensor in memory at a time, whichever way it stores experts."""
+    """A checkpoint in safetensors files, with one tensor in memory at a time. Experts may be stored fused or apart."""
 
     def __init__(self, path: str, files: TensorFiles, model: nn.Module) -> None:
         """`model` has the checkpoint's architecture; its values are never used."""
@@ -68,7 +68,7 @@ class SafetensorsSource(Source):
         return self.files.identity(self._architecture)
 
     def memory_limit(self) -> int:
-        """That of four copies of the largest tensor in float64, and no more than is free."""
+        """Four float64 copies of the largest tensor, or less if less is free."""
         largest = max(math.prod(stored.shape) for stored in self.files.tensors.values())
         return min(4 * 8 * largest, super().memory_limit())
 
@@ -76,7 +76,7 @@ class SafetensorsSource(Source):
         return fingerprint(self.units, self.samples())
 
     def samples(self) -> dict[str, Tensor]:
-        """Unit name -> the `sample` of its matrix. Collective, each rank reads its share."""
+        """Unit name -> the `sample` of its matrix. Collective: each rank reads its share."""
         mine = deal(self.units, ranks.world())[ranks.rank()]
         parts = ranks.exchange({unit.name: sample(self.load(unit)) for unit in mine})
         return {name: values for part in parts for name, values in part.items()}
@@ -101,7 +101,7 @@ class _Finder:
             self._aliases.setdefault(id(parameter), []).append(name)
 
     def place(self, unit: WeightUnit) -> _Place:
-        """Where `unit` is. Raises _Unusable if that isn't certain."""
+        """Where `unit` is. Raises _Unusable if that can't be said for certain."""
         operations = self._names.operations(unit.parameter)
         if operations - STACKING if unit.index else operations:
             raise _Unusable(f"{unit.name} is stored in another form ({', '.join(sorted(operations))})")
@@ -117,7 +117,7 @@ class _Finder:
         return self._checked(found[0], shape, unit.index)
 
     def _stored(self, name: str) -> str | None:
-        """The name in the files: base models are saved with and without the prefix that their heads' models add."""
+        """The name in the files, which may lack or add the prefix of the model's base (`model.`); None if not there."""
         bare = name.removeprefix(f"{self._prefix}.")
         return next((each for each in (name, bare, f"{self._prefix}.{name}") if each in self._tensors), None)
 

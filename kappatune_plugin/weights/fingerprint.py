@@ -1,4 +1,4 @@
-"""The fingerprint of a base model: a hash of samples of its weights, the same however they are stored."""
+"""The fingerprint of a base model: a hash of samples of its weights that doesn't depend on how they are stored."""
 
 import hashlib
 import math
@@ -15,24 +15,24 @@ NO_SAMPLES = torch.empty(0, dtype=torch.bfloat16)
 
 
 def unit_hash(parameter: Tensor, unit: WeightUnit) -> int:
-    """A fingerprint of one weight: a signed 64-bit integer over at most 64 of its values. See `base_hash`."""
+    """The fingerprint of one unit: a signed 64-bit integer over at most 64 of its values. See `base_hash`."""
     digest = hashlib.blake2b(_comparable(_samples_over_ranks([(parameter, unit)])), digest_size=8)
     return int.from_bytes(digest.digest(), "big", signed=True)
 
 
 def base_hash(model: nn.Module) -> str:
-    """A short fingerprint of the base weights: 16 hexadecimal digits over the units' names, shapes and some values.
+    """The fingerprint of a model's weights: 16 hexadecimal digits over the units' names, shapes and some values.
 
-    It is the same for a checkpoint loaded in float32 and in bfloat16, for fused and separate experts, and however the
-    weights are divided over ranks (collective then). A bfloat16 checkpoint loaded in float16 has the same one too; a
-    float32 checkpoint in float16 has not (it is rounded twice).
+    It is the same for a checkpoint loaded in float32 and in bfloat16, for fused and separate experts, and for weights
+    partitioned over ranks (collective then). It is the same for a bfloat16 checkpoint loaded in float16, but not for a
+    float32 one, which is rounded twice.
     """
     units = sorted(find_units(model), key=lambda unit: unit.name)
     return _digest(units, _samples_over_ranks([(model.get_parameter(unit.parameter), unit) for unit in units]))
 
 
 def fingerprint(units: Iterable[WeightUnit], samples: Mapping[str, Tensor]) -> str:
-    """The `base_hash` of a model that has these units, from the `sample` of each, by name."""
+    """The `base_hash` of a model with these units, from the `sample` of each (unit name -> sample)."""
     units = sorted(units, key=lambda unit: unit.name)
     return _digest(units, torch.cat([NO_SAMPLES, *(samples[unit.name] for unit in units)]))
 
@@ -52,7 +52,7 @@ def sample(matrix: Tensor) -> Tensor:
 
 
 def holds_other_values(parameter: Tensor, unit: WeightUnit, samples: Tensor) -> bool:
-    """Whether this process's part of the unit's matrix isn't that of the matrix which has these `sample`s."""
+    """Whether this process's part of the unit differs from the matrix that `samples` were taken of."""
     if parameter.is_meta:
         return False
     numbers, values = _own_samples(parameter, unit)
@@ -60,7 +60,7 @@ def holds_other_values(parameter: Tensor, unit: WeightUnit, samples: Tensor) -> 
 
 
 def _samples_over_ranks(units: Sequence[tuple[Tensor, WeightUnit]]) -> Tensor:
-    """The samples of each (parameter, unit)'s matrix, wherever the parameters are."""
+    """The samples of all (parameter, unit) pairs, concatenated, whole or partitioned over ranks."""
 
     def here() -> Tensor:
         return torch.cat([NO_SAMPLES, *(sample(as_matrix(unit_block(each, unit), unit)) for each, unit in units)])
@@ -74,7 +74,7 @@ def _samples_over_ranks(units: Sequence[tuple[Tensor, WeightUnit]]) -> Tensor:
 
 
 def _own_samples(parameter: Tensor, unit: WeightUnit) -> tuple[Tensor, Tensor]:
-    """Those of `sample` that are in this process's part of a parameter: their numbers, and they."""
+    """The values of `sample` that lie in this process's part of a parameter: (their positions, the values)."""
     rows, columns = (torch.arange(0, size, math.ceil(size / SAMPLES_PER_SIDE)) for size in unit.shape)
     positions = (rows[:, None] * unit.shape[1] + columns).flatten()
     if unit.out_axis:
@@ -88,7 +88,7 @@ def _own_samples(parameter: Tensor, unit: WeightUnit) -> tuple[Tensor, Tensor]:
 
 
 def _in_order(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """The values of `_own_samples` of all ranks; what several ranks hold counts once."""
+    """The values of all ranks' `_own_samples`, in order; values that several ranks hold count once."""
     found = {number: value for part in parts for number, value in zip(part[0].tolist(), part[1], strict=True)}
     return torch.stack([found[number] for number in sorted(found)])
 

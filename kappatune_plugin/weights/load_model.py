@@ -1,4 +1,4 @@
-"""A model from a folder or the hub, with its weights or without."""
+"""Load a model from a folder or the hub, with or without its values."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,13 +31,13 @@ def load_model(path: str, trust_remote_code: bool = False) -> nn.Module:
     if missing:
         raise KappaTuneError(
             f"'{path}' lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}: they would be "
-            "random numbers. Load the model yourself and scan that, or mend the checkpoint."
+            "random numbers. Load the model yourself and scan it, or repair the checkpoint."
         )
     return model
 
 
 def empty_model(path: str, trust_remote_code: bool = False) -> nn.Module:
-    """The same model without its values: its parameters are on the meta device."""
+    """The same model without values: its parameters are on the meta device."""
     config = model_config(path, trust_remote_code)
     loader = model_class(config)
     with torch.device("meta"):
@@ -57,7 +57,7 @@ def model_config(path: str, trust_remote_code: bool = False) -> "PretrainedConfi
 
 
 def model_class(config: "PretrainedConfig") -> Any:
-    """The class that the checkpoint was saved from; else the causal language model of its type, else the encoder."""
+    """The class that the checkpoint was saved from; if unknown, AutoModelForCausalLM, else AutoModel."""
     import transformers
     from transformers import AutoModel, AutoModelForCausalLM
 
@@ -70,7 +70,8 @@ def model_class(config: "PretrainedConfig") -> Any:
 
 
 def cannot_load(path: str, error: Exception) -> KappaTuneError:
-    """The error for a model that transformers can't load. A path that isn't there it takes for a wrong hub name."""
+    """The error for a model that transformers can't load."""
+    # transformers takes a path that doesn't exist for a wrong hub name
     is_path = path.startswith(("/", ".", "~")) or path.count("/") > 1
     reason = f"{type(error).__name__}: {error}" if Path(path).exists() or not is_path else "there is no such folder."
     return KappaTuneError(

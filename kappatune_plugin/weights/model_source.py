@@ -1,4 +1,4 @@
-"""The weights of a model in memory, whole or divided over ranks."""
+"""The weights of a model in memory, whole or partitioned over ranks."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -16,10 +16,10 @@ from kappatune_plugin.weights.units import WeightUnit, as_matrix, find_units, un
 
 
 class ModelSource(Source):
-    """A model in memory, on any device, whole or divided over ranks (ZeRO-3, FSDP2).
+    """A model in memory, on any device, whole or partitioned over ranks (ZeRO-3, FSDP2).
 
     Attributes:
-        divided: whether not every rank has all of it.
+        divided: whether some rank doesn't hold all of it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -33,8 +33,8 @@ class ModelSource(Source):
         self._forms = {unit.name: form for unit in self.units if (form := self._form(unit))}
         if self._forms and self.divided:
             raise KappaTuneError(
-                "A quantized model that is divided over ranks (ZeRO-3, FSDP2) can't be ranked. Use DDP or ZeRO-2, or "
-                "load it unquantized."
+                "A quantized model that is partitioned over ranks (ZeRO-3, FSDP2) can't be ranked. Use DDP or ZeRO-2, "
+                "or load it unquantized."
             )
 
     def dtype(self, unit: WeightUnit) -> str:
@@ -64,7 +64,7 @@ class ModelSource(Source):
         elif not self.divided:
             yield from super().work(units)
         else:
-            # all ranks get their unit of a round before one of them starts to measure
+            # all ranks get their unit of a round before any starts to measure
             for each in rounds(units, ranks.world()):
                 yield from [mine for owner, unit in enumerate(each) if (mine := self._gather(unit, owner))]
 
@@ -80,6 +80,6 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _model_name(model: nn.Module) -> str:
-    """What the report calls the model: its hub name, the last part of its folder, or its class."""
+    """The model's name in reports: its hub name, the last part of its folder's path, or its class."""
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
     return path_name(name)

@@ -1,4 +1,4 @@
-"""From a model, a folder or a hub name to the Source of its weights."""
+"""Open a model, a folder or a hub name as a Source of weights."""
 
 import os
 import warnings
@@ -19,10 +19,10 @@ from kappatune_plugin.weights.units import WeightUnit
 
 
 def checkpoint_source(path: str, trust_remote_code: bool = False) -> Source:
-    """The checkpoint in a folder or of a hub name: its safetensors files, or else the model loaded from it.
+    """The checkpoint in a folder or of a hub name: its safetensors files if they can be used, else the loaded model.
 
     Raises:
-        KappaTuneError: files that are missing or damaged, or a model that can't be loaded.
+        KappaTuneError: missing or damaged files, or a model that can't be loaded.
     """
     model_config(path, trust_remote_code)
     try:
@@ -35,19 +35,19 @@ def checkpoint_source(path: str, trust_remote_code: bool = False) -> Source:
 
 
 def same_on_disk(model: nn.Module, source: ModelSource) -> Source | None:
-    """The checkpoint that a model divided over ranks was loaded from, if all ranks find the same weights there.
+    """The checkpoint that a partitioned model was loaded from, if all ranks find the same weights there; else None.
 
-    Collective. Each rank then reads what it measures, and nothing has to be gathered.
+    Collective. Each rank then reads what it measures from disk, and nothing has to be gathered.
 
     Raises:
-        KappaTuneError: the checkpoint has this model in this precision, and other values. Only embeddings and heads
-            may differ: toolkits initialize rows of tokens anew.
+        KappaTuneError: the checkpoint has the same model in the same dtype with other values. Only embeddings and
+            heads may differ, since toolkits initialize rows of added tokens.
     """
     path = getattr(getattr(model, "config", None), "_name_or_path", "")
     try:
         found = SafetensorsSource(path, TensorFiles(_files(path)), model) if path else None
     except (KappaTuneError, _Unusable):
-        # whatever it is, the weights in memory can be gathered
+        # the weights in memory can still be gathered
         found = None
     alike = found is not None and _forms(found) == _forms(source)
     if not all(ranks.exchange(alike)):
@@ -64,17 +64,17 @@ def same_on_disk(model: nn.Module, source: ModelSource) -> Source | None:
 
 
 def _not_loaded(path: str, wrong: Sequence[Sequence[str]]) -> str:
-    """`wrong` are the names for each rank."""
+    """The error for weights that differ from their checkpoint; `wrong` has each rank's unit names."""
     ranks = [f"rank {rank}: {len(names)}, such as {names[0]}" for rank, names in enumerate(wrong) if names]
     return (
         f"The weights in memory are not those of '{path}', where they were loaded from. Matrices with other values: "
-        f"{'; '.join(ranks)}. Trained values would belong to a base that nobody has. {how_to_load_whole()} If you "
-        'changed the weights on purpose, save and load them, or write model.config.name_or_path = "" before.'
+        f"{'; '.join(ranks)}. An adapter trained on them would fit no saved model. {how_to_load_whole()} If you "
+        'changed the weights on purpose, save and load them, or set model.config.name_or_path = "" before.'
     )
 
 
 def _forms(source: Source) -> list[tuple[str, tuple[int, int], str]]:
-    """What a report says of the units before they are measured."""
+    """Name, shape and dtype of each unit."""
     return [(unit.name, unit.shape, source.dtype(unit)) for unit in source.units]
 
 
@@ -94,8 +94,8 @@ def _empty(path: str, trust_remote_code: bool) -> nn.Module:
 
 
 class ScanFrom(Source):
-    """A model whose units are measured by the values that a checkpoint of the same model has: one of the unquantized
-    weights, for a quantized model."""
+    """A model whose units are measured by the values of another checkpoint of it: for a quantized model, the
+    unquantized one."""
 
     def __init__(self, model: Source, values: Source) -> None:
         self.name, self.units, self.parameters, self.contents = model.name, model.units, model.parameters, {}
@@ -126,21 +126,15 @@ class ScanFrom(Source):
 
 
 def open_source(model_or_path: nn.Module | str | os.PathLike, trust_remote_code: bool = False) -> Source:
-    """The weights of a model, or of the folder or hub name of one. Collective where ranks run together.
+    """The weights of a model, or of the folder or hub name of one. Collective where several ranks run.
 
     Raises:
-        KappaTuneError: neither, or the model can't be loaded.
+        KappaTuneError: it is neither, or the model can't be loaded.
     """
     if isinstance(model_or_path, nn.Module):
         source = ModelSource(model_or_path)
-        if not source.divided:
-            return source
-        from kappatune_plugin.weights.open_source import same_on_disk
-
-        return same_on_disk(model_or_path, source) or source
+        return (same_on_disk(model_or_path, source) or source) if source.divided else source
     if isinstance(model_or_path, str | os.PathLike):
-        from kappatune_plugin.weights.open_source import checkpoint_source
-
         return checkpoint_source(os.fspath(model_or_path), trust_remote_code)
     kind = type(model_or_path).__name__
     raise KappaTuneError(f"scan needs a model, or the folder or hub name of one; found {kind}.")

@@ -1,4 +1,4 @@
-"""`include` and `exclude`: group names and globs on unit names; one that says nothing true is an error."""
+"""`include` and `exclude`: group names and globs on unit names; a pattern that matches nothing is an error."""
 
 import difflib
 import re
@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.weights.units import WeightUnit
 
-# norms and biases are never units; their groups can still be named, since recipes declare what they leave out
+# norms and biases are never units, but recipes may name them to declare what they leave out
 GROUPS = ("norm", "bias", "embedding", "head", "router", "attention", "mlp")
 DEFAULT_EXCLUDE = ("norm", "bias", "embedding", "head")
 
@@ -23,12 +23,12 @@ def filter_units(
 
     Args:
         include: groups or globs; empty means every unit.
-        exclude: groups or globs, taken from what `include` gives.
-        parameters: names of all parameters of the model, so that a glob in `exclude` that meets only parameters which
-            are never units ("*layernorm*", "*.bias") is right too.
+        exclude: groups or globs, removed from what `include` gives.
+        parameters: names of all parameters of the model: a glob in `exclude` may match only parameters that are never
+            units ("*layernorm*", "*.bias").
 
     Returns:
-        The units kept, in order, and for each other unit's name the reason it was left out.
+        The units kept, in order; and unit name -> the reason it was left out.
 
     Raises:
         KappaTuneError: patterns that match nothing, all of them in one message, each with near names.
@@ -62,7 +62,7 @@ def _reason_left_out(unit: WeightUnit, include: Sequence[str], exclude: Sequence
 
 
 def module_type(name: str, groups: Iterable[str]) -> str | None:
-    """ "attention" or "mlp" (experts count as it) for a weight in a layer; None for the rest, routers among it."""
+    """ "attention" or "mlp" (includes experts) for a weight in a layer; None for all others and for routers."""
     if {"embedding", "head", "router"} & set(groups) or not re.search(r"\.\d+\.", f".{name}"):
         return None
     return "attention" if re.search("attn|attention", name.lower()) else "mlp"
@@ -79,7 +79,7 @@ def _known(pattern: str, names: Sequence[str]) -> bool:
 
 
 def _problem(key: str, pattern: str, names: Sequence[str]) -> str:
-    text = f"{key}: '{pattern}' is no group ({', '.join(GROUPS)}) and matches none of the {len(names)} weights."
+    text = f"{key}: '{pattern}' is not a group ({', '.join(GROUPS)}) and matches none of the {len(names)} weights."
     group = difflib.get_close_matches(pattern, GROUPS, n=1, cutoff=0.7)
     if group:
         return f"{text} Did you mean '{group[0]}'?"
@@ -92,7 +92,7 @@ def _problem(key: str, pattern: str, names: Sequence[str]) -> str:
 
 
 def _endings(names: Iterable[str]) -> list[str]:
-    """The words that weight names are made of: "q_proj", "mlp.down_proj", ..."""
+    """The last one or two words of weight names: "q_proj", "mlp.down_proj", ..."""
     words = set()
     for name in names:
         parts = [part for part in name.removesuffix(".weight").split(".") if not re.fullmatch(r"\d+", part)]

@@ -1,4 +1,4 @@
-"""Quantized weights as the numbers they stand for."""
+"""Dequantize weights: bitsandbytes' 4 and 8 bits, and float8."""
 
 import math
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ from torch.nn import functional
 
 from kappatune_plugin.errors import KappaTuneError
 
-# bitsandbytes keeps these as attributes of its parameters
+# the names of bitsandbytes' parameter classes
 FOUR_BIT, EIGHT_BIT = "Params4bit", "Int8Params"
-# what is added to a float8 weight's name for the tensor that scales it: DeepSeek's blocks, and what others store
+# ending added to a float8 weight's name for the tensor of its scales: DeepSeek's, and that of others
 SCALES = ("_scale_inv", "_scale")
 # side of the blocks that share a scale, where the config doesn't say (DeepSeek-V3, arXiv 2412.19437, section 3.3.2)
 FLOAT8_BLOCK = (128, 128)
@@ -20,8 +20,8 @@ FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def quantized_form(module: nn.Module, parameter: Tensor) -> tuple[str, tuple[int, ...]] | None:
-    """("nf4", "fp4", "int8" or a float8 dtype; the shape of the weight it stands for) of a quantized parameter of
-    `module`; None if it isn't quantized, or in a way that this doesn't know."""
+    """("nf4", "fp4", "int8" or a float8 dtype; the dequantized shape) of a quantized parameter; None if it isn't
+    quantized, or in a form that is unknown here."""
     kind = type(parameter).__name__
     if kind == FOUR_BIT and parameter.quant_state is not None:
         return parameter.quant_state.quant_type, tuple(parameter.quant_state.shape)
@@ -33,15 +33,15 @@ def quantized_form(module: nn.Module, parameter: Tensor) -> tuple[str, tuple[int
 
 
 def is_scale(name: str) -> bool:
-    """Whether a parameter's name says that it scales a float8 weight."""
+    """Whether a parameter's name is that of a float8 weight's scales."""
     return name.endswith(SCALES)
 
 
 def dequantized(module: nn.Module, name: str) -> Tensor:
-    """The weight that the parameter `name` of `module` stands for, in its own shape; `module` stays as it is.
+    """The parameter `name` of `module`, dequantized, in its original shape; `module` stays as it is.
 
-    4 bits: by bitsandbytes, in the dtype that was quantized. int8: bitsandbytes' LLM.int8() (arXiv 2208.07339) scales
-    rows: W = q * scale / 127, (out, in), here in float32.
+    4 bits: by bitsandbytes, in the dtype from which it was quantized. int8: LLM.int8() (arXiv 2208.07339) scales rows:
+    W = q * scale / 127, (out, in), in float32.
 
     Raises:
         KappaTuneError: a float8 weight without scales, or with scales that don't fit it.
@@ -63,15 +63,15 @@ def dequantized(module: nn.Module, name: str) -> Tensor:
     if not found:
         expected = " or ".join(name + ending for ending in SCALES)
         raise KappaTuneError(
-            f"{name} of a {type(module).__name__} is {parameter.dtype} without scales ({expected}): what it stands for "
-            "can't be told. Scan the unquantized checkpoint, or name it with scan_from."
+            f"{name} of a {type(module).__name__} is {parameter.dtype} without scales ({expected}), so it can't be "
+            "dequantized. Scan the unquantized checkpoint, or name it with scan_from."
         )
     block = getattr(module, "block_size", None) or FLOAT8_BLOCK
     return dequantize_float8(parameter, found[0].detach(), block)
 
 
 def _unpack(module: nn.Module, state: Any) -> None:
-    """Undo how bitsandbytes packs 4 bit weights to run on some CPUs; a state dict alone would lose the scales."""
+    """Undo bitsandbytes' packing of 4 bit weights for some CPUs; `state_dict` alone would lose the scales."""
     if getattr(state, "packing_format_for_cpu", False):
         scales = state.absmax.T.reshape(-1).float()
         module.state_dict()
@@ -79,10 +79,9 @@ def _unpack(module: nn.Module, state: Any) -> None:
 
 
 def keep_unpacked(model: nn.Module) -> None:
-    """Have bitsandbytes run 4 bit weights as they are stored, on CPUs too.
+    """Let bitsandbytes run 4 bit weights as they are stored, on CPUs too.
 
-    The layout that it packs them into, when the model is evaluated on a CPU with AVX512, would stay when training
-    begins, and gives no gradient.
+    Its packed layout for evaluation on CPUs with AVX512 would stay when training begins, and gives no gradient.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -115,7 +114,7 @@ def dequantize_float8(weight: Tensor, scales: Tensor, block: Sequence[int] = FLO
 
 
 class WholeLinear(nn.Linear):
-    """A linear layer in the place of a quantized one. As there, the input may have another dtype than the weight."""
+    """A linear layer that replaces a quantized one. As there, the input may have another dtype than the weight."""
 
     def forward(self, values: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
@@ -124,7 +123,7 @@ class WholeLinear(nn.Linear):
 
 
 def make_whole(model: nn.Module, name: str) -> None:
-    """Put in the place of the quantized linear layer `name` one that holds the weight it stands for, frozen.
+    """Replace the quantized linear layer `name` by one that holds the dequantized weight, frozen.
 
     Raises:
         KappaTuneError: it isn't a linear layer of bitsandbytes.
@@ -144,19 +143,19 @@ def make_whole(model: nn.Module, name: str) -> None:
 
 
 def whole_model(model: nn.Module) -> nn.Module:
-    """A model of transformers that bitsandbytes quantized, as the weights it stands for; any other as it is."""
+    """A transformers model that bitsandbytes quantized, dequantized; any other model as it is."""
     settings = quantization_of(model)
     if not settings or settings.get("quant_method") != "bitsandbytes":
         return model
-    # a config read from a file may hold its name, which transformers 5.16 takes for a device
+    # transformers 5.16 takes a dtype given by its name, as in a config read from a file, for a device
     model.config.dtype = model.dtype
     model = model.dequantize()
-    # up to 5.16 those of the quantized weights stay, and can't be undone when the model is saved
+    # up to 5.16 the conversions of the quantized weights stay, and can't be reversed when the model is saved
     model.__dict__.pop("_weight_conversions", None)
     return model
 
 
 def quantization_of(model: nn.Module) -> dict[str, Any] | None:
-    """How transformers was told to quantize `model`, as in its config.json; None if it isn't quantized."""
+    """The `quantization_config` of `model` as a dict, as in its config.json; None if it isn't quantized."""
     settings = getattr(getattr(model, "config", None), "quantization_config", None)
     return settings if settings is None or isinstance(settings, dict) else settings.to_dict()

@@ -1,6 +1,7 @@
 """Tensors in safetensors files, read one at a time."""
 
 import json
+import operator
 import os
 import struct
 import threading
@@ -16,13 +17,13 @@ from torch import Tensor
 from kappatune_plugin.errors import KappaTuneError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# a file stays open, and what was read of it in memory, for this many bytes
+# bytes read from a file before it is opened again, which frees the pages read so far
 BYTES_A_MAPPING = 4 * 2**20
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor is: its file, its shape, its dtype as safetensors writes it ("BF16"), and its size in bytes."""
+    """A tensor in a file: path, shape, dtype in safetensors' spelling ("BF16"), and size in bytes."""
 
     path: Path
     shape: tuple[int, ...]
@@ -35,10 +36,10 @@ class TensorFiles:
 
     Attributes:
         paths: the files, in order.
-        tensors: name -> where it is.
+        tensors: name -> StoredTensor.
 
     Raises:
-        KappaTuneError: files that are missing, damaged, or not to be read, all of them in one message.
+        KappaTuneError: files that are missing, damaged or unreadable, all of them in one message.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
@@ -58,7 +59,7 @@ class TensorFiles:
             )
 
     def read(self, name: str, first: int | None = None) -> Tensor:
-        """A tensor, or `tensor[first]` without reading the rest of it. It may lie in the file's own pages: read only.
+        """A tensor, or `tensor[first]` without reading the rest. Don't write to it: it may be a memory-mapped file.
 
         Raises:
             KappaTuneError: the file can't be read any more.
@@ -71,7 +72,7 @@ class TensorFiles:
             raise KappaTuneError(f"Can't read {name} in {stored.path}: {_reason(error)}") from error
 
     def identity(self, salt: str = "") -> str:
-        """Changes with `salt` and with any file: their sizes, times (the second can't be set back), and headers."""
+        """A hash of `salt` and of each file's path, size, times (ctime can't be set back), inode and header."""
         digest = xxhash.xxh3_128(salt.encode())
         for path in self.paths:
             try:
@@ -84,7 +85,7 @@ class TensorFiles:
         return digest.hexdigest()
 
     def _opened(self, path: Path, size: int) -> Any:
-        """This thread's handle of a file. Pages once read stay in memory until it is dropped, so it soon is."""
+        """This thread's handle of a file, opened again after BYTES_A_MAPPING, since pages once read stay in memory."""
         held = self._open.__dict__
         if held.get("path") != path or held["left"] < size:
             held.clear()
@@ -97,8 +98,7 @@ def checkpoint_files(folder_or_name: str) -> list[Path]:
     """The safetensors files of a model, in its folder or the hub's cache; an empty list if it has none.
 
     Raises:
-        KappaTuneError: the index is damaged, or names files that aren't there; or there is neither a folder nor a name
-            that can be looked up on the hub.
+        KappaTuneError: the index is damaged or names missing files, or the hub can't be reached.
     """
     from transformers.utils import cached_file
 
@@ -134,21 +134,20 @@ def checkpoint_files(folder_or_name: str) -> list[Path]:
 
 
 def _header(path: Path) -> dict[str, StoredTensor]:
-    """Name, shape and dtype of each tensor. safe_open checks that the file is whole; its API tells them slowly."""
+    """The file's tensors by name."""
+    # this checks that the file is whole; reading all shapes through its API would be slow
     with safe_open(path, framework="pt"):
         pass
     content = json.loads(header_bytes(path))
+    content.pop("__metadata__", None)
     return {
-        name: StoredTensor(
-            path, tuple(entry["shape"]), entry["dtype"], entry["data_offsets"][1] - entry["data_offsets"][0]
-        )
+        name: StoredTensor(path, tuple(entry["shape"]), entry["dtype"], -operator.sub(*entry["data_offsets"]))
         for name, entry in content.items()
-        if name != "__metadata__"
     }
 
 
 def header_bytes(path: str | os.PathLike) -> bytes:
-    """The JSON header of a safetensors file (format: 8 bytes of its length, little-endian, then the header)."""
+    """The JSON header of a safetensors file: 8 bytes of its length, little-endian, then the header."""
     with open(path, "rb") as file:
         return file.read(struct.unpack("<Q", file.read(8))[0])
 

@@ -1,4 +1,4 @@
-"""Where weights are: a source lists the weight matrices of a model and hands them out one at a time."""
+"""The interface Source: lists the weight matrices of a model and loads them one at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -15,13 +15,13 @@ Load = Callable[[], Tensor]
 
 
 class Source:
-    """The weight matrices of one model, wherever they are.
+    """The weight matrices of one model.
 
     Attributes:
-        name: what the report calls the model.
+        name: the model's name in reports.
         units: every weight matrix, in the model's order.
-        parameters: the names of all parameters, of norms and biases too.
-        contents: unit name -> the hash of its matrix (`cache.content_hash`), as far as they are known.
+        parameters: the names of all parameters, including norms and biases.
+        contents: unit name -> the hash of its matrix (`cache.content_hash`), where it is known.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Source:
     contents: dict[str, str]
 
     def dtype(self, unit: WeightUnit) -> str:
-        """How the unit is stored: "bfloat16"; for a quantized weight also what its values are ranked as."""
+        """The dtype in which the unit is stored, such as "bfloat16" or "nf4, dequantized"."""
         raise NotImplementedError
 
     def load(self, unit: WeightUnit) -> Tensor:
@@ -38,27 +38,27 @@ class Source:
         raise NotImplementedError
 
     def base_hash(self) -> str:
-        """The fingerprint of all units' weights, as `units.base_hash` makes it."""
+        """The fingerprint of all units, as `fingerprint.base_hash` makes it."""
         raise NotImplementedError
 
     def identity(self) -> str | None:
-        """Changes whenever the weights may have; None where only reading them would tell."""
+        """A hash that changes whenever the weights may have changed; None if only reading them would show that."""
         return None
 
     def memory_limit(self) -> int:
-        """Bytes that measuring may take beside the weights: half of what is free."""
+        """Bytes that measuring may take besides the weights: half of what is free."""
         return psutil.virtual_memory().available // 2
 
     def work(self, units: Sequence[WeightUnit]) -> Iterator[tuple[WeightUnit, Load]]:
-        """The units to measure in this process, longest first, each with the function that loads it.
+        """The units to measure in this process, most expensive first, each with the function that loads it.
 
-        It is advanced from the main thread, and only when the next unit is about to be measured. A source of divided
-        weights gathers a unit here, which takes all ranks, and yields only those of its own rank.
+        It is advanced in the main thread, and only when the next unit is about to be measured. A source of partitioned
+        weights gathers units here, together with all ranks, and yields only those of its own rank.
         """
         for unit in deal(units, ranks.world())[ranks.rank()]:
             yield unit, partial(self.load, unit)
 
 
 def path_name(name: str) -> str:
-    """A hub name as it is, a folder without the path to it."""
+    """A hub name as it is; of a folder's path the last part."""
     return Path(name).resolve().name if Path(name).is_dir() else name

@@ -1,7 +1,7 @@
-"""Which weight matrices a model has.
+"""The weight matrices of a model.
 
-A unit is what the paper calls a weight tensor: one 2-D weight matrix. It is a whole parameter, or one expert's
-projection inside a fused expert parameter.
+A unit is one 2-D weight matrix, which the paper calls a weight tensor: a whole parameter, or one expert's projection
+inside a fused expert parameter.
 """
 
 from collections.abc import Iterator
@@ -29,12 +29,12 @@ class WeightUnit:
     """One 2-D weight matrix of a model.
 
     Attributes:
-        name: its name in the checkpoint, whichever way the model in memory holds it.
+        name: its name in the checkpoint, however the model in memory holds it.
         shape: (rows, columns) as stored; convolutions count as (d_out, everything else).
-        parameter: name of the parameter that holds it, as `model.named_parameters()` gives it.
+        parameter: name of the parameter that holds it, as in `model.named_parameters()`.
         index: `parameter[index]` is this unit; empty for a whole parameter.
-        groups: those of "embedding", "head", "router" that it belongs to.
-        out_axis: axis of `parameter[index]` that counts outputs (1 for transposed convolutions only).
+        groups: the groups "embedding", "head", "router" that it belongs to.
+        out_axis: the output axis of `parameter[index]` (1 for transposed convolutions only).
     """
 
     name: str
@@ -46,17 +46,16 @@ class WeightUnit:
 
 
 def find_units(model: nn.Module, quantized: bool = False) -> list[WeightUnit]:
-    """Every 2-D weight matrix of `model`, in the model's order; weights tied together once, under their first name.
+    """Every 2-D weight matrix of `model`, in the model's order; tied weights once, under their first name.
 
-    Never units: anything below 2-D (a 1 x n matrix is a vector too), norms, biases, weights that torch computes from
-    others (parametrizations).
+    Never units: vectors (a 1 x n matrix too), norms, biases, and weights that torch computes from others
+    (parametrizations).
 
     Args:
-        quantized: also weights that are stored quantized in a way that `quantized.dequantized` knows, as what they
-            stand for.
+        quantized: also return quantized weights that `quantized.dequantized` knows, with their dequantized shape.
 
     Raises:
-        KappaTuneError: another weight is quantized.
+        KappaTuneError: a weight is quantized in another form, or at all without `quantized`.
     """
     names = CheckpointNames(model)
     inputs, outputs = _embedding_modules(model)
@@ -90,17 +89,17 @@ def find_units(model: nn.Module, quantized: bool = False) -> list[WeightUnit]:
 
 
 def unit_block(parameter: Tensor, unit: WeightUnit) -> Tensor:
-    """The unit's part of its parameter: a view of it, of the shape the parameter stores."""
+    """The unit's part of its parameter: a view, in the shape in which the parameter stores it."""
     return parameter[unit.index] if unit.index else parameter
 
 
 def unit_matrix(model: nn.Module, unit: WeightUnit) -> Tensor:
-    """The unit's weight as a matrix of `unit.shape`: a view where the storage allows, in the parameter's dtype."""
+    """The unit's weight as a matrix of `unit.shape`, in the parameter's dtype: a view where the layout allows."""
     return as_matrix(unit_block(model.get_parameter(unit.parameter).detach(), unit), unit)
 
 
 def as_matrix(block: Tensor, unit: WeightUnit) -> Tensor:
-    """The unit's part of its parameter, as the parameter stores it, as a matrix of `unit.shape`."""
+    """`block`, the unit's part of its parameter as stored there, as a matrix of `unit.shape`."""
     return block.movedim(unit.out_axis, 0).reshape(unit.shape)
 
 
@@ -115,7 +114,7 @@ def _units_of(module: nn.Module, name: str, parameter: Tensor, names: Checkpoint
     elif parameter.ndim == 3 and parameter.shape[0] > 1:
         yield from _expert_units(module, name, parameter, names)
     else:
-        # one table with leading axes of size 1: learned positions or tokens of vision and speech encoders
+        # a table with leading axes of size 1: learned positions or tokens of vision and speech encoders
         shape = (parameter.numel() // parameter.shape[-1], parameter.shape[-1])
         yield WeightUnit(names.whole(name), shape, name, groups=frozenset({"embedding"}))
 
@@ -128,7 +127,7 @@ def _expert_units(module: nn.Module, name: str, parameter: Tensor, names: Checkp
         projections = FUSED_PROJECTIONS[short_name]
         half = parameter.shape[axis] // 2
         halves = [slice(0, half), slice(half, 2 * half)]
-        # GPT-OSS interleaves gate and up: even outputs are the gate's; transformers 4 has no mark for that
+        # GPT-OSS interleaves gate (even outputs) and up; transformers 4 has no attribute that says so
         if not getattr(module, "is_concatenated", "GptOss" not in type(module).__name__):
             halves = [slice(0, None, 2), slice(1, None, 2)]
         parts = [(part, slice(None)) if axis == 1 else (slice(None), part) for part in halves]
@@ -139,7 +138,7 @@ def _expert_units(module: nn.Module, name: str, parameter: Tensor, names: Checkp
 
 
 def _output_axis(module: nn.Module, gate_up: Tensor) -> int | None:
-    """The axis of gate_up_proj that holds gate's outputs and then up's; None if its shape is not that of a pair."""
+    """The axis of gate_up_proj along which gate's outputs and up's lie; None if its shape isn't that of a pair."""
     if hasattr(module, "is_transposed"):
         return 2 if module.is_transposed else 1
     down = getattr(module, "down_proj", None)
@@ -152,13 +151,13 @@ def _output_axis(module: nn.Module, gate_up: Tensor) -> int | None:
 
 
 def _embedding_modules(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
-    """The modules that `model` itself calls its input and output embeddings, where it has them."""
+    """The input and output embeddings of `model` as it names them itself; None where it has none."""
     found = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:
             found.append(getattr(model, getter)() if hasattr(model, getter) else None)
         except NotImplementedError:
-            # transformers' way to say that this architecture has none
+            # transformers raises it for architectures that have none
             found.append(None)
     return found[0], found[1]
 
@@ -177,7 +176,7 @@ def _groups(
 
 
 def _is_router(model: nn.Module, name: str, module: nn.Module) -> bool:
-    """A module that scores experts: named so beside the experts, or of a router class."""
+    """Whether `module` scores experts: by its class, by its name, or by a gate's name beside experts."""
     parent, _, last = name.rpartition(".")
     if "Router" in type(module).__name__ or last == "router":
         return True

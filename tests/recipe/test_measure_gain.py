@@ -59,7 +59,7 @@ def test_several_processes_are_refused(saved_olmoe, tmp_path, monkeypatch):
 
 def test_what_knows_no_rows_says_who_does(saved_olmoe, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(saved_olmoe, dtype="float32")
-    with pytest.raises(KappaTuneError, match="a scan can't tell.*measured on a task's rows"):
+    with pytest.raises(KappaTuneError, match="a scan can't measure it.*measured on a task's rows"):
         get_peft_model(model, KappaTuneConfig(k=6, rank_by=GAIN, order="highest"))
     report = scan(model)
     with pytest.raises(KappaTuneError, match="the report has no such values.*in Python.$"):
