@@ -1,4 +1,4 @@
-"""The main job on real models and data: SST-2 sentiment, TinyStories as control, before and after.
+"""`kappatune sft` on real models and data: SST-2 sentiment, TinyStories as control, before and after.
 
 Needs local copies of the models and texts, in the folder that --data names (default: shared/data beside the
 repository): models/tinystories-656k, models/tinystories-656k-upcycled-moe-DERIVED, tasks/sent-conv/stsa.binary.*,
@@ -15,11 +15,11 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from study import REPOSITORY, stories, write
 
 from kappatune_plugin.recipe.recipe import load_recipe
 from kappatune_plugin.run.train import run_sft
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 RECIPE = REPOSITORY / "recipes" / "sst2_tinystories.yaml"
 # K = the share of matrices that the recipe's 5 of 14 is
 MODELS = {"tinystories-656k": 5, "tinystories-656k-upcycled-moe-DERIVED": 10}
@@ -30,17 +30,7 @@ def sentences(source: Path, target: Path, limit: int | None = None) -> Path:
     lines = source.read_text(encoding="utf-8", errors="replace").splitlines()
     if limit is not None:
         lines = random.Random(0).sample(lines, limit)
-    rows = [{"sentence": line[2:], "label": int(line[0])} for line in lines]
-    target.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return target
-
-
-def stories(source: Path, target: Path, count: int) -> Path:
-    """The last `count` stories of a file that parts them by an end-of-text mark."""
-    found = [text.strip() for text in source.read_text(encoding="utf-8").split("<|endoftext|>")]
-    rows = [{"text": text} for text in found if len(text) > 100][-count:]
-    target.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return target
+    return write([{"sentence": line[2:], "label": int(line[0])} for line in lines], target)
 
 
 def overrides(data: Path, folder: Path, test_rows: int | None) -> list[str]:

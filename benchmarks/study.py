@@ -81,7 +81,7 @@ RUNS = {
 
 def sentences(source: Path, folder: Path) -> list[Path]:
     """A seeded sample of the short sentences of a file of lines "1 some words", as train.jsonl and test.jsonl."""
-    # not splitlines: in latin-1 it also parts lines at characters inside them
+    # not splitlines, which in latin-1 also splits at characters inside lines
     lines = source.read_text(encoding="latin-1").split("\n")
     short = [line for line in lines if 1 < len(line.split()) <= LONGEST + 1]
     rows = [{"sentence": line[2:].strip(), "label": int(line[0])} for line in short]
@@ -92,13 +92,14 @@ def sentences(source: Path, folder: Path) -> list[Path]:
     ]
 
 
-def stories(source: Path, target: Path) -> Path:
-    """The last stories of a file that parts them by an end-of-text mark."""
+def stories(source: Path, target: Path, count: int = STORIES) -> Path:
+    """The last `count` stories of a file that separates them by an end-of-text mark, written to `target`."""
     found = [text.strip() for text in source.read_text(encoding="utf-8").split("<|endoftext|>")]
-    return write([{"text": text} for text in found if len(text) > 100][-STORIES:], target)
+    return write([{"text": text} for text in found if len(text) > 100][-count:], target)
 
 
 def write(rows: list[dict], target: Path) -> Path:
+    """Write `rows` to `target` as JSON lines."""
     target.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return target
 
@@ -134,7 +135,7 @@ def pretrained(model: str, task: str, data: Path, folder: Path) -> tuple[Path, d
 
 
 def publish(source: Path, target: Path, names: Mapping[Path, str]) -> None:
-    """Copy a comparison without this machine's folders in it: `names` says what stands for each."""
+    """Copy a comparison's JSON, with this machine's folders replaced by the given `names`."""
     text = source.read_text(encoding="utf-8")
     for folder, name in {**names, REPOSITORY: "."}.items():
         text = text.replace(str(folder.resolve()), name).replace(str(folder), name)
@@ -143,7 +144,7 @@ def publish(source: Path, target: Path, names: Mapping[Path, str]) -> None:
 
 
 def ask(name: str, data: Path, folder: Path, seeds: int) -> Asked:
-    """What the command line of a setting would say."""
+    """The arguments of a setting's session, as its command line would give them."""
     run, (model, *task) = RUNS[name], name.split("-")
     recipe, changes = quickstart() if model == "quickstart" else pretrained(model, task[0], data, folder / "data")
     changes["max_steps"] = run.steps

@@ -58,7 +58,7 @@ def plan(
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Say a selection to a toolkit that this package isn't installed beside; prints lines for its configuration."""
+    """Print config lines that train this selection with an unmodified toolkit."""
     from kappatune_plugin import KappaReport
     from kappatune_plugin.toolkits.plan import plan as plan_for
 

@@ -1,4 +1,4 @@
 """Files and hub names in, examples out: rows, templates, and pairs of prompt and completion.
 
-`rows` loads data sets, `templates` reads "Tweet: {text}", `examples` makes of rows what is trained on and tested by.
+`rows` loads data sets, `templates` reads "Tweet: {text}", `examples` turns rows into training and test examples.
 """

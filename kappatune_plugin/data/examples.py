@@ -1,4 +1,4 @@
-"""From rows and templates to prompts, completions and choices."""
+"""Rows and templates in; prompts, completions and choices out."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ def prompt_completion(
 
     Args:
         prompt, completion: templates of plain {column} names.
-        labels: value of `label_column` -> the word that the templates show for it; keys may be numbers or strings.
+        labels: value of `label_column` -> the word that templates show for it; keys may be numbers or strings.
 
     Raises:
         KappaTuneError: a template that can't be read or names a missing column, a label without a word, a row
@@ -51,16 +51,14 @@ def pairs(
 def choice_examples(
     rows: "Dataset", prompt: str, completion: str, labels: Mapping[Any, str], label_column: str = "label"
 ) -> list["ChoiceExample"]:
-    """One example a row for measuring accuracy: the completion with each word of `labels`, in their order.
+    """One example for each row, to measure accuracy: the completion with each word of `labels`, in their order.
 
     Raises:
         KappaTuneError: as `prompt_completion`; also labels of fewer than two words, a completion that doesn't name
             the label, or a prompt that gives it away.
     """
-    from kappatune_plugin.data.examples import ChoiceExample
-
     templates = prompt_template, completion_template = _templates(rows, prompt, completion, labels, label_column)
-    # several values may share a word: one choice then
+    # values that share a word are one choice
     words = list(dict.fromkeys(str(word) for word in labels.values()))
     if len(words) < 2:
         raise KappaTuneError(f"labels: {dict(labels)} leave no choice. Give at least two words.")
@@ -96,7 +94,7 @@ def _templates(
 def _worded(
     rows: "Dataset", templates: tuple[Template, Template], labels: Mapping[Any, str] | None, label_column: str
 ) -> Iterator[dict[str, Any]]:
-    """The rows with only what the templates need, and words instead of label values."""
+    """The rows with the columns that the templates need, and with words instead of label values."""
     needed = {column for template in templates for column in template.columns}
     words = {_label_key(value): str(word) for value, word in (labels or {}).items()}
     columns = sorted(needed | ({label_column} if words else set()))
@@ -119,7 +117,7 @@ def _worded(
 
 
 def _label_key(value: Any) -> str:
-    """The same for 1, 1.0 and "1": YAML, CSV and JSON disagree on which of them a label is."""
+    """The same key for 1, 1.0 and "1", since YAML, CSV and JSON read labels differently."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 

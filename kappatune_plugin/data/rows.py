@@ -1,4 +1,4 @@
-"""Data sets as a recipe names them: a hub id or a file in, rows out; rows and templates in, training examples out."""
+"""Load data sets as a recipe names them: a hub id or a file in, rows out."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ REFUSED = {
     "trust_remote_code": "data sets never run code here; use one in Parquet or JSON",
     "streaming": "give a part of the data by split, such as 'train[:1000]', or its first rows by take: 1000",
 }
-# a data set's own, in the place of the block's, for data.test
+# keys of data.test that replace those of the block
 TEMPLATES = ("prompt", "completion")
 EXAMPLE = "{path: cardiffnlp/tweet_eval, name: irony, split: 'train[:200]'}, or {path: rows.jsonl}"
 
@@ -34,11 +34,11 @@ def load_rows(spec: Mapping[str, Any] | str, what: str, base: Path | None = None
 
     Args:
         spec: path (a hub id, a file that ends in .jsonl, .json, .csv, .tsv, .parquet or .txt, or a folder), name,
-            split (default "train"), take (only the first rows, so many; no more of a hub's data set is downloaded), and
-            whatever else `datasets.load_dataset` takes; a string is a path. A .txt file gives a row of "text" for each
-            paragraph, paragraphs being parted by blank lines.
-        what: what the rows are for, in errors ("training data").
-        base: the recipe's folder; a relative path that isn't there from the current folder is looked for in it.
+            split (default "train"), take (the number of first rows to load; no more of a hub's data set is downloaded),
+            and other arguments of `datasets.load_dataset`; a string is a path. A .txt file gives a row of "text" for
+            each paragraph, separated by blank lines.
+        what: what errors call the rows ("training data").
+        base: the recipe's folder, searched for a relative path that doesn't exist from the current folder.
 
     Raises:
         KappaTuneError: no such file, hub id out of reach, unknown split or key, unreadable or empty data.
@@ -62,7 +62,7 @@ def load_rows(spec: Mapping[str, Any] | str, what: str, base: Path | None = None
 
 
 def load_all_rows(specs: Sequence[Any] | Mapping[str, Any] | str, what: str, base: Path | None = None) -> "Dataset":
-    """Load one data set, or a list of them one after the other, with the columns that all of them have.
+    """Load one data set, or a list of them concatenated, with the columns that all of them have.
 
     Raises:
         KappaTuneError: as `load_rows`; also data sets without a column in common, or with columns of one name and
@@ -80,7 +80,7 @@ def load_all_rows(specs: Sequence[Any] | Mapping[str, Any] | str, what: str, bas
     plain = []
     for part in parts:
         part = part.select_columns(common)
-        # the same labels under other names can't be put together
+        # data sets with different names for the same labels couldn't be concatenated
         for column in [name for name, feature in part.features.items() if isinstance(feature, ClassLabel)]:
             part = part.cast_column(column, Value("int64"))
         plain.append(part)
@@ -115,7 +115,7 @@ def all_spec_problems(specs: Any, what: str) -> list[str]:
 
 
 def local_spec(spec: Mapping[str, Any] | str, base: Path | None) -> dict[str, Any]:
-    """`spec` as a mapping, with every file that is only there from the folder `base` named from the root."""
+    """`spec` as a mapping, with paths that only exist below the folder `base` replaced by those."""
     spec = dict(spec) if isinstance(spec, Mapping) else {"path": spec}
     for key in {"path", "data_files", "data_dir"} & set(spec):
         spec[key] = _each_local(spec[key], base)
@@ -139,7 +139,7 @@ def _load(path: str, options: dict[str, Any], split: str, what: str, shown: str,
 
 
 def _load_problem(error: Exception, options: dict[str, Any], split: str, what: str, shown: str) -> str:
-    """What went wrong in `load_dataset`, in this package's words where they say more."""
+    """What went wrong in `load_dataset`, in our words where they say more."""
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, ConnectionError):
         return (
@@ -167,7 +167,7 @@ def _builder(path: str, what: str) -> tuple[str, dict[str, Any]]:
 
 
 def find_local(path: str, base: Path | None) -> str:
-    """`path` itself if it exists from the current folder, else the one in the recipe's folder if that exists."""
+    """`path` itself if it exists, else the one in the recipe's folder if that exists, else `path`."""
     path = os.path.expanduser(path)
     if base is not None and not os.path.exists(path) and (base / path).exists():
         return str(base / path)
@@ -175,7 +175,7 @@ def find_local(path: str, base: Path | None) -> str:
 
 
 def _each_local(files: Any, base: Path | None) -> Any:
-    """`files` may be a path, or a list or mapping of them, as load_dataset takes `data_files`."""
+    """`find_local` for each path in `files`: a path, or a list or mapping of them, as for `data_files`."""
     if isinstance(files, str):
         return find_local(files, base)
     if isinstance(files, Mapping):

@@ -1,4 +1,4 @@
-"""How much to train, as people write it."""
+"""Budgets: how much to train, in the ways that people write it."""
 
 import re
 from dataclasses import dataclass, field
@@ -90,7 +90,7 @@ def _parse_amount(value: Any, suffixes: dict[str, int]) -> Fraction | None:
 
 
 def budget(k: str) -> Any:
-    """`k` as a recipe would say it."""
+    """`k` of a command line, read as YAML like in a recipe."""
     import yaml
 
     try:

@@ -1,4 +1,4 @@
-"""What is wrong with a report or a selection read from a file, said so that a person finds the place."""
+"""Checks of a report or a selection read from a file; problems name the place."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""kappa by layer and type, as a picture: does it follow the type, the shape, the depth?"""
+"""A plot of kappa by layer and type, to see whether it follows the type, the shape or the depth."""
 
 import os
 import tempfile
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 # rows beyond these would be too small to read
 TYPES_SHOWN = 16
 BINS = 40
-# of Okabe and Ito (2008), told apart by all eyes; the heat map's colours (cividis) are too
+# colour-blind safe: Okabe and Ito (2008); so is the heat map's cividis
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"
 WIDTH, ROW, DEPTH_ROW, MARGIN = 10.0, 0.34, 2.3, 1.9
 
 
 def plot_report(report: "KappaReport", path: str | os.PathLike) -> None:
-    """Draw a kappa report into `path`, whose ending says the format (.png, .svg, .pdf).
+    """Draw a kappa report into `path`, whose ending gives the format (.png, .svg, .pdf).
 
-    A row for each type of matrix: the histogram of its kappas, and its median in each layer as a heat map. Below,
-    kappa over its type's median against depth.
+    A row for each type of matrix: a histogram of its kappas, and its median in each layer as a heat map. Below, kappa
+    relative to its type's median against depth.
 
     Raises:
         KappaTuneError: no matrix to draw, or the file can't be written.
@@ -66,8 +66,12 @@ def check_format(path: str | os.PathLike) -> None:
 
 
 def growth_with_depth(units: Sequence["UnitReport"]) -> tuple[list[int], list[float], float]:
-    """Whether kappa grows with depth: layers, the median over types of kappa relative to the type's median over all
-    layers, and Spearman's rank correlation of the two (nan for fewer than three layers)."""
+    """Whether kappa grows with depth.
+
+    Returns:
+        The layers; for each the median over types of kappa relative to the type's median over all layers; and
+        Spearman's rank correlation of the two (nan for fewer than three layers).
+    """
     relative: dict[int, list[float]] = {}
     for values in _by_type([unit for unit in units if unit.status == "ok"]).values():
         medians = {layer: median(kappas) for layer, kappas in values.items() if layer is not None}
@@ -163,13 +167,13 @@ def _depth(
         axes.plot(list(medians), relative, color=GREY, linewidth=0.8)
         drawn += relative
     layers, medians, correlation = growth_with_depth(units)
-    # a few outliers must not hide what the median does
+    # so that a few outliers don't hide the course of the median
     low, high = np.quantile(drawn, [0.1, 0.9])
     axes.set_ylim(min(low, *medians) / 1.2, max(high, *medians) * 1.2)
     axes.plot(layers, medians, color=BLUE, linewidth=2.5, marker="o", markersize=4)
     axes.axhline(1.0, color="black", linewidth=0.6, linestyle=":")
     axes.set(xlabel="layer", ylabel="kappa / type's median")
-    # no 0.9 over the 1
+    # no label 0.9 that overlaps with 1
     axes.yaxis.get_minor_locator().set_params(subs=(2, 3, 5, 7))
     for each in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         each("{x:g}")

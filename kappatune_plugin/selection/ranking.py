@@ -1,4 +1,4 @@
-"""What weight matrices are ranked by, and which of them a budget takes."""
+"""The criteria to rank weight matrices by, and which matrices a budget takes."""
 
 import math
 import random
@@ -19,15 +19,15 @@ def kappa(row: UnitReport) -> float:
 
 
 def kappa_over_null(row: UnitReport) -> float:
-    """kappa relative to the median of Gaussian matrices of the same shape (`null_condition`): what shape explains is
-    divided out. Its lowest are the matrices that training left better conditioned than chance."""
+    """kappa relative to the median of Gaussian matrices of the same shape (`null_condition`), which takes out the
+    effect of the shape. The lowest are the matrices that are better conditioned than random ones."""
     return row.kappa / row.null
 
 
 def log_volume(row: UnitReport) -> float:
     """Mean log sigma_i - log(||W||_F / sqrt(n)) over the n singular values: the log-volume of the image of the unit
-    ball, for each dimension, at fixed Frobenius norm (arXiv 2506.16289, Theorem 1: the entropy that a layer can pass
-    on). Scale-free; 0 if all singular values are equal, else below. The counterpart of the lowest kappa is `highest`.
+    ball, per dimension, at fixed Frobenius norm (arXiv 2506.16289, Theorem 1: the entropy that a layer can pass on).
+    Scale-free; 0 if all singular values are equal, else negative. The counterpart of the lowest kappa is `highest`.
     """
     n = min(row.shape)
     return row.log_volume / n - math.log(row.frobenius / math.sqrt(n))
@@ -35,39 +35,39 @@ def log_volume(row: UnitReport) -> float:
 
 def stable_rank(row: UnitReport) -> float:
     """||W||_F^2 / sigma_max^2, between 1 and min(m, n) (Rudelson and Vershynin, J. ACM 54, 2007). The counterpart of
-    the lowest kappa is `highest`: many directions that are nearly as strong as the strongest."""
+    the lowest kappa is `highest`: many directions nearly as strong as the strongest."""
     return row.stable_rank
 
 
 def snr(row: UnitReport) -> float:
-    """Signal over noise as Spectrum ranks by (arXiv 2406.06623, see `spectrum.signal_to_noise`), which trains the
-    `highest`. It takes all singular values, so only a scan with rank_by "snr" finds it."""
+    """Spectrum's signal-to-noise ratio (arXiv 2406.06623, see `signal_to_noise`), which trains the `highest`. It takes
+    all singular values, so only a scan with rank_by "snr" measures it."""
     return row.scores["snr"]
 
 
 def gain_over_forgetting(row: UnitReport) -> float:
-    """Squared task gradient over Fisher information (see `gain`). What gains most for what is forgotten are the
-    `highest`. No scan finds it: it is measured on the task's rows, by a run of a recipe or a comparison."""
+    """Squared task gradient over Fisher information (see `gain`). The `highest` gain most for what is forgotten. A scan
+    can't measure it: that takes the task's rows, in a run of a recipe or a comparison."""
     return row.scores["gain_over_forgetting"]
 
 
 RANKS: dict[str, Callable[[UnitReport], float]] = {
     each.__name__: each for each in (kappa, kappa_over_null, log_volume, stable_rank, snr, gain_over_forgetting)
 }
-# those that are known to be high once kappa is
+# criteria for which a lower bound on kappa gives a lower bound
 BOUNDED = ("kappa", "kappa_over_null")
 
 
 class Unsettled(KappaTuneError):
-    """The report was made for a smaller selection, and doesn't know enough for this one."""
+    """The report was made for a smaller selection, and lacks condition numbers that this one needs."""
 
 
 class NotMeasured(KappaTuneError):
-    """The report doesn't have the values to rank by: no other budget helps."""
+    """The report doesn't have the values to rank by, whatever the budget."""
 
 
 def rank_values(rows: Sequence[UnitReport], rank_by: str) -> dict[str, float]:
-    """Name -> the value to rank by, of the rows that are "ok".
+    """Name -> the ranking value, for the rows that are "ok".
 
     Raises:
         NotMeasured: the report doesn't have these values.
@@ -79,7 +79,7 @@ def rank_values(rows: Sequence[UnitReport], rank_by: str) -> dict[str, float]:
 
 
 def how_to_measure(rank_by: str) -> str:
-    """What to do for a report with the values of `rank_by`, for errors."""
+    """How to get a report with the values of `rank_by`, for errors."""
     if rank_by == gain_over_forgetting.__name__:
         return (
             "They are measured on a task's rows: `kappatune sft` with a recipe that has this rank_by leaves a "
@@ -89,11 +89,11 @@ def how_to_measure(rank_by: str) -> str:
 
 
 def ranked(rows: Sequence[UnitReport], rank_by: str, highest: bool = False) -> list[UnitReport]:
-    """The rows that are "ok", lowest first or highest first, equal ones by name. Of a report that only knows the
-    lowest, those that are certainly lower than all it doesn't know.
+    """The rows that are "ok", lowest or highest first, ties by name. If the report has rows that are only "above", only
+    the rows that are certainly lower than those.
 
     Raises:
-        Unsettled: it doesn't know the highest, or not by this value.
+        Unsettled: the report doesn't have the highest, or not by this criterion.
     """
     values, bound = rank_values(rows, rank_by), math.inf
     unknown = [row for row in rows if row.status == ABOVE]
@@ -107,20 +107,20 @@ def ranked(rows: Sequence[UnitReport], rank_by: str, highest: bool = False) -> l
 
 
 def lower_end(row: UnitReport, rank_by: str) -> float:
-    """What the value to rank by is not below."""
+    """Lower bound of the ranking value."""
     return row.lo / row.null if rank_by == "kappa_over_null" else row.lo
 
 
 def choose(
     rows: Sequence[UnitReport], budget: Budget, order: str, rank_by: str, seed: int
 ) -> tuple[list[UnitReport], list[UnitReport]]:
-    """The rows that `budget` pays for, in the order they are taken, and the ranking they are from.
+    """The rows that `budget` takes, in that order, and the ranking they come from.
 
     Raises:
-        Unsettled: the rows that are only known to be above a bound may be among them.
-        KappaTuneError: more than there is, or nothing.
+        Unsettled: rows that are only "above" may be among them.
+        KappaTuneError: the budget asks for more than there is, or takes nothing.
     """
-    # a random draw needs no ranking, but names its ranks where it can
+    # a random draw needs no ranking, but its reasons name ranks if they are known
     needless = order == "random" and budget.kind != "kappa" and any(row.status == ABOVE for row in rows)
     ranking = [] if needless else ranked(rows, rank_by, order == "highest")
     if order in RANDOM:
@@ -129,7 +129,7 @@ def choose(
 
 
 def count(rows: Sequence[UnitReport], ordered: Sequence[UnitReport], budget: Budget, order: str) -> int:
-    """How many of `ordered` the budget pays for; at least 1. `rows` are all of the report."""
+    """How many of `ordered` the budget takes; at least 1. `rows` are all of the report's."""
     unknown = any(row.status == ABOVE for row in rows) and order != "random"
     if budget.kind in ("count", "share"):
         wanted = wanted_count(budget, len(rows))
@@ -144,7 +144,7 @@ def count(rows: Sequence[UnitReport], ordered: Sequence[UnitReport], budget: Bud
 
 
 def wanted_count(budget: Budget, matrices: int) -> int:
-    """The K of a budget of kind "count" or "share" in a report of so many matrices, whatever their status."""
+    """K for a budget of kind "count" or "share" and a report of `matrices` rows, whatever their status."""
     return int(budget.value) if budget.kind == "count" else max(1, int(budget.value * matrices))
 
 
@@ -188,8 +188,8 @@ def _count_within(rows: Sequence[UnitReport], ordered: Sequence[UnitReport], bud
 def _draw(
     rows: Sequence[UnitReport], ranking: Sequence[UnitReport], budget: Budget, order: str, seed: int
 ) -> list[UnitReport]:
-    """The rows of a random order, as drawn; of a report that only knows the lowest, also some it doesn't know."""
-    # by name, so that the same seed draws the same units where rounding moved a kappa
+    """The rows of a random order, as drawn; they may include rows that are only "above"."""
+    # sorted by name, so that rounding of kappa doesn't change the draw
     drawn = sorted(rows, key=lambda row: row.name)
     random.Random(seed).shuffle(drawn)
     drawn = [row for row in drawn if row.status in ("ok", ABOVE)]

@@ -1,10 +1,10 @@
-"""KappaReport: what a scan found, a row for each weight matrix; saved as JSON, shown as a table."""
+"""KappaReport: the result of a scan, a row for each weight matrix; saved as JSON."""
 
 import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -23,10 +23,7 @@ from kappatune_plugin.selection.file_checks import (
 )
 from kappatune_plugin.version import __version__
 
-if TYPE_CHECKING:
-    pass
-
-# kappa was only looked at until it was certain that it isn't among the lowest that were asked for
+# the status of a matrix measured only until it was certain that its kappa isn't among the lowest asked for
 ABOVE = "above"
 ROW_STATUSES = (*STATUSES, ABOVE)
 
@@ -39,12 +36,12 @@ class UnitReport:
         name: the unit's name in the checkpoint.
         shape: (rows, columns).
         kappa, lo, hi: condition number, and the interval that holds the exact one.
-        status: "ok", "zero", "rank_deficient", "nonfinite", or "above" if all that was found out is that kappa is at
-            least `lo`; only "ok" units can be selected.
+        status: "ok", "zero", "rank_deficient", "nonfinite", or "above" if only kappa >= `lo` is known; only "ok" units
+            can be selected.
         null: median kappa of a Gaussian matrix of this shape.
-        log_volume, stable_rank, sigma_max, sigma_min, frobenius, method: as in `condition.Kappa`.
-        groups: those of "embedding", "head", "router" that the unit belongs to, sorted.
-        scores: other values to rank by, by name: "snr" if the scan was asked for it, "gain_over_forgetting" if a run
+        log_volume, stable_rank, sigma_max, sigma_min, frobenius, method: as in `condition.kappa.Kappa`.
+        groups: the groups "embedding", "head", "router" that the unit belongs to, sorted.
+        scores: other ranking values by name: "snr" if the scan was asked for it, "gain_over_forgetting" if a run
             measured it.
     """
 
@@ -72,7 +69,7 @@ class UnitReport:
 
     @classmethod
     def of(cls, name: str, shape: tuple[int, int], kappa: Kappa, groups: Iterable[str] = ()) -> "UnitReport":
-        """The row of the unit `name` whose matrix has condition number `kappa`."""
+        """The row of the unit `name` whose matrix was measured as `kappa`."""
         numbers = asdict(kappa)
         value, null = numbers.pop("value"), null_condition(*shape)
         if kappa.status == "ok" and math.isinf(kappa.hi):
@@ -85,7 +82,7 @@ NUMBERS = ("kappa", "lo", "hi", "log_volume", "stable_rank", "sigma_max", "sigma
 
 
 def current_versions() -> dict[str, str]:
-    """Versions of what computes the numbers."""
+    """Versions of the packages that compute the numbers."""
     return {"torch": str(torch.__version__), "kappatune_plugin": __version__}
 
 
@@ -95,12 +92,12 @@ class KappaReport:
 
     Attributes:
         units: a row for each unit scanned, in the model's order.
-        base: {"name": the model's name, "hash": fingerprint of its weights (`units.base_hash`)}.
-        dtype: that of the weights scanned: "bfloat16", or several joined by ", ".
+        base: {"name": the model's name, "hash": fingerprint of its weights (`fingerprint.base_hash`)}.
+        dtype: of the weights scanned: "bfloat16", or several joined by ", ".
         left_out: name -> reason, for the units that `include` and `exclude` left out.
-        made_for: {"k", "order", "rank_by", "seed"} of the selection that the scan was made for, whose units alone it
-            had to settle; None if every unit is settled.
-        versions: of torch and of this package, when the scan was made.
+        made_for: {"k", "order", "rank_by", "seed"} of the selection that the scan was made for, so that other units may
+            be only "above"; None if every unit was measured.
+        versions: of torch and this package when the scan was made.
     """
 
     units: list[UnitReport]

@@ -38,11 +38,11 @@ class Selection:
 
     Attributes:
         units: in the order they were taken.
-        k: the budget as it was given.
-        order, rank_by, seed: as `select` got them.
-        base: {"name", "hash"} of the model the report was made of.
+        k: the budget as given.
+        order, rank_by, seed: as given to `select`.
+        base: {"name", "hash"} of the report's model.
         reasons: name -> why it was taken or left, for every unit of the report and every one left out of it; empty
-            for a selection read from a file, and not compared.
+            for a selection read from a file. Ignored by ==.
     """
 
     units: list[SelectedUnit]
@@ -95,23 +95,22 @@ def select(
 ) -> Selection:
     """Choose the weight matrices to train.
 
-    Units whose status is not "ok" are never selected. Equal ranks are settled by name, so neither the result nor a
-    random draw depends on the order of the report. A report that only knows the lowest answers for them.
+    Units whose status is not "ok" are never selected. Ties are broken by name, so neither the result nor a random draw
+    depends on the order of the report's rows. A report made for a smaller selection is enough for any within it.
 
     Args:
-        k: the budget (see `parse_budget`). A share is one of the report's matrices. params: units are taken in order
-            while the values of all together fit; kappa: all up to that kappa, or from it on for order "highest", or as
-            many as that for "random".
-        order: "lowest" is the method, the others are controls. "highest"; "random", any units; "shape_matched_random",
-            random units, of each shape as many as "lowest" takes. Lowest and highest are those of the value that
-            `rank_by` names, whatever it is.
+        k: the budget (see `parse_budget`). A share is of the report's matrices. params: units are taken in order while
+            all their values together fit; kappa: all up to that kappa, or from it on for order "highest"; for "random"
+            as many as those.
+        order: "lowest" is the method, the others are controls: "highest"; "random", any units; "shape_matched_random",
+            random units, as many of each shape as "lowest" takes. Lowest and highest refer to the values of `rank_by`.
         rank_by: "kappa", "kappa_over_null", "log_volume", "stable_rank", "snr" or "gain_over_forgetting"; `ranking`
             defines them.
         seed: of the random orders.
 
     Raises:
-        KappaTuneError: settings that can't be right, more units asked for than there are or than the report knows, or
-            nothing selected.
+        KappaTuneError: wrong settings, more units asked for than there are or than the report has measured, or nothing
+            selected.
     """
     budget = check_settings(k, order, rank_by, seed)
     if not any(unit.status in ("ok", ABOVE) for unit in report.units):
@@ -125,14 +124,14 @@ def select(
     except KappaTuneError as error:
         raise KappaTuneError(f"{error} ({_numbers(report)}). {_what_to_do(report)}") from error
     if any(unit.status == ABOVE for unit in taken):
-        raise KappaTuneError(unsettled(report, f"it doesn't know all that are drawn with seed {seed}"))
+        raise KappaTuneError(unsettled(report, f"not all matrices drawn with seed {seed} are measured"))
     units = [SelectedUnit(unit.name, unit.shape, unit.kappa) for unit in taken]
     reasons = _reasons(report, ranking, taken, budget, order, rank_by, seed)
     return Selection(units, budget.written, order, rank_by, seed, dict(report.base), reasons)
 
 
 def check_settings(k: Any, order: str, rank_by: str, seed: int) -> Budget:
-    """The budget that `k` says. Raises KappaTuneError with all that can't be right in the settings of `select`."""
+    """`k` as a Budget. Raises KappaTuneError with everything that is wrong in these settings of `select`."""
     problems = setting_problems(k, order, rank_by, seed)
     if problems:
         raise KappaTuneError("\n".join(problems))
@@ -157,17 +156,17 @@ def setting_problems(k: Any, order: Any, rank_by: Any, seed: Any) -> list[str]:
 
 
 def unsettled(report: KappaReport, reason: str) -> str:
-    """The error for a report that doesn't know enough."""
+    """The error for a report that lacks condition numbers which a selection needs."""
     return (
-        f"The report was made to select {report.made_for} and can't tell this: {reason}. Scan again for what you want, "
-        "or for the whole table: `kappatune scan MODEL --full`."
+        f"The report was made to select {report.made_for} and isn't enough for this: {reason}. Scan again for what you "
+        "want, or for the whole table: `kappatune scan MODEL --full`."
     )
 
 
 def differences(a: Selection, b: Selection) -> str:
-    """What differs between two selections, for an error message: a line each, "" if they train the same units.
+    """The differences between two selections for an error message, a line each; "" if they train the same units.
 
-    Names at most five units each way; the order of the units doesn't matter.
+    At most five units are named on each side; the order of the units doesn't matter.
     """
     shapes_a, shapes_b = ({unit.name: tuple(unit.shape) for unit in each.units} for each in (a, b))
     lines = []
@@ -215,7 +214,7 @@ def _reasons(
 
 
 def _numbers(report: KappaReport) -> str:
-    """How many units there are to choose from, and where the others went; for errors."""
+    """How many units can be chosen, and why the others can't, for errors."""
     statuses = Counter(unit.status for unit in report.units)
     eligible = statuses.pop("ok", 0) + statuses.pop(ABOVE, 0)
     detail = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))

@@ -18,7 +18,7 @@ ROWS_SHOWN_ONE_BY_ONE = 60
 
 
 def report_table(report: "KappaReport", selection: "Selection | None" = None) -> Table:
-    """A row a unit, lowest kappa first; from 61 units on, a row for each layer and type, in the model's order."""
+    """A row for each unit, lowest kappa first; from 61 units on one for each layer and type, in the model's order."""
     chosen = {unit.name for unit in selection.units} if selection else set()
     table = Table(title=_title(report, chosen), caption=_caption(report), box=box.SIMPLE_HEAD)
     table.padding, table.pad_edge = 0, False
@@ -29,7 +29,7 @@ def report_table(report: "KappaReport", selection: "Selection | None" = None) ->
 
 
 def _ranked_by(report: "KappaReport", selection: "Selection | None") -> tuple[str, dict[str, float]]:
-    """What the selection ranked by and each unit's value, where the table doesn't show it anyway."""
+    """The selection's criterion and each unit's value, if the table doesn't show it anyway; else "" and {}."""
     if selection is None or selection.rank_by in BOUNDED:
         return "", {}
     return selection.rank_by, rank_values(report.units, selection.rank_by)
@@ -92,14 +92,14 @@ def _add_columns(table: Table, names: Sequence[str], numbers: Sequence[str], wit
 
 
 def _spread(units: Sequence["UnitReport"]) -> list[str]:
-    """kappa's minimum, median and maximum and the median of kappa/null, over the units that have one."""
+    """Minimum, median and maximum of kappa, and the median of kappa/null, over the units that have them."""
     if len(units) == 1:
         return ["", _number(units, min), "", _number(units, min, over_null=True)]
     return [*(_number(units, number) for number in (min, median, max)), _number(units, median, over_null=True)]
 
 
 def _number(units: Sequence["UnitReport"], number: Callable, over_null: bool = False) -> str:
-    """`number` of the kappas; behind ">" if some are only known to be above a bound that it depends on."""
+    """`number` (min, median or max) of the kappas, with ">" if it depends on some that are only "above"."""
     scales = {unit.name: unit.null if over_null else 1 for unit in units}
     known = [unit.kappa / scales[unit.name] for unit in units if unit.status == "ok"]
     bounds = [unit.lo / scales[unit.name] for unit in units if unit.status == "above"]
@@ -134,7 +134,7 @@ def _title(report: "KappaReport", chosen: set[str]) -> Text:
 
 
 def _caption(report: "KappaReport") -> Text:
-    """What the numbers mean and which weights aren't shown."""
+    """Explains the numbers and names the weights left out."""
     lines = ["kappa/null: kappa relative to a Gaussian matrix of the same shape."]
     above = sum(unit.status == "above" for unit in report.units)
     if above:

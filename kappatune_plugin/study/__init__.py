@@ -1,5 +1,5 @@
 """Methods compared on one recipe: `kappatune compare` and `kappatune sweep`.
 
 `methods` reads what to compare, `method_configs` makes PEFT configs of it, `bench` holds what all runs share,
-`training` runs one, `compare` all of them; `summary`, `tables` and `plots` show what came out.
+`training` trains one run, `compare` all of them; `summary`, `tables` and `plots` show the results.
 """

@@ -45,14 +45,14 @@ TASK_TEXTS = 64
 
 @dataclass
 class Bench:
-    """The shared part of a comparison.
+    """What all runs of a comparison share.
 
     Attributes:
         path, overrides: of the recipe.
-        recipe: as they give it.
+        recipe: the recipe with the overrides.
         base: the model before training; runs train copies of it.
         tokenizer: the model's.
-        train, validation: as TRL prepares them; no method trains on `validation`.
+        train, validation: rows as TRL prepares them; no method trains on `validation`.
         probe: what is measured; task_text: the token ids of test prompts with their right completions.
         pool: what may be trained.
         hashes: fingerprints of the base's weights and of the data.
@@ -74,16 +74,16 @@ class Bench:
     def load(
         cls, path: Path, overrides: Iterable[str] = (), validation: float = 0.1, ranks: Collection[str] = ()
     ) -> "Bench":
-        """Load all that the recipe at `path` names.
+        """Load everything that the recipe at `path` names.
 
         Args:
             overrides: of the recipe, as on the command line.
-            validation: the share of the training rows that is held out to choose learning rates on.
-            ranks: what methods rank by beside the recipe.
+            validation: the share of training rows held out to choose learning rates on.
+            ranks: criteria of the methods, in addition to the recipe's `rank_by`.
 
         Raises:
-            KappaTuneError: everything that `kappatune sft` would raise, a recipe that measures no forgetting or brings
-                its own selection, or too few rows to hold some out.
+            KappaTuneError: all that `kappatune sft` raises; also for a recipe that measures no forgetting or brings its
+                own selection, and for too few rows to hold some out.
         """
         overrides = list(overrides)
         recipe = load_recipe(path, [*overrides, *_flags(SETTINGS)])
@@ -118,14 +118,14 @@ class Bench:
         )
 
     def arguments(self, learning_rate: float, seed: int, output_dir: Path) -> "SFTConfig":
-        """The recipe's training arguments with what a run changes in them."""
+        """The recipe's training arguments, with those that a run sets."""
         changes = {"learning_rate": learning_rate, "seed": seed, "data_seed": seed, "output_dir": output_dir}
         args = load_recipe(self.path, [*self.overrides, *_flags({**SETTINGS, **changes})]).training_args
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         return args
 
     def measure(self, model: "nn.Module", quick: bool = False) -> dict[str, float]:
-        """`ForgettingProbe.measure`, with KL(base || model) a token on each control and on the task's text.
+        """`ForgettingProbe.measure`, and KL(base || model) per token on each control and on the task's text.
 
         `task_text_kl` is over the whole text of at most 64 test examples, the prompt as well as the answer.
         """
@@ -144,11 +144,10 @@ class Bench:
 
     @property
     def identity(self) -> str:
-        """A digest of everything that decides a run's result but the run's own settings."""
-        # where it lies has no say, and what a run sets itself
+        """A digest of everything that decides a run's result, except the run's own settings."""
         ignored = ("output_dir", "seed", "learning_rate", "env")
         resolved = {key: value for key, value in self.recipe.resolved.items() if key not in ignored}
-        # what the base writes follows from the base, and on a GPU not to the token
+        # text written by the base follows from the base, and on a GPU isn't reproducible to the token
         written = [name for name, spec in self.recipe.forgetting.controls().items() if spec == SELF]
         controls = {name: pieces for name, pieces in self.probe.controls.items() if name not in written}
         return _digest([resolved, self.hashes, controls, self.probe.task, self.probe.facts])

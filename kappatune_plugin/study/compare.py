@@ -27,7 +27,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "kappatune-plugin")
 
 
 def compare(bench: Bench, methods: Sequence[Method], settings: Settings, output_dir: Path) -> dict[str, Any]:
-    """Run what isn't finished yet, and put everything together.
+    """Do the runs that aren't finished yet, and put the results together.
 
     Returns:
         The content of compare.json.
@@ -59,27 +59,27 @@ def compare(bench: Bench, methods: Sequence[Method], settings: Settings, output_
 
 
 class _Runner:
-    """Makes the runs, or finds them in the store."""
+    """Makes runs, or takes them from the store."""
 
     def __init__(self, bench: Bench, settings: Settings, store: RunStore, bar: Any) -> None:
         self.bench, self.settings, self.store, self.bar = bench, settings, store, bar
         self._identity = {"bench": bench.identity, "versions": {name: version(name) for name in PACKAGES}}
 
     def before(self) -> dict[str, float]:
-        """What is measured on the base."""
+        """The measurements of the base."""
         return self.store.get(
             "before", {**self._identity, "what": "before"}, lambda: self.bench.measure(self.bench.base)
         )
 
     def trains(self, tried: Tried) -> dict[str, int] | None:
-        """Type of matrix -> how many of it a KappaTune method trains with the first seed; None for other methods."""
+        """Type of matrix -> how many a KappaTune method trains with the first seed; None for other methods."""
         if tried.method.kind != "kappatune":
             return None
         selection = choose(tried.method, self.bench.pool, find_units(self.bench.base), self.settings.seeds[0])
         return dict(Counter(layer_and_type(unit.name)[1] for unit in selection.units))
 
     def best(self, method: Method) -> Tried:
-        """`method` at the learning rate of lowest validation loss with the first seed, and there with all seeds."""
+        """`method` with all seeds, at the learning rate of lowest validation loss with the first seed."""
         seeds, rates = self.settings.seeds, sorted(self.settings.learning_rates)
         grid = {rate: self._run(method, rate, seeds[0]) for rate in rates}
         for _ in range(self.settings.widen):
@@ -93,7 +93,7 @@ class _Runner:
         return Tried(method, chosen, runs, grid, [None] * len(seeds))
 
     def at_target(self, tried: Tried, target: float | None) -> Tried:
-        """`tried` with what is measured right after the step at which each run first reaches `target`."""
+        """`tried` with the measurements right after the step at which each run first reaches `target`."""
         matched = []
         for seed, run in zip(self.settings.seeds, tried.runs, strict=True):
             curve = smoothed(run["losses"], self.settings.smooth)
@@ -102,14 +102,14 @@ class _Runner:
         return replace(tried, matched=matched)
 
     def _state_at(self, tried: Tried, run: dict[str, Any], seed: int, step: int) -> dict[str, Any]:
-        """The measurements of `run` after `step`: its own, or those of the same run done again up to there."""
-        # in the course of a run what takes long is left out: of its points only the last has all
+        """The measurements of `run` after `step`: its own, or those of the same run repeated up to there."""
+        # slow measurements are left out during a run, so only its last point has all
         for point in [run["at_target"], *run["points"][-1:]]:
             if point is not None and point["step"] == step:
                 self.bar.update()
                 return {**point, "replay_error": 0.0}
         again = self._run(tried.method, tried.learning_rate, seed, stop_at=step)
-        # None is a loss that wasn't finite, and a run that reached the target had none since
+        # None is a loss that wasn't finite
         pairs = [(a, b) for a, b in zip(run["losses"], again["losses"], strict=False) if None not in (a, b)]
         return {**again["points"][0], "replay_error": max(abs(a - b) for a, b in pairs)}
 
@@ -126,7 +126,7 @@ class _Runner:
         title = f"{method.name}-lr{rate:g}-seed{seed}" + (f"-to{stop_at}" if stop_at else "")
         self.bar.set_postfix_str(title)
         target, stops = self.settings.target_loss, self.settings.stop_at_target
-        # a target that is known beforehand is measured on the way; unless it ends the run, it doesn't change it
+        # a target known beforehand is measured on the way, which changes nothing in the run unless it ends there
         crossing = None if target is None or stop_at else (self.settings.smooth, target)
         if stops:
             identity["stops"] = crossing
@@ -138,12 +138,12 @@ class _Runner:
 
 
 def best_rate(losses: Mapping[float, float | None]) -> float:
-    """The rate of lowest loss, the lower of two equally good; the lowest rate if every loss is None (diverged)."""
+    """The rate of lowest loss, the lower one in a tie; the lowest rate if every loss is None (diverged)."""
     return min(sorted(losses), key=lambda rate: math.inf if losses[rate] is None else losses[rate])
 
 
 def rate_beyond(losses: Mapping[float, float | None]) -> float | None:
-    """The rate as far beyond the best one as its neighbour is on the other side; None if that is not at an edge."""
+    """The next rate beyond the best one, at the same ratio as its neighbour; None if the best isn't at an edge."""
     rates, best = sorted(losses), best_rate(losses)
     neighbours = {rates[0]: rates[1], rates[-1]: rates[-2]}
     return float(f"{best * best / neighbours[best]:.2g}") if best in neighbours else None

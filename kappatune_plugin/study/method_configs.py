@@ -1,4 +1,4 @@
-"""From a method's name to what PEFT is asked for, with as many trainable parameters as the others where it can."""
+"""From a method to its PEFT config, with as many trainable parameters as the other methods where that is possible."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -16,6 +16,7 @@ from kappatune_plugin.selection.report import KappaReport, UnitReport
 from kappatune_plugin.selection.selection import SelectedUnit, Selection, select
 from kappatune_plugin.study.methods import PER_TYPE, Method, peft_methods
 from kappatune_plugin.tuner.config import KappaTuneConfig
+from kappatune_plugin.weights.load_model import trained_without_values
 from kappatune_plugin.weights.patterns import filter_units, module_type
 from kappatune_plugin.weights.units import WeightUnit, find_units
 
@@ -28,7 +29,7 @@ class Pool:
     """What the methods of a comparison may train.
 
     Attributes:
-        report: of the base model; its units are those that the recipe's include and exclude leave.
+        report: the base model's, of the units that the recipe's include and exclude leave.
         k: the recipe's budget.
         rank_by: the recipe's criterion.
         values: trainable parameters of the κ-lowest selection with that budget, which the other methods match.
@@ -46,7 +47,7 @@ class Pool:
 
 
 def arm_config(method: Method, pool: Pool, base: nn.Module, seed: int) -> "PeftConfig | None":
-    """What to give SFTTrainer as `peft_config`; None for full fine-tuning.
+    """SFTTrainer's `peft_config` for `method`; None for full fine-tuning.
 
     Raises:
         KappaTuneError: nothing is left to train, or PEFT refuses the settings.
@@ -60,9 +61,9 @@ def arm_config(method: Method, pool: Pool, base: nn.Module, seed: int) -> "PeftC
 
 
 def choose(method: Method, pool: Pool, units: Sequence[WeightUnit], seed: int) -> Selection:
-    """The weight matrices that a KappaTune method trains, as many as come nearest to the reference's parameters.
+    """The weight matrices that a KappaTune method trains: as many as have nearly the reference's number of parameters.
 
-    A method that sets its own `k` takes that; shape_matched_random has the reference's shapes, so its parameters too.
+    A method's own `k` takes precedence; shape_matched_random has the reference's shapes, and so its parameters.
 
     Args:
         units: of the base model, for patterns that the method sets.
@@ -83,7 +84,7 @@ def choose(method: Method, pool: Pool, units: Sequence[WeightUnit], seed: int) -
 
 
 def nearest_count(sizes: Sequence[int], wanted: int) -> int:
-    """How many of the first `sizes` add up to the nearest of `wanted`; at least 1, the fewer of two equally near."""
+    """How many of the first `sizes` have the sum nearest to `wanted`; at least 1, and the smaller number in a tie."""
     total, best, count = 0, math.inf, 1
     for taken, size in enumerate(sizes, start=1):
         total += size
@@ -93,7 +94,7 @@ def nearest_count(sizes: Sequence[int], wanted: int) -> int:
 
 
 def _allowed(method: Method, report: KappaReport, units: Sequence[WeightUnit]) -> KappaReport:
-    """`report` with the units of the method's part and patterns only."""
+    """`report` with only the units that the method's part and patterns allow."""
     names = {unit.name for unit in report.units if _in_part(unit, method.part)}
     patterns = {key: method.settings[key] for key in ("include", "exclude") if key in method.settings}
     if patterns:
@@ -109,7 +110,7 @@ def _in_part(unit: UnitReport, part: str | None) -> bool:
 
 
 def _per_type(method: Method, report: KappaReport, k: Any, rank_by: str, seed: int) -> Selection:
-    """The share that `k` is of all matrices, of each type of matrix (q_proj, experts.*.up_proj, ...) by itself."""
+    """`k` as a share of all matrices, taken of each type of matrix (q_proj, experts.*.up_proj, ...) separately."""
     share = len(select(report, k=k, rank_by=rank_by).units) / sum(unit.status == "ok" for unit in report.units)
     types: dict[str, list[UnitReport]] = {}
     for unit in report.units:
@@ -123,7 +124,7 @@ def _per_type(method: Method, report: KappaReport, k: Any, rank_by: str, seed: i
 
 
 def _peft_config(method: Method, pool: Pool, base: nn.Module) -> "PeftConfig":
-    """The method's config on every linear weight of the pool, fused experts included where the method takes them."""
+    """The method's config on every linear weight of the pool, and on fused experts where the method can."""
     names = {unit.name for unit in pool.report.units if _in_part(unit, method.part)}
     parameters = list(dict.fromkeys(unit.parameter for unit in find_units(base) if unit.name in names))
     linear = [name.removesuffix(".weight") for name in parameters if _is_linear(base, name)]
@@ -163,7 +164,7 @@ def _built(method: Method, known: type, settings: dict[str, Any]) -> "PeftConfig
 
 @contextmanager
 def peft_refusals(name: str) -> Iterator[None]:
-    """What PEFT raises for a model or settings that a method doesn't fit, of any kind, names the method `name`."""
+    """Re-raise PEFT's errors in this block as a KappaTuneError with the method's name."""
     try:
         yield
     except (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError, ImportError) as error:
@@ -175,18 +176,17 @@ def peft_refusals(name: str) -> Iterator[None]:
 
 
 def _trainable(name: str, base: nn.Module, config: "PeftConfig") -> int:
-    """How many parameters `config` would train, on a copy of `base` without values."""
-    from peft import get_peft_model
-
-    with torch.device("meta"), peft_refusals(name):
-        model = get_peft_model(type(base)(base.config), config)
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    """How many parameters `config` would train on `base`, counted on a copy without values."""
+    with peft_refusals(name):
+        with torch.device("meta"):
+            empty = type(base)(base.config)
+        return trained_without_values(empty, config)[1]
 
 
 def _preserved_share(weights: Sequence[torch.Tensor], values: int) -> float:
-    """OSF's share of preserved singular directions that leaves `values` to train, m + n + 1 a direction."""
+    """OSF's share of preserved singular directions that leaves `values` to train, at m + n + 1 for each direction."""
     everything = sum(min(weight.shape) * (sum(weight.shape) + 1) for weight in weights)
-    # OSF refuses to preserve none: one at least of the smallest matrix
+    # OSF has to preserve at least one direction of the smallest matrix
     least = (1 + 1e-6) / min(min(weight.shape) for weight in weights)
     return max(least, 1 - values / everything)
 

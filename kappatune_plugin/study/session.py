@@ -1,4 +1,4 @@
-"""What `kappatune compare` and `kappatune sweep` do: load, run, write, show."""
+"""The commands `kappatune compare` and `kappatune sweep`: load, run, write, show."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,15 +23,15 @@ MEASUREMENTS = 10
 
 @dataclass(frozen=True)
 class Asked:
-    """What the command line of `compare` or `sweep` says.
+    """The arguments of `compare` or `sweep`.
 
     Attributes:
         config, overrides: the recipe.
-        seeds: how many, from the recipe's on.
+        seeds: number of seeds, starting at the recipe's.
         learning_rates: the grid as written; None for the command's default.
         every, smooth, target_loss, stop_at_target, widen: as in `Settings`; `every` None for a tenth of the run.
         validation: share of the training rows to hold out.
-        output_dir: None for the recipe's with the command's name behind.
+        output_dir: None for the recipe's with the command's name appended.
     """
 
     config: Path
@@ -48,7 +48,7 @@ class Asked:
 
 
 def compare_session(asked: Asked, methods: str) -> dict[str, Any]:
-    """Compare `methods`, show the tables, and leave compare.json, frontier.png and matched.png.
+    """Compare `methods`, show the tables, and write compare.json, frontier.png and matched.png.
 
     Returns:
         The content of compare.json.
@@ -71,13 +71,13 @@ def compare_session(asked: Asked, methods: str) -> dict[str, Any]:
 
 
 def sweep_session(asked: Asked, budgets: str) -> dict[str, Any]:
-    """Train with each of `budgets` ("10%,25%"), show the tables and a recommendation, leave sweep.json and budgets.png.
+    """Train with each of `budgets` ("10%,25%"), show tables and a recommendation, write sweep.json and budgets.png.
 
     Returns:
         The content of sweep.json.
 
     Raises:
-        KappaTuneError: a budget that can't be read, or one that is there twice.
+        KappaTuneError: a budget that can't be read, or is given twice.
     """
     each = split_list(budgets)
     for k in each:
@@ -103,7 +103,7 @@ def _prepare(asked: Asked, grid: Sequence[float], what: str, ranks: Sequence[str
     rates = _rates(asked.learning_rates, args.learning_rate, grid)
     seeds = tuple(range(args.seed, args.seed + asked.seeds))
     every = 1 if asked.every is None else asked.every
-    # before the model: what is wrong with them shows at once
+    # before the model is loaded, so that mistakes show at once
     settings = Settings(seeds, rates, every, asked.smooth, asked.target_loss, asked.stop_at_target, asked.widen)
     if args.max_steps > 0:
         _check_smooth(settings.smooth, args.max_steps)
@@ -152,16 +152,16 @@ TOLERANCE = 0.01
 
 
 def recommend(content: Mapping[str, Any]) -> tuple[str | None, str]:
-    """The smallest budget that learns the task as well as the best one, and why, in words.
+    """The smallest budget that learns the task as well as the best one, and the reason as a sentence.
 
-    As well: its mean is within the half-width of the best one's 95% interval, the usual rule of preferring the simplest
-    model that can't be told from the best. What a smaller budget forgets less comes for free then.
+    As well means that its mean is within the half-width of the best one's 95% interval: the usual rule, to prefer the
+    simplest model that can't be distinguished from the best. A smaller budget forgets less at no cost then.
 
     Args:
         content: of sweep.json; its methods go from the smallest budget to the largest.
 
     Returns:
-        The method's name, None where nothing was measured that could decide.
+        The method's name (None if nothing was measured that could decide), and the sentence.
     """
     task = task_measure(content)
     if task is None:

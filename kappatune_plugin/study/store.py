@@ -1,4 +1,4 @@
-"""Finished runs on disk, so that a comparison that was killed goes on where it was."""
+"""Finished runs on disk, so that a comparison that was killed continues where it stopped."""
 
 import hashlib
 import json
@@ -12,11 +12,11 @@ from kappatune_plugin.files import read_json, write_json
 
 
 class RunStore:
-    """A folder of one file a finished run, named after it and after a digest of everything that decides its result.
+    """A folder with a file for each finished run, named by its title and a digest of all that decides its result.
 
     Attributes:
         folder: of the files.
-        made, found: how many runs were made, and how many were there already.
+        made, found: how many runs were made, and how many were found there.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -24,10 +24,10 @@ class RunStore:
         self.made = self.found = 0
 
     def get(self, title: str, identity: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The run with this `identity`: from its file if it is there, else made and written.
+        """The run with this `identity`: from its file if that exists, else made and written.
 
         Args:
-            title: a name for people; files are told apart by the digest of `identity`.
+            title: a name for people; the digest of `identity` identifies the file.
 
         Raises:
             KappaTuneError: the file is damaged, or holds another run.
@@ -36,13 +36,13 @@ class RunStore:
         if path.exists():
             content = read_json(path, "a run of a comparison")
             if content.get("identity") != json.loads(json.dumps(identity)):
-                raise KappaTuneError(f"{path} holds another run than its name says: delete it.")
+                raise KappaTuneError(f"{path} holds a different run than its name says: delete it.")
             self.found += 1
             return content["run"]
         run = make()
         write_json(path, {"identity": identity, "run": run})
         self.made += 1
-        # as a reader of the file gets it: tuples are lists there
+        # the same as read from the file, where tuples are lists
         return json.loads(json.dumps(run))
 
     def path(self, title: str, identity: dict[str, Any]) -> Path:

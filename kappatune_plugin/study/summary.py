@@ -1,6 +1,7 @@
-"""What a comparison says of one method, over its seeds."""
+"""The results of one method of a comparison, summarized over its seeds."""
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,7 @@ def summarize(tried: "Tried", before: Mapping[str, float], settings: "Settings")
 
 
 def changes(point: Mapping[str, Any], before: Mapping[str, float]) -> dict[str, float | None]:
-    """A measurement in the terms of a comparison: what was forgotten as a change, controls averaged too."""
+    """A measurement with forgetting as a change against `before`, for each control and averaged over them."""
     found: dict[str, float | None] = {"step": point["step"]}
     controls = [key.removesuffix("_ppl") for key in before if key.endswith("_ppl")]
     for key in point:
@@ -57,7 +58,7 @@ def changes(point: Mapping[str, Any], before: Mapping[str, float]) -> dict[str, 
 
 
 def over_seeds(values: Sequence[float | None]) -> dict[str, Any] | None:
-    """The mean with its interval over those that are there; None if none is."""
+    """The mean and its interval over the values that aren't None; None if all are."""
     there = [value for value in values if value is not None]
     if not there:
         return None
@@ -66,7 +67,7 @@ def over_seeds(values: Sequence[float | None]) -> dict[str, Any] | None:
 
 
 def _at(points: Sequence[Mapping[str, Any] | None], before: Mapping[str, float]) -> dict[str, Any] | None:
-    """Every measure over the seeds, at one point of each run; None if no run has it."""
+    """Every measure over the seeds at one point of each run; None if no run reached that point."""
     rows = [None if point is None else changes(point, before) for point in points]
     keys = next((list(row) for row in rows if row), None)
     if keys is None:
@@ -75,10 +76,10 @@ def _at(points: Sequence[Mapping[str, Any] | None], before: Mapping[str, float])
 
 
 def _try(run: Mapping[str, Any], before: Mapping[str, float], settings: "Settings") -> dict[str, Any]:
-    """One learning rate with the first seed; "at_target" only for a target that was given beforehand, "final" where
-    runs don't end there."""
+    """One learning rate with the first seed; "at_target" only for a target given beforehand, "final" only if runs don't
+    end there."""
     point, target = run["at_target"], settings.target_loss
-    # a run that is there from before may have been made for another target
+    # a run found on disk may have been made for another target
     step = None if target is None else first_crossing(smoothed(run["losses"], settings.smooth), target)
     measured = point is not None and point["step"] == step
     return {
@@ -102,8 +103,8 @@ class Interval:
 
     Attributes:
         mean: of the values.
-        half: half the width of the 95% interval of the mean; None for fewer than two values.
-        values: as they were given.
+        half: half the width of the mean's 95% interval; None for fewer than two values.
+        values: as given.
     """
 
     mean: float
@@ -119,20 +120,19 @@ def interval(values: Sequence[float]) -> Interval:
     """
     from scipy.stats import t
 
-    count = len(values)
-    if not count:
+    if not values:
         raise ValueError("no values to average")
-    mean = math.fsum(values) / count
+    mean, count = statistics.fmean(values), len(values)
     if count < 2:
         return Interval(mean, None, tuple(values))
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
-    return Interval(mean, float(t.ppf((1 + LEVEL) / 2, count - 1)) * deviation / math.sqrt(count), tuple(values))
+    error = statistics.stdev(values) / math.sqrt(count)
+    return Interval(mean, float(t.ppf((1 + LEVEL) / 2, count - 1)) * error, tuple(values))
 
 
 def smoothed(losses: Sequence[float | None], window: int) -> list[float]:
     """The mean of the last `window` losses after each step; infinite where there are fewer, or one isn't finite (None).
 
-    A trailing mean rather than an exponential one: it needs no correction of its start, and a loss far back has no say.
+    Not an exponential mean, which needs a correction at its start and never forgets an early loss.
     """
     curve = []
     for end in range(1, len(losses) + 1):

@@ -1,4 +1,4 @@
-"""One run of a comparison: a method, a learning rate and a seed in, a record of the whole course out."""
+"""One run of a comparison: a method, a learning rate and a seed in, a record of losses and measurements out."""
 
 import copy
 import gc
@@ -41,11 +41,11 @@ def train_run(
     """Train a copy of the base by `method`.
 
     Args:
-        every: measure every so many steps, without what takes long (written answers, lm_eval), and everything at the
-            end.
-        stop_at: end after this step, with the schedule and the data order of the whole run. Measured there only.
-        crossing: (window, target): measure where the loss, smoothed over `window` steps, first reaches `target` too.
-        stop_at_crossing: and end there.
+        every: steps between measurements without the slow ones (written answers, lm_eval); at the end everything is
+            measured.
+        stop_at: end after this step, with the schedule and the data order of the whole run, and measure only there.
+        crossing: (window, target): also measure where the loss, smoothed over `window` steps, first reaches `target`.
+        stop_at_crossing: end there.
 
     Returns:
         "losses" after each step (None where not finite), "points" ({"step", and `Bench.measure`}), "at_target" (a
@@ -70,7 +70,7 @@ def train_run(
             "losses": course.losses,
             "points": course.points,
             "at_target": course.at_target,
-            # a loader reads ahead
+            # a loader reads ahead of the training
             "order": order.batches[: steps * trainer.args.gradient_accumulation_steps],
             "trainable": sum(parameter.numel() for parameter in _trained(trainer.model)),
             "training_bytes": _training_bytes(trainer),
@@ -79,7 +79,7 @@ def train_run(
         }
         if stop_at is None:
             record["validation_loss"] = finite_or_none(trainer.evaluate()["eval_loss"])
-    # modules and callbacks refer to each other: without this the next run begins beside this one's GPU memory
+    # modules and callbacks are in reference cycles; without collecting them this run's GPU memory stays in use
     del trainer, order, course
     if torch.cuda.is_available():
         gc.collect()
@@ -94,7 +94,7 @@ def _trainer(bench: "Bench", method: Method, learning_rate: float, seed: int, fo
     config = arm_config(method, bench.pool, bench.base, seed)
     if config is None:
         model.requires_grad_(True)
-        # what is measured against the base asks the model for it, as PEFT's models offer it
+        # measurements against the base use PEFT's `disable_adapter`
         model.disable_adapter = partial(base_in_place, model, bench.base)
     with peft_refusals(method.name) if method.kind == "peft" else nullcontext():
         trainer = SFTTrainer(
@@ -111,7 +111,7 @@ def _trainer(bench: "Bench", method: Method, learning_rate: float, seed: int, fo
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' warnings: every run of a comparison would repeat them."""
+    """Silence transformers' warnings, which every run of a comparison would repeat."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -121,7 +121,7 @@ def _quiet() -> Iterator[None]:
 
 
 class _Course(TrainerCallback):
-    """Writes down a run's course, and stops it where that is wished."""
+    """Records a run's losses and measurements, and stops it where that was asked for."""
 
     def __init__(
         self,
@@ -158,7 +158,7 @@ class _Course(TrainerCallback):
         model: nn.Module | None = None,
         **_: Any,
     ) -> None:
-        """Comes after `on_step_end`, before the next step."""
+        """Called after `on_step_end`, before the next step."""
         if "loss" not in (logs or {}):
             return
         self.losses.append(finite_or_none(float(logs["loss"])))
@@ -174,7 +174,7 @@ class _Course(TrainerCallback):
 
 
 class _BatchOrder:
-    """A data collator that takes note of what passes through it."""
+    """A data collator that records a fingerprint of each batch."""
 
     def __init__(self, collator: Any) -> None:
         self.collator = collator

@@ -1,1 +1,1 @@
-"""KappaTune inside other people's trainers, a module each. Each imports its toolkit, which is no dependency of ours."""
+"""KappaTune inside other trainers and from their recipes. A toolkit's module imports it; it isn't a dependency."""

@@ -40,7 +40,7 @@ class KappaTunePlugin(BasePlugin):
     _inference = False
 
     def register(self, cfg: dict[str, Any]) -> None:
-        """Check the configuration as it was written, before Axolotl fills in its defaults.
+        """Check the configuration as written, before Axolotl fills in defaults.
 
         Raises:
             KappaTuneError: everything in it that contradicts KappaTune or would be ignored.
@@ -103,13 +103,13 @@ class KappaTunePlugin(BasePlugin):
         return [WriteDecisions()] if cfg.adapter == NAME else []
 
     def post_train(self, cfg: Any, model: nn.Module) -> None:
-        """Take away the weights that `rl` leaves beside the adapter: the model with the adapter's parts in it."""
+        """Remove the weights that `rl` writes beside the adapter: the whole model with the adapter's parts in it."""
         if cfg.adapter == NAME and cfg.rl and cfg.local_rank in (0, None):
             remove_models_with_adapters(cfg.output_dir)
 
 
 def _output(cfg: Any) -> str:
-    """Where `train` left the adapter; `inference` would else answer with the untrained base."""
+    """The folder of the trained adapter. Raises if there is none: `inference` would answer with the untrained base."""
     if cfg.output_dir and is_adapter(cfg.output_dir):
         return cfg.output_dir
     raise KappaTuneError(

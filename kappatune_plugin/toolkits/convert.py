@@ -48,7 +48,7 @@ class Conversion:
         toolkit: whose recipe it is.
         before, after: its text.
         budget: the k chosen.
-        notes: what became of each key that is gone, and what can't be carried over, a line each.
+        notes: why each key was removed, and what can't be carried over, a line each.
     """
 
     path: Path
@@ -71,7 +71,7 @@ class Conversion:
         """Write the converted recipe to `path`, or over the old one, which is kept as NAME.lora.yaml.
 
         Raises:
-            KappaTuneError: something is there already.
+            KappaTuneError: the file to write exists already.
         """
         target = Path(path or self.path)
         kept = self.path.with_suffix(f".lora{self.path.suffix}")
@@ -95,11 +95,11 @@ def convert_recipe(
 
     Args:
         match: "params": as many trainable parameters as the LoRA; "share": a tenth of the matrices.
-        k: a budget that is taken as it is, instead of `match`.
-        toolkit: trl, axolotl or llamafactory; default: seen from the keys.
+        k: a budget to use instead of `match`.
+        toolkit: trl, axolotl or llamafactory; default: recognized by the keys.
 
     Raises:
-        KappaTuneError: no YAML, nobody's recipe, not LoRA, or a file that can't be edited line by line.
+        KappaTuneError: not YAML, not a recipe of these toolkits, not LoRA, or it can't be edited line by line.
     """
     path = Path(path)
     if match not in MATCHES:
@@ -118,7 +118,7 @@ def convert_recipe(
     # as bytes: read_text would turn Windows' line ends into others
     before = path.read_bytes().decode("utf-8")
     new = _new_keys(kind, content, budget)
-    after = _edited(before, kind, content, new, comment)
+    after = _edited(before, kind, new, comment)
     _check(after, content, kind, new)
     notes = [*_gone(kind, content), *_losses(kind, content, size), *found]
     return Conversion(path, kind, before, after, budget, notes)
@@ -127,7 +127,7 @@ def convert_recipe(
 def _size(
     path: Path, content: Mapping[str, Any], kind: Toolkit, trust_remote_code: bool
 ) -> tuple[LoraSize | None, list[str]]:
-    """The LoRA's size, or why it can't be known."""
+    """The LoRA's size; or None and the reason why it isn't known."""
     from kappatune_plugin.data.rows import find_local
 
     model = content.get(kind.model)
@@ -151,7 +151,7 @@ def _budget(size: LoraSize | None, match: str, k: Any) -> tuple[Any, str]:
 
 
 def _new_keys(kind: Toolkit, content: Mapping[str, Any], budget: Any) -> dict[str, Any]:
-    """The top-level keys that the converted recipe has in LoRA's place."""
+    """The top-level keys that replace LoRA's in the converted recipe."""
     block = {"k": budget}
     if saved := kind.saved_modules(content):
         block["modules_to_save"] = saved
@@ -162,8 +162,8 @@ def _new_keys(kind: Toolkit, content: Mapping[str, Any], budget: Any) -> dict[st
     return {NAME: block}
 
 
-def _edited(text: str, kind: Toolkit, content: Mapping[str, Any], new: Mapping[str, Any], comment: str) -> str:
-    """`text` with LoRA's keys out and the `new` ones in the place of the key that turned LoRA on."""
+def _edited(text: str, kind: Toolkit, new: Mapping[str, Any], comment: str) -> str:
+    """`text` without LoRA's keys, and with the `new` ones where the key that turned LoRA on was."""
     edit = YamlText(text)
     gone = [key for key in edit.keys if kind.reason(key)]
     switch = kind.switch if kind.switch in edit.keys else next(iter(gone), None)
@@ -195,7 +195,7 @@ def _flow(value: Any) -> str:
 
 
 def _check(after: str, content: Mapping[str, Any], kind: Toolkit, new: Mapping[str, Any]) -> None:
-    """The edited text has to say what was meant: anchors and merged mappings reach over lines."""
+    """Check that the edited text has the intended content, since anchors and merged mappings reach over lines."""
     stays = {key: value for key, value in content.items() if not kind.reason(key) and key != kind.switch}
     try:
         found = yaml.safe_load(after)
@@ -207,7 +207,7 @@ def _check(after: str, content: Mapping[str, Any], kind: Toolkit, new: Mapping[s
 
 
 def _gone(kind: Toolkit, content: Mapping[str, Any]) -> list[str]:
-    """Why the keys that said something are gone, those with one reason in one line."""
+    """Why keys were removed, one line for each reason."""
     reasons: dict[str, list[str]] = {}
     for key, value in content.items():
         reason = kind.reason(key)
@@ -217,7 +217,7 @@ def _gone(kind: Toolkit, content: Mapping[str, Any]) -> list[str]:
 
 
 def _losses(kind: Toolkit, content: Mapping[str, Any], size: LoraSize | None) -> list[str]:
-    """What the conversion can't carry over and people should decide."""
+    """Notes on what the conversion can't carry over and the user has to decide."""
     notes = []
     reasons = {kind.reason(key): key for key, value in content.items() if value}
     if WHERE in reasons and (targets := _restriction(kind.options(content))):
@@ -227,7 +227,7 @@ def _losses(kind: Toolkit, content: Mapping[str, Any], size: LoraSize | None) ->
         needed = f", where it takes {2 * size.model / GIB:.1f} GiB" if size else ""
         notes.append(f"The base is loaded in bfloat16{needed}; one that was saved quantized by bitsandbytes stays so.")
     if any(content.get(key) and not kind.reason(key) for key in STAYS_QUANTIZED):
-        notes.append("The base stays quantized, except for the selected matrices: they become what they stand for.")
+        notes.append("The base stays quantized, except for the selected matrices, which are dequantized.")
     rate = content.get("learning_rate", "at its default")
     if not _at_most(rate, PAPER_RATE):
         notes.append(

@@ -1,11 +1,10 @@
-"""A selection in the words of a stock toolkit, for those who can't install this package where they train.
+"""Config lines that train a selection with an unmodified toolkit, where this package can't be installed.
 
-Stock toolkits choose whole parameters (full fine-tuning) or whole modules (LoRA). Where transformers 5 fuses a layer's
-experts into one parameter, none of them can train one expert's matrix alone.
+Unmodified toolkits choose whole parameters (full fine-tuning) or whole modules (LoRA). Where transformers 5 fuses a
+layer's experts into one parameter, none of them can train one expert's matrix alone.
 """
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,24 +15,24 @@ from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.selection.budget import DEFAULT_K
 from kappatune_plugin.selection.report import KappaReport
 from kappatune_plugin.selection.selection import Selection, select
-from kappatune_plugin.weights.load_model import empty_model
+from kappatune_plugin.weights.load_model import empty_model, trained_without_values
 from kappatune_plugin.weights.units import WeightUnit, find_units
 
 STOCK = ("axolotl", "llamafactory", "trl", "ms-swift", "torchtune")
 LORA = ("trl", "llamafactory")
-# LLaMA-Factory puts LoRA on modules, and a parameter that holds all experts is none
+# LLaMA-Factory puts LoRA on modules only, and a parameter that holds all experts isn't one
 CAN_WIDEN = ("axolotl", "ms-swift", "trl")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to write into a stock toolkit's configuration.
+    """The configuration that trains a selection with an unmodified toolkit.
 
     Attributes:
         toolkit: one of STOCK.
-        lines: the configuration.
+        lines: the configuration's lines.
         parameters: names of the parameters in memory that it chooses, each once.
-        missing: names of the selected matrices that it leaves out, since the toolkit can't choose them.
+        missing: names of the selected matrices that the toolkit can't choose.
         notes: what the toolkit does differently, a line each.
     """
 
@@ -52,12 +51,12 @@ def plan(
     widen: bool = False,
     trust_remote_code: bool = False,
 ) -> Plan:
-    """Select `k` of the model's matrices and say them to `toolkit`.
+    """Select `k` of the model's matrices and write the configuration of `toolkit` that trains them.
 
     Args:
         model: a folder or hub name.
-        report: made earlier of this model; default: scan it.
-        widen: where a matrix is a part of a parameter, choose the smallest thing around it that the toolkit can train.
+        report: an earlier one of this model; default: scan it.
+        widen: where a matrix is part of a parameter, choose the smallest thing around it that the toolkit can train.
 
     Raises:
         KappaTuneError: an unknown toolkit, one that can't choose single matrices, or nothing that it can choose.
@@ -78,7 +77,7 @@ def plan(
 
 
 def stock_plan(selection: Selection, build: Callable[[], nn.Module], toolkit: str, widen: bool = False) -> Plan:
-    """The plan for a selection of the model that `build` makes, with or without values, anew each time. See `plan`."""
+    """The plan for a selection; each call of `build` makes a new model, with or without values. See `plan`."""
     units = {unit.name: unit for unit in find_units(build())}
     unknown = [row.name for row in selection.units if row.name not in units]
     if unknown:
@@ -117,24 +116,20 @@ def stock_plan(selection: Selection, build: Callable[[], nn.Module], toolkit: st
 
 
 def lora_places(model: nn.Module, modules: Sequence[str], parameters: Sequence[str]) -> set[str]:
-    """Names of the parameters that PEFT puts LoRA on, if asked for these modules and parameters; changes `model`.
+    """Names of the parameters that PEFT puts LoRA on if asked for these modules and parameters; changes `model`.
 
-    For mixtures of experts it rewrites what it is asked for: a module called gate, or gate_proj, becomes the fused
-    parameter of every layer.
+    For mixtures of experts PEFT rewrites the request: a module called gate, or gate_proj, becomes the fused parameter
+    of every layer.
 
     Raises:
-        ValueError: PEFT can't.
+        ValueError: PEFT can't put LoRA there.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
     from peft.tuners.lora import LoraLayer
 
     config = LoraConfig(target_modules=list(modules) or None, target_parameters=list(parameters) or None)
-    with warnings.catch_warnings():
-        # of PEFT, about a model that nobody trains
-        warnings.simplefilter("ignore")
-        with_lora = get_peft_model(model, config, low_cpu_mem_usage=True).base_model.model
     places = set()
-    for name, module in with_lora.named_modules():
+    for name, module in trained_without_values(model, config)[0].base_model.model.named_modules():
         if isinstance(module, LoraLayer):
             attribute = getattr(module, "parameter_name", None) or "weight"
             places.add(f"{name.replace('.base_layer', '')}.{attribute}")
@@ -144,9 +139,9 @@ def lora_places(model: nn.Module, modules: Sequence[str], parameters: Sequence[s
 def _lora_able(
     units: Iterable[WeightUnit], build: Callable[[], nn.Module], parameters: bool
 ) -> tuple[list[WeightUnit], list[str]]:
-    """Those of `units` that PEFT can put LoRA on and nothing else, and the modules to name for it.
+    """The `units` that PEFT can put LoRA on without touching others, and the modules to name for that.
 
-    Weights of one kind behave alike, so PEFT is asked once for each kind.
+    Weights of one kind behave alike, so PEFT is tried once for each kind.
 
     Args:
         parameters: whether a weight can also be named as a parameter.
@@ -177,7 +172,7 @@ def _puts_lora(
 
 
 def _axolotl(units: Sequence[WeightUnit]) -> list[str]:
-    """Patterns of `unfrozen_parameters`: they match from the beginning, and a period stands for itself."""
+    """Axolotl's `unfrozen_parameters`: patterns that match from the beginning, with periods taken literally."""
     patterns = dict.fromkeys(f"^{unit.parameter}$" + (f"[{unit.index[0]}]" if unit.index else "") for unit in units)
     return ["unfrozen_parameters:", *(f"  - '{pattern}'" for pattern in patterns)]
 
@@ -189,13 +184,13 @@ def _ms_swift(parameters: Sequence[str]) -> list[str]:
 
 
 def _trl(modules: Sequence[str], parameters: Sequence[str]) -> list[str]:
-    """LoRA on the modules by their full paths, and on parameters that are no module's weight to PEFT."""
+    """LoRA on the modules by their full paths, and on parameters that PEFT doesn't see as a module's weight."""
     lines = ["use_peft: true"]
     if parameters:
         # PEFT refuses dropout there
         lines += ["lora_dropout: 0.0", "lora_target_parameters:", *(f"  - {name}" for name in parameters)]
     if len(modules) == 1:
-        # TRL makes a text of a list of one, which PEFT reads as an expression
+        # TRL turns a list of one into a string, which PEFT reads as a regular expression
         modules = [*modules, *modules]
     return lines + (["lora_target_modules:", *(f"  - {name}" for name in modules)] if modules else [])
 

@@ -1,4 +1,4 @@
-"""What the integrations share: a toolkit's model in, the PEFT model it trains or has trained out."""
+"""Shared by the integrations: a toolkit's model in, the PEFT model to train or a trained one out."""
 
 import os
 from collections.abc import Mapping

@@ -320,7 +320,7 @@ def _quantized_owners(model: nn.Module, units: Iterable[WeightUnit]) -> list[str
     owners = []
     for unit in units:
         owner = unit.parameter.rpartition(".")[0]
-        if quantized_form(model.get_submodule(owner), model.get_parameter(unit.parameter)) is not None:
+        if quantized_form(model.get_parameter(unit.parameter)) is not None:
             owners.append(owner)
     return owners
 

@@ -20,14 +20,17 @@ def unit_hash(parameter: Tensor, unit: WeightUnit) -> int:
     return int.from_bytes(digest.digest(), "big", signed=True)
 
 
-def base_hash(model: nn.Module) -> str:
+def base_hash(model: nn.Module, units: Iterable[WeightUnit] | None = None) -> str:
     """The fingerprint of a model's weights: 16 hexadecimal digits over the units' names, shapes and some values.
 
     It is the same for a checkpoint loaded in float32 and in bfloat16, for fused and separate experts, and for weights
     partitioned over ranks (collective then). It is the same for a bfloat16 checkpoint loaded in float16, but not for a
     float32 one, which is rounded twice.
+
+    Args:
+        units: all of the model's, if they are known already: finding them takes a while on a large model.
     """
-    units = sorted(find_units(model), key=lambda unit: unit.name)
+    units = sorted(find_units(model) if units is None else units, key=lambda unit: unit.name)
     return _digest(units, _samples_over_ranks([(model.get_parameter(unit.parameter), unit) for unit in units]))
 
 

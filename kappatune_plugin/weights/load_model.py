@@ -1,5 +1,6 @@
 """Load a model from a folder or the hub, with or without its values."""
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from torch import nn
 from kappatune_plugin.errors import KappaTuneError
 
 if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
     from transformers import PretrainedConfig
 
 
@@ -44,6 +46,21 @@ def empty_model(path: str, trust_remote_code: bool = False) -> nn.Module:
         if hasattr(loader, "from_config"):
             return loader.from_config(config, trust_remote_code=trust_remote_code)
         return loader._from_config(config)
+
+
+def trained_without_values(model: nn.Module, config: "PeftConfig") -> tuple["PeftModel", int]:
+    """`model` with PEFT's adapter, which has no values either, and how many parameters it would train.
+
+    Raises:
+        ValueError, TypeError, RuntimeError, ...: whatever PEFT raises for a config that doesn't fit the model.
+    """
+    from peft import get_peft_model
+
+    with torch.device("meta"), warnings.catch_warnings():
+        # PEFT's warnings are about training, and this model is only looked at
+        warnings.simplefilter("ignore")
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    return adapted, sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
 
 
 def model_config(path: str, trust_remote_code: bool = False) -> "PretrainedConfig":

@@ -30,7 +30,8 @@ class ModelSource(Source):
         self._model = model
         partitioned = any(shards.is_partitioned(parameter) for parameter in model.parameters())
         self.divided = partitioned or shards.first_rank_loads()
-        self._forms = {unit.name: form for unit in self.units if (form := self._form(unit))}
+        forms = {unit.name: quantized_form(model.get_parameter(unit.parameter)) for unit in self.units}
+        self._forms = {name: form[0] for name, form in forms.items() if form is not None}
         if self._forms and self.divided:
             raise KappaTuneError(
                 "A quantized model that is partitioned over ranks (ZeRO-3, FSDP2) can't be ranked. Use DDP or ZeRO-2, "
@@ -50,12 +51,7 @@ class ModelSource(Source):
     def base_hash(self) -> str:
         if self._forms:
             return fingerprint(self.units, {unit.name: sample(self.load(unit)) for unit in self.units})
-        return base_hash(self._model)
-
-    def _form(self, unit: WeightUnit) -> str | None:
-        owner = self._model.get_submodule(unit.parameter.rpartition(".")[0])
-        form = quantized_form(owner, self._model.get_parameter(unit.parameter))
-        return None if form is None else form[0]
+        return base_hash(self._model, self.units)
 
     def work(self, units: Sequence[WeightUnit]) -> Iterator[tuple[WeightUnit, Load]]:
         if shards.first_rank_loads():

@@ -19,7 +19,7 @@ FLOAT8_BLOCK = (128, 128)
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-def quantized_form(module: nn.Module, parameter: Tensor) -> tuple[str, tuple[int, ...]] | None:
+def quantized_form(parameter: Tensor) -> tuple[str, tuple[int, ...]] | None:
     """("nf4", "fp4", "int8" or a float8 dtype; the dequantized shape) of a quantized parameter; None if it isn't
     quantized, or in a form that is unknown here."""
     kind = type(parameter).__name__

@@ -65,7 +65,7 @@ def find_units(model: nn.Module, quantized: bool = False) -> list[WeightUnit]:
             continue
         for short_name, parameter in module.named_parameters(recurse=False):
             whole = shards.layout(parameter)
-            form = quantized_form(module, parameter)
+            form = quantized_form(parameter)
             if form is not None and quantized:
                 whole = torch.empty(form[1], device="meta")
             elif quantized and is_scale(short_name):
