@@ -18,8 +18,8 @@ class AutoBudgetCallback(ForgettingCallback):
     """Measures forgetting as its base class does, and trains as many matrices as `decide` says.
 
     What the run leaves was measured within `max_delta`: passing it brings back the values of the last measurement that
-    was within, or the base's own. If that was before the budget grew, training goes on at the budget of then; otherwise
-    it ends. A resumed run measures where it resumes.
+    was within, or the base's own. If that was before the budget grew, training continues with the earlier, smaller
+    budget; otherwise it ends. A resumed run measures where it resumes.
 
     Attributes:
         counts: the numbers of matrices that may be trained, rising.

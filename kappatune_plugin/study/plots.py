@@ -1,10 +1,10 @@
-"""compare.json and sweep.json as pictures, for the width of a README (about 800 pixels)."""
+"""Plots of compare.json and sweep.json, as wide as a README (about 800 pixels)."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Okabe and Ito's, which people of every colour vision tell apart; beyond eight the line differs too
+# colour-blind safe (Okabe and Ito); from the ninth curve on the line style differs too
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = "osD^vPX*<>hp"
 LINES = ("-", "--", ":")
@@ -18,7 +18,7 @@ TASKS = {
 
 
 def frontier_plot(content: Mapping[str, Any], path: Path) -> None:
-    """What is learned against what is forgotten, a curve a method over training, means over seeds."""
+    """What was learned against what was forgotten: one curve over training for each method, means over seeds."""
     task = task_measure(content)
     figure, axes = _figure(4.6, LEGEND_BESIDE)
     label, scale = TASKS[task]
@@ -39,7 +39,7 @@ def frontier_plot(content: Mapping[str, Any], path: Path) -> None:
 
 
 def matched_plot(content: Mapping[str, Any], path: Path) -> None:
-    """What each method has forgotten when its training loss reaches the target: mean and 95% interval over seeds."""
+    """What each method has forgotten when its training loss first reaches the target: mean and 95% interval."""
     found = [(method, (method["matched"] or {}).get("control_loss_change")) for method in content["methods"]]
     found.sort(key=lambda row: (row[1] is None, row[1]["mean"] if row[1] else 0))
     seeds = len(content["settings"]["seeds"])
@@ -68,7 +68,7 @@ def matched_plot(content: Mapping[str, Any], path: Path) -> None:
 
 
 def budget_plot(content: Mapping[str, Any], path: Path, recommended: str | None) -> None:
-    """What is learned and what is forgotten with each budget, with 95% intervals over seeds."""
+    """What was learned and what was forgotten with each budget, with 95% intervals over seeds."""
     task = task_measure(content)
     label, scale = TASKS[task]
     figure, (above, below) = _figure(5.2, rows=2)
@@ -105,7 +105,7 @@ def task_measure(content: Mapping[str, Any]) -> str | None:
 def _figure(height: float, width: float = WIDTH, rows: int = 1) -> tuple[Any, Any]:
     import matplotlib
 
-    # no window is opened, also where there could be one
+    # never open a window
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -129,7 +129,7 @@ def _title(content: Mapping[str, Any], text: str) -> str:
 
 
 def _limit_to_means(axes: Any, measures: Sequence[Mapping[str, Any]]) -> None:
-    """An interval of two or three seeds may be many times wider than all that was measured: cut it at the frame."""
+    """Limit the x axis by the measured values: an interval of two or three seeds may be many times wider."""
     values = [value for measure in measures for value in measure["values"] if value is not None]
     if values:
         low, high = min(0.0, *values), max(0.0, *values)
@@ -141,8 +141,8 @@ def _limit_to_means(axes: Any, measures: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _scale(axes: Any, values: Sequence[float]) -> bool:
-    """Whether the axis is made logarithmic beyond `LINEAR` nats: where one method forgets so much that the others could
-    not be told apart."""
+    """Make the x axis logarithmic beyond `LINEAR` nats if one method forgets so much that the others would coincide.
+    Returns whether it did."""
     from matplotlib.ticker import FuncFormatter
 
     if not values or max(values) < 10 * LINEAR:
@@ -155,7 +155,7 @@ def _scale(axes: Any, values: Sequence[float]) -> bool:
 
 
 def _broken(name: str) -> str:
-    """A long name on a line for each setting."""
+    """A long name broken into a line for each setting."""
     return name if len(name) <= LONGEST else name.replace(":", "\n:")
 
 

@@ -23,7 +23,7 @@ MEASURES = {
 
 
 def comparison_tables(content: Mapping[str, Any]) -> list[Table | Text]:
-    """At the target loss, after equal steps, and what each method costs."""
+    """Tables at the target loss, after equal steps, and of each method's cost; and notes."""
     seeds = len(content["settings"]["seeds"])
     spread = f"mean ± 95% interval over {seeds} seeds" if seeds > 1 else "one seed: no interval"
     target = content["target_loss"]

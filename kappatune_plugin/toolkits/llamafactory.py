@@ -9,7 +9,7 @@ LLaMA-Factory has no plugins, so its launcher runs here, with these of its globa
     model.loader.init_adapter                             attaches our adapter
     launcher.__file__                                     torchrun starts this module in each worker
 
-and one callback more in transformers' list of defaults. `_check` looks at each before anything is replaced.
+and one callback added to transformers' default ones. `_check` looks at each before anything is replaced.
 """
 
 import functools
@@ -32,15 +32,15 @@ PARSERS = {"_TRAIN_ARGS": "_parse_train_args", "_INFER_ARGS": "_parse_infer_args
 INIT_ADAPTER = ["config", "model", "model_args", "finetuning_args", "is_trainable"]
 # -m, since torchrun would put a script's folder first in sys.path
 WORKER = "-m kappatune_plugin.toolkits.llamafactory"
-# switches of its other trainers, which pass by what is replaced here
+# switches of its other trainers, which don't use the globals replaced here
 OTHER_TRAINERS = ("USE_V1", "USE_MCA", "USE_RAY", "USE_KT")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """What `llamafactory-cli ARGUMENTS` does, KappaTune among its methods.
+    """Run `llamafactory-cli ARGUMENTS`, with KappaTune among its methods.
 
     Raises:
-        KappaTuneError: LLaMA-Factory is missing or not as it was in 0.9, or the YAML contradicts KappaTune.
+        KappaTuneError: LLaMA-Factory is missing or differs from 0.9, or the YAML contradicts KappaTune.
     """
     launcher = install()
     sys.argv = ["llamafactory-cli", *arguments]
@@ -76,7 +76,7 @@ def install() -> ModuleType:
 
 
 def _check(launcher: Any, parser: Any, loader: Any, finetuning: type, model: type) -> None:
-    """Raise KappaTuneError if anything that is replaced or read isn't as it was in the version this was written for."""
+    """Raise KappaTuneError if anything that is replaced or read differs from the version this was written for."""
     problems = []
     for name, function in PARSERS.items():
         if getattr(parser, name, []).count(finetuning) != 1 or not _reads(parser, function, name):
@@ -96,8 +96,8 @@ def _check(launcher: Any, parser: Any, loader: Any, finetuning: type, model: typ
         import llamafactory
 
         raise KappaTuneError(
-            f"LLaMA-Factory {getattr(llamafactory, '__version__', '')} is built otherwise than 0.9.5, which KappaTune "
-            f"knows: {'; '.join(problems)}. Install llamafactory==0.9.5."
+            f"LLaMA-Factory {getattr(llamafactory, '__version__', '')} differs from 0.9.5, which KappaTune supports: "
+            f"{'; '.join(problems)}. Install llamafactory==0.9.5."
         )
 
 
@@ -118,7 +118,7 @@ def _init_adapter(original: Callable[..., nn.Module]) -> Callable[..., nn.Module
         adapters = model_args.adapter_name_or_path
         _check_model(config, model_args, given, is_trainable)
         if adapters and not (is_trainable and finetuning_args.create_new_adapter):
-            # it knows how to merge all but the last adapter, and to go on with that one
+            # LLaMA-Factory itself merges all but the last adapter and continues with that one
             checked_adapter(adapters[-1], given)
             return original(config, model, model_args, finetuning_args, is_trainable)
         if adapters:
@@ -143,8 +143,8 @@ def _check_model(config: Any, model_args: Any, given: dict[str, Any], is_trainab
     towers = [part for part in ("vision_config", "audio_config") if hasattr(config, part)]
     if is_trainable and towers and not {"include", "exclude", "selection"} & given.keys():
         problems.append(
-            f"the model has a {towers[0]}, and freeze_vision_tower doesn't reach KappaTune: say what may be "
-            f"trained, as in {FLAT}include: ['*language_model*']."
+            f"the model has a {towers[0]}, and freeze_vision_tower has no effect on KappaTune: write what may be "
+            f"trained, such as {FLAT}include: ['*language_model*']."
         )
     if not is_trainable and not model_args.adapter_name_or_path:
         problems.append("there is no trained adapter to run: add adapter_name_or_path, the output_dir of the training.")

@@ -1,4 +1,4 @@
-"""The keys with which TRL, Axolotl and LLaMA-Factory ask for LoRA, and what becomes of each."""
+"""The keys with which recipes of TRL, Axolotl and LLaMA-Factory ask for LoRA, and why a conversion removes each."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ SIZE = "the size of LoRA's matrices: k says how much is trained"
 SCALE = "the scale of LoRA's product: KappaTune trains the weights themselves, nothing is scaled"
 DROPOUT = "the dropout before LoRA's matrices: KappaTune adds no matrices to drop from"
 WHERE = "where LoRA sits: KappaTune ranks all matrices of the model"
-DORA = "the magnitudes that DoRA trains beside LoRA: in a weight that is trained itself they are free anyway"
+DORA = "the magnitudes that DoRA trains beside LoRA: a weight that is trained itself changes its magnitudes anyway"
 QUANTIZED = "Axolotl quantizes only for its own adapters"
 SAVED = "carried over to modules_to_save"
 TRAINED = "a LoRA trained earlier: merge it into the base, and start from that"
 INIT = "how LoRA's matrices start: KappaTune starts at the base weights"
-RATES = "learning rates of LoRA's two matrices: KappaTune has none of them"
+RATES = "learning rates of LoRA's two matrices, which KappaTune doesn't have"
 UNSLOTH = "Unsloth's kernels are written for LoRA"
 KERNELS = "kernels for LoRA's product"
 OTHER = "it belongs to LoRA"
@@ -26,18 +26,18 @@ class Toolkit:
     """How one toolkit's YAML asks for LoRA.
 
     Attributes:
-        name: as `kappatune convert --toolkit` takes it.
-        title: as people write it.
-        command: what trains a converted recipe, before its path.
+        name: its name for `kappatune convert --toolkit`.
+        title: its name for people.
+        command: the command that trains a converted recipe, without the path.
         model: the key that names the base model.
-        marks: keys that only this toolkit's files have.
+        marks: keys by which this toolkit's files are recognized.
         switch: the key that turns LoRA on.
-        gone: key -> why it is taken out.
-        prefixes: keys that begin so are taken out too.
+        gone: key -> why it is removed.
+        prefixes: other keys with these prefixes are removed too.
         kept: keys with such a prefix that mean the same for KappaTune.
-        saved: the key of modules trained whole that has to become KappaTune's.
-        refusal: content -> why it is no LoRA recipe; "" if it is one.
-        options: content -> the keywords of a peft.LoraConfig of the same size.
+        saved: the key of modules trained whole, which becomes KappaTune's; None if it stays.
+        refusal: content -> why it isn't a LoRA recipe; "" if it is one.
+        options: content -> the keywords of the peft.LoraConfig.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Toolkit:
     options: Callable[[Mapping[str, Any]], dict[str, Any]]
 
     def reason(self, key: str) -> str | None:
-        """Why `key` is taken out; None if it stays."""
+        """Why `key` is removed; None if it stays."""
         if key in self.kept:
             return None
         return self.gone.get(key) or (OTHER if key.startswith(self.prefixes) else None)
@@ -65,7 +65,7 @@ class Toolkit:
 
 
 def names(value: Any) -> list[str]:
-    """A list, or a text of names with commas between them, as a list."""
+    """A list, or a string of comma-separated names, as a list."""
     if isinstance(value, str):
         return [name.strip() for name in value.split(",") if name.strip()]
     return list(value or [])
@@ -111,7 +111,7 @@ def _llamafactory_refusal(content: Mapping[str, Any]) -> str:
     if found != "lora":
         return f"its finetuning_type is {found!r}, expected lora"
     if not content.get("do_train") and not content.get("stage"):
-        return "it trains nothing (neither stage nor do_train is there); to export a trained model: kappatune merge"
+        return "it has neither stage nor do_train, so it trains nothing; to export a trained model: kappatune merge"
     return ""
 
 
@@ -172,7 +172,7 @@ AXOLOTL = Toolkit(
         **_all(UNSLOTH, "unsloth_lora_mlp", "unsloth_lora_qkv", "unsloth_lora_o"),
     },
     prefixes=("lora_", "peft_", "qlora_", "relora", "unsloth_"),
-    # Axolotl itself asks for lora_modules_to_save where tokens are added
+    # Axolotl itself requires lora_modules_to_save when tokens are added
     kept=("lora_on_cpu", "peft_autocast_adapter_dtype", "lora_modules_to_save"),
     saved=None,
     refusal=_axolotl_refusal,
@@ -207,10 +207,10 @@ TOOLKITS = {toolkit.name: toolkit for toolkit in (TRL, AXOLOTL, LLAMAFACTORY)}
 
 
 def toolkit_of(content: Mapping[str, Any], named: str | None = None) -> Toolkit:
-    """The toolkit whose recipe this is: `named`, or the one most of whose marks it bears.
+    """The toolkit whose recipe this is: `named`, or the one with most of its marks among the keys.
 
     Raises:
-        KappaTuneError: an unknown name, or a file that looks like no toolkit's.
+        KappaTuneError: an unknown name, or a file that isn't recognized.
     """
     if named is not None:
         if named not in TOOLKITS:
@@ -220,6 +220,6 @@ def toolkit_of(content: Mapping[str, Any], named: str | None = None) -> Toolkit:
     best = max(found, key=found.__getitem__)
     if not found[best] or list(found.values()).count(found[best]) > 1:
         raise KappaTuneError(
-            f"Can't tell whose recipe this is. Say it: --toolkit {', --toolkit '.join(TOOLKITS)}, and check its keys."
+            f"Can't tell whose recipe this is. Write --toolkit {' or --toolkit '.join(TOOLKITS)}, and check its keys."
         )
     return TOOLKITS[best]

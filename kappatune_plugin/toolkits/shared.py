@@ -19,7 +19,7 @@ from kappatune_plugin.tuner.register import PREFIX
 
 
 def kappatune_config(model: nn.Module, given: Mapping[str, Any]) -> KappaTuneConfig:
-    """The config of what a toolkit's YAML gives, for the kind of model that it loaded."""
+    """The config for the keys that a toolkit's YAML gives, with the task type of the model it loaded."""
     kind = type(model).__name__
     classifiers = {"SequenceClassification": TaskType.SEQ_CLS, "TokenClassification": TaskType.TOKEN_CLS}
     tasks = [task for name, task in classifiers.items() if name in kind]
@@ -40,11 +40,10 @@ def trained_adapter(
 
 
 def checked_adapter(adapter: str, given: Mapping[str, Any]) -> KappaTuneConfig:
-    """The config of the KappaTune adapter that a run left in the folder or hub repository `adapter`.
+    """The config of the trained KappaTune adapter in the folder or hub repository `adapter`.
 
     Raises:
-        KappaTuneError: there is none, it isn't one of KappaTune, or settings in `given` are not those it was trained
-            with.
+        KappaTuneError: there is none, it isn't KappaTune's, or it was trained with other settings than `given`.
     """
     try:
         saved = PeftConfig.from_pretrained(adapter)
@@ -64,7 +63,7 @@ def checked_adapter(adapter: str, given: Mapping[str, Any]) -> KappaTuneConfig:
 
 def _same(key: str, given: Any, saved: Any) -> bool:
     if key in ("report", "rtol", "scan_from"):
-        # how the selection came about, which the adapter carries itself
+        # these led to the selection, which the adapter holds itself
         return True
     if key == "selection":
         return not differences(Selection.load(given), Selection.from_dict(saved))
@@ -78,7 +77,7 @@ def _difference(key: str, there: Any, here: Any) -> str:
 
 
 class WriteDecisions(TrainerCallback):
-    """Writes what a run trains, and from which kappas, to its output_dir: selection.json and kappa_report.json."""
+    """Writes selection.json and kappa_report.json of a run to its output_dir."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
         tuner = getattr(model, "base_model", None)

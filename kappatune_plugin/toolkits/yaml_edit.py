@@ -1,7 +1,7 @@
-"""Take top-level keys out of a YAML file and put others in; every other byte, comments too, stays as it was.
+"""Remove and add top-level keys of a YAML file; every other byte, comments too, stays as it was.
 
-A round trip through a YAML library keeps most comments, but one that stands under a deleted key goes with it, and lines
-are wrapped and indented anew. Here the parser only says which lines a key takes.
+A round trip through a YAML library keeps most comments, but loses those below a deleted key, and wraps and indents
+lines anew. Here the parser is only asked which lines a key takes.
 """
 
 import yaml
@@ -10,7 +10,7 @@ from kappatune_plugin.errors import KappaTuneError
 
 
 class YamlText:
-    """The text of a YAML file whose top level is a mapping, one key a line or more.
+    """The text of a YAML file whose top level is a mapping in block style.
 
     Attributes:
         keys: key -> (its first line, its last line), both counted from 0.
@@ -24,7 +24,7 @@ class YamlText:
         self.newline = "\r\n" if self.lines and self.lines[0].endswith("\r\n") else "\n"
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         if not isinstance(root, yaml.MappingNode) or root.flow_style:
-            raise KappaTuneError("The recipe is no list of `key: value` lines: write one key a line.")
+            raise KappaTuneError("The recipe isn't a list of `key: value` lines: write one key on each line.")
         self._nodes = {key.value: value for key, value in root.value}
         self.keys = {key.value: (key.start_mark.line, self._last_line(key, value)) for key, value in root.value}
         self._new: dict[int, list[str]] = {}
@@ -33,21 +33,21 @@ class YamlText:
     def _last_line(self, key: yaml.Node, value: yaml.Node) -> int:
         first, last = key.start_mark.line, _end(value)
         while last > first and not self.lines[last].strip():
-            # blank lines behind a text of several lines part it from what follows
+            # blank lines after a multi-line string separate it from what follows
             last -= 1
         return max(first, last)
 
     def remove(self, key: str) -> None:
-        """Take `key` and its value out, with the comment on their lines."""
+        """Remove `key` and its value, with the comments on their lines."""
         first, last = self.keys[key]
         self._gone.update(range(first, last + 1))
 
     def insert(self, line: int, lines: list[str]) -> None:
-        """Put `lines`, without their ends, before `line`."""
+        """Insert `lines`, which have no line ends, before `line`."""
         self._new.setdefault(line, []).extend(lines)
 
     def set(self, key: str, value: str) -> None:
-        """Write another `value` for `key`; a comment on its line stays."""
+        """Replace the value of `key`; a comment on its line stays."""
         first, last = self.keys[key]
         node = self._nodes[key]
         comment = ""
@@ -67,7 +67,7 @@ class YamlText:
         self.insert(self.keys[key][1] + 1, [f"{indent}- {item}"])
 
     def text(self) -> str:
-        """The text with the changes in."""
+        """The text with all changes."""
         written: list[str] = []
         for number, line in enumerate([*self.lines, ""]):
             for new in self._new.get(number, []):
@@ -80,7 +80,7 @@ class YamlText:
 
 
 def _end(node: yaml.Node) -> int:
-    """The last line of a value: the parser lets a block end where the next key begins, behind comments."""
+    """The last line of a value; the parser's end of a block is where the next key begins, after comments."""
     if isinstance(node, yaml.MappingNode | yaml.SequenceNode) and not node.flow_style and node.value:
         last = node.value[-1]
         return max(node.start_mark.line, _end(last[1] if isinstance(last, tuple) else last))
