@@ -1,4 +1,4 @@
-"""What the committed comparisons say, in words: "In short" of docs/RESULTS.md. Every figure is read from the files."""
+"""The section "In short" of docs/RESULTS.md, with every figure read from the committed comparisons."""
 
 from collections.abc import Mapping
 from statistics import median
@@ -53,7 +53,7 @@ def conclusions(contents: Mapping[str, Any]) -> str:
 
 
 def quickstart(contents: Mapping[str, Any]) -> list[str]:
-    """What the quickstart says of κ-lowest, of why, and of learning rates."""
+    """The quickstart's results on κ-lowest, their cause, and on learning rates."""
     target, grid = contents["quickstart-target"], contents["quickstart"]
     ratios, fastest = rate_ratios(grid), max(grid["settings"]["learning_rates"])
     higher = sum(method["learning_rate"] == fastest for method in grid["methods"])
@@ -84,7 +84,7 @@ def quickstart(contents: Mapping[str, Any]) -> list[str]:
 
 
 def other_criteria(contents: Mapping[str, Any]) -> list[str]:
-    """What other ways to choose gave on the quickstart."""
+    """The quickstart's results with other ways to choose matrices."""
     target, lines = contents["quickstart-target"], []
     tried = {
         "lowest:rank_by=kappa_over_null": "κ over that of a random matrix of the shape",
@@ -105,7 +105,7 @@ def other_criteria(contents: Mapping[str, Any]) -> list[str]:
 
 
 def pretrained(contents: Mapping[str, Any]) -> list[str]:
-    """What the small pretrained models say."""
+    """The results of the small pretrained models."""
     dense, experts = (contents[name] for name in CHOICES)
     tuned = {title: contents[name] for name, title in TUNED.items()}
     criteria = {
@@ -150,7 +150,7 @@ def pair(tuned: Mapping[str, Any], task: str, name: str) -> str:
 
 
 def rates(tuned: Mapping[str, Any]) -> list[str]:
-    """What a learning rate costs, and what the gentlest ones give."""
+    """The effect of the learning rate, and the results with the gentlest one."""
     ratios = [ratio for content in tuned.values() for ratio in times_a_third(content)]
     rows = []
     for title, content in tuned.items():
@@ -168,7 +168,7 @@ def rates(tuned: Mapping[str, Any]) -> list[str]:
 
 
 def sweeps(contents: Mapping[str, Any]) -> list[str]:
-    """What `kappatune sweep` measured and recommends."""
+    """The measurements and recommendations of `kappatune sweep`."""
     parts = []
     for name, title in SWEEPS.items():
         content = contents[name]

@@ -1,4 +1,4 @@
-"""Figures out of the committed comparisons, as docs/RESULTS.md shows them."""
+"""Figures from the committed comparisons, as docs/RESULTS.md shows them."""
 
 from collections.abc import Mapping
 from itertools import pairwise
@@ -30,7 +30,7 @@ def steps(content: Mapping[str, Any], name: str) -> str:
 
 
 def difference(content: Mapping[str, Any], name: str, other: str) -> str:
-    """What `name` has forgotten at the target more than `other`, paired by seed."""
+    """How much more `name` has forgotten at the target than `other`, paired by seed."""
     return against(method_of(content, name)["matched"], method_of(content, other)["matched"])
 
 
@@ -45,7 +45,7 @@ def method_of(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def by_forgetting(content: Mapping[str, Any]) -> list[str]:
-    """The methods of which every run reaches the target, least forgotten first."""
+    """The methods whose runs all reach the target, least forgotten first."""
     whole = [method for method in content["methods"] if method["matched"] and not missed(method)]
     ordered = sorted(whole, key=lambda method: method["matched"]["control_loss_change"]["mean"])
     return [method["name"] for method in ordered]
@@ -56,7 +56,7 @@ def missed(method: Mapping[str, Any]) -> bool:
 
 
 def rate_ratios(content: Mapping[str, Any]) -> dict[str, float]:
-    """Method -> what the grid's highest rate forgets at the target over what its lowest does (first seed)."""
+    """Method -> forgetting at the target with the grid's highest rate over that with its lowest (first seed)."""
     found = {}
     for method in content["methods"]:
         tries = [method["grid"][rate]["at_target"] for rate in sorted(method["grid"], key=float)]
@@ -66,7 +66,7 @@ def rate_ratios(content: Mapping[str, Any]) -> dict[str, float]:
 
 
 def against(found: Mapping[str, Any], reference: Mapping[str, Any] | None) -> str:
-    """The paired difference of what was forgotten, in bold where its interval leaves out zero."""
+    """The paired difference in forgetting, in bold where its interval excludes zero."""
     if reference is None:
         return ""
     pairs = zip(found["control_loss_change"]["values"], reference["control_loss_change"]["values"], strict=True)
@@ -79,7 +79,7 @@ def against(found: Mapping[str, Any], reference: Mapping[str, Any] | None) -> st
 
 
 def times_a_third(content: Mapping[str, Any]) -> list[float]:
-    """What a rate has forgotten at the end over what a third of it has, for every method and pair of rates tried."""
+    """Forgetting at the end with a rate over that with the next lower one, for each method and pair of rates."""
     ratios = []
     for method in content["methods"]:
         ends = [method["grid"][rate]["final"]["control_loss_change"] for rate in sorted(method["grid"], key=float)]
@@ -88,8 +88,8 @@ def times_a_third(content: Mapping[str, Any]) -> list[float]:
 
 
 def gentlest(content: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-    """Method -> (rate, what it has forgotten at the end) of the least forgetting one of the rates tried whose held-out
-    loss is no worse than the worst method's best."""
+    """Method -> (rate, forgetting at the end), of the rate that forgets least among those whose held-out loss is no
+    worse than the worst method's best."""
     grids = {method["name"]: method["grid"] for method in content["methods"]}
     losses = {name: {rate: tried["validation_loss"] for rate, tried in grid.items()} for name, grid in grids.items()}
     bar = max(min(loss for loss in each.values() if loss is not None) for each in losses.values())

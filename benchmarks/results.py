@@ -60,14 +60,14 @@ PICTURES = {
 
 
 def pictures(content: Mapping[str, Any]) -> tuple[str, ...]:
-    """The kinds of picture that a comparison or sweep has."""
+    """The kinds of plot that a comparison or sweep has data for."""
     if "recommendation" in content:
         return ("budgets",)
     return ("matched",) if content["settings"]["stop_at_target"] else ("matched", "frontier")
 
 
 def committed() -> dict[str, Any]:
-    """Setting -> its comparison, for those that there are."""
+    """Setting -> its committed comparison, where there is one."""
     found = {name: DOCS / "results" / f"{name}.json" for name in SETTINGS}
     return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in found.items() if path.exists()}
 
@@ -97,7 +97,7 @@ def readme_table(content: Mapping[str, Any]) -> str:
 
 
 def how(contents: Mapping[str, Any]) -> str:
-    """What was run, from the files themselves."""
+    """How it was measured, from the files themselves."""
     rows = [
         "| setting | parameters | steps | batch | mean over | learning rates | seeds | target |",
         "|---|---|---|---|---|---|---|---|",
@@ -157,7 +157,7 @@ def setting(name: str, content: Mapping[str, Any]) -> str:
 
 
 def rates_table(content: Mapping[str, Any]) -> list[str]:
-    """A Markdown table of what every rate that was tried forgets, where that is in the file and rates differ."""
+    """A Markdown table of what each learning rate forgets, if the file has several."""
     found = {
         method["name"]: {float(rate): tried for rate, tried in method["grid"].items() if tried.get("final")}
         for method in content["methods"]
@@ -208,7 +208,7 @@ def before(content: Mapping[str, Any]) -> str:
 
 
 def table(content: Mapping[str, Any], where: str) -> str:
-    """A Markdown table of the measures, with the difference from LoRA of what was forgotten, paired by seed."""
+    """A Markdown table of the measures, with the difference in forgetting from LoRA, paired by seed."""
     keys = [key for key in MEASURES if any(key in (method[where] or {}) for method in content["methods"])]
     headings = [MEASURES[key][0].replace("\n", " ") for key in keys]
     by_name = {method["name"]: method for method in content["methods"]}

@@ -65,7 +65,7 @@ def llm_like(rows: int, columns: int, generator: torch.Generator) -> Tensor:
 def model_of(
     layer: dict[str, tuple[int, int, int]], layers: int, device: str, dtype: torch.dtype, seed: int
 ) -> nn.Module:
-    """A module of bias-free nn.Linear, which both contestants take for a model; experts as single modules."""
+    """A model of bias-free nn.Linear layers that both programs accept; experts as single modules."""
     generator = torch.Generator(device).manual_seed(seed)
     model = nn.Module()
     for index in range(layers):
@@ -119,7 +119,7 @@ def synchronize(model: nn.Module) -> None:
 
 
 def equal_sets(found: dict[str, float], truth: dict[str, float]) -> str:
-    """For how many K the K lowest are the same."""
+    """For how many K both have the same K lowest."""
     order, right = sorted(found, key=found.get), sorted(truth, key=truth.get)
     equal = sum(set(order[:k]) == set(right[:k]) for k in range(1, len(right) + 1))
     return f"{equal} of {len(right)}"
@@ -148,7 +148,7 @@ def compare(name: str, model: nn.Module, rounds: int, peer: bool, truth: bool) -
 
 
 def profile(model: nn.Module) -> None:
-    """Where the time goes: the engine on one matrix after another, by one thread (on a GPU, each kernel waited for)."""
+    """Profile of the engine on one matrix after another, in one thread (on a GPU, synchronized after each kernel)."""
     source, threads = open_source(model), torch.get_num_threads()
     profiler = cProfile.Profile()
     torch.set_num_threads(1)
@@ -171,7 +171,7 @@ def profile(model: nn.Module) -> None:
 
 
 def outermost(row: tuple, function: str) -> float:
-    """Cumulative seconds of a function, of a recursive one only where others called it."""
+    """Cumulative seconds of a function; of a recursive one without its own calls."""
     callers = {name: each for name, each in row[4].items() if name[2] != function}
     return sum(each[3] for each in callers.values())
 

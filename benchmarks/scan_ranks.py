@@ -59,7 +59,7 @@ def run(rank: int, world: int, port: int, arguments: argparse.Namespace, seconds
 
 
 def measure(world: int, arguments: argparse.Namespace) -> tuple[float, float]:
-    """Seconds, and seconds of the processor that the busiest rank took."""
+    """Wall-clock seconds, and CPU seconds of the busiest rank."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]

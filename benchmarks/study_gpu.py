@@ -39,7 +39,7 @@ TASKS = {
 
 
 def overrides(task: str, model: str, given: Sequence[str]) -> list[str]:
-    """What a task changes in the recipe; what was `given` comes last and wins."""
+    """A task's changes of the recipe as command-line words; the `given` ones take precedence."""
     changes = {"model_name_or_path": model, "max_steps": STEPS, **TASKS[task]}
     words = []
     for key, value in changes.items():
