@@ -186,7 +186,7 @@ def test_a_learning_rate_of_loras_is_pointed_out(configs, tmp_path, line, said):
         ("base_model: x\nadapter: kappatune\n", ["already"]),
         ("model_name_or_path: x\nkappatune: {k: 3}\n", ["already"]),
         ("a: 1\n", ["whose recipe", "--toolkit"]),
-        ("{model_name_or_path: x, use_peft: true}\n", ["one key a line"]),
+        ("{model_name_or_path: x, use_peft: true}\n", ["one key on each line"]),
         ("lora: &l {use_peft: true}\nmodel_name_or_path: x\n<<: *l\n", ["line by line", "<<:"]),
         ("use_peft: true\nuse_peft: true\n", ["keys twice"]),
     ],
