@@ -44,17 +44,6 @@ def method_of(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return next(method for method in content["methods"] if method["name"] == name)
 
 
-def by_forgetting(content: Mapping[str, Any]) -> list[str]:
-    """The methods whose runs all reach the target, least forgotten first."""
-    whole = [method for method in content["methods"] if method["matched"] and not missed(method)]
-    ordered = sorted(whole, key=lambda method: method["matched"]["control_loss_change"]["mean"])
-    return [method["name"] for method in ordered]
-
-
-def missed(method: Mapping[str, Any]) -> bool:
-    return method["matched"] is None or None in method["matched"]["step"]["values"]
-
-
 def rate_ratios(content: Mapping[str, Any]) -> dict[str, float]:
     """Method -> forgetting at the target with the grid's highest rate over that with its lowest (first seed)."""
     found = {}

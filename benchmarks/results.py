@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from conclusions import conclusions
-from figures import against, by_forgetting, gentlest, method_of
+from figures import against, gentlest
 
 from kappatune_plugin.console import number
 from kappatune_plugin.study.plots import budget_plot, frontier_plot, matched_plot
@@ -39,7 +39,7 @@ same with OLMoE-1B-7B on one GPU; it has only been tried on tiny models, on a CP
 """
 HEAD = """# Does it forget less?
 
-Written by `python benchmarks/results.py` from the comparisons in [results](results), which
+Written by `python benchmarks/results.py` from the comparisons in `docs/results`, which
 `python benchmarks/study.py --results docs/results` makes with `kappatune compare`. Change the script, not this file.
 """
 
@@ -77,23 +77,6 @@ def text(contents: Mapping[str, Any]) -> str:
     earlier = (DOCS / "results" / "earlier.md").read_text(encoding="utf-8")
     sections = [setting(name, each) for name, each in contents.items()]
     return "\n".join([HEAD, conclusions(contents), how(contents), *sections, earlier])
-
-
-def readme_table(content: Mapping[str, Any]) -> str:
-    """The short table of README.md: every method of a comparison at its target, least forgotten first."""
-    rows = ["| trained | parameters | steps | task accuracy | control loss (nats a token) |", "|---|---|---|---|---|"]
-    for name in by_forgetting(content):
-        method = method_of(content, name)
-        at = method["matched"]
-        cells = (
-            f"`{name}`",
-            f"{method['trainable']['mean']:,.0f}",
-            f"{at['step']['mean']:.0f}",
-            shown(at["task_accuracy"], "{:.1%}"),
-            shown(at["control_loss_change"], "{:+.3f}"),
-        )
-        rows.append("| " + " | ".join(cells) + " |")
-    return "\n".join(rows)
 
 
 def how(contents: Mapping[str, Any]) -> str:

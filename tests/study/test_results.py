@@ -3,12 +3,14 @@
 import json
 import sys
 from pathlib import Path
+from statistics import median
 
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
+import conclusions  # noqa: E402
 import figures  # noqa: E402
 import results  # noqa: E402
 import study  # noqa: E402
@@ -21,7 +23,8 @@ def test_the_page_is_what_the_script_writes():
 def test_the_readme_shows_what_was_measured():
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     contents = results.committed()
-    assert results.readme_table(contents["quickstart-target"]) in readme
+    target = contents["quickstart-target"]
+    ratios = [ratio for name in conclusions.TUNED for ratio in figures.times_a_third(contents[name])]
 
     def both(name):
         found = (figures.method_of(contents[f"{model}-subj-choices"], name) for model in ("dense", "moe"))
@@ -29,6 +32,10 @@ def test_the_readme_shows_what_was_measured():
 
     words = " ".join(readme.split())
     for said in (
+        f"κ-lowest raised the control loss by {figures.outcome(target, 'lowest')}, LoRA by "
+        f"{figures.outcome(target, 'lora')}, full fine-tuning by {figures.outcome(target, 'full')} (nats a token).",
+        f"`random_mlp`: {figures.outcome(target, 'random_mlp')}",
+        f"three times the rate forgot {median(ratios):.1f} times as much",
         f"it forgot {both('lowest')} nats a token, κ-highest {both('highest')}.",
         f"κ-lowest forgot {both('lowest_mlp')}, random matrices {both('random_mlp')}, κ-highest (`order: highest`) "
         f"{both('highest_mlp')}.",
