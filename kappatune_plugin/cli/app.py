@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.selection.ranking import rank_help
 from kappatune_plugin.version import __version__
 
 app = typer.Typer(
@@ -22,8 +23,7 @@ RankBy = Annotated[
     typer.Option(
         "--rank_by",
         "--rank-by",
-        help="kappa, kappa_over_null, log_volume, stable_rank, snr (Spectrum's; slow), or gain_over_forgetting of a "
-        "report that a run left.",
+        help=rank_help(),
     ),
 ]
 # of a command that hands on what it doesn't know

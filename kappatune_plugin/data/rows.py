@@ -3,10 +3,13 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, model_validator
 
 from kappatune_plugin.checks import did_you_mean
 from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.schema import Block, Whole, read
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,6 +32,47 @@ TEMPLATES = ("prompt", "completion")
 EXAMPLE = "{path: cardiffnlp/tweet_eval, name: irony, split: 'train[:200]'}, or {path: rows.jsonl}"
 
 
+class DataSet(Block):
+    """A data set, as a recipe names it; a text alone is its path. Other keys go to `datasets.load_dataset`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    path: str = Field(
+        min_length=1,
+        description="A hub id, a folder, or a file in .jsonl, .json, .csv, .tsv, .parquet or .txt.",
+        examples=[EXAMPLE],
+    )
+    name: Any = Field(default=None, description="Which configuration of a hub's data set.")
+    split: str | None = Field(
+        default=None, description="Which rows, such as 'train[:200]'; train if not given.", examples=["split: train"]
+    )
+    take: Whole | None = Field(
+        default=None, ge=1, description="Only the first rows, so many; no more of a hub's data set is downloaded."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mapping(cls, spec: Any) -> Any:
+        if isinstance(spec, str):
+            return {"path": spec}
+        if not isinstance(spec, Mapping) or not all(isinstance(key, str) for key in spec):
+            raise KappaTuneError(f"{spec!r:.80} is not a data set. Write {EXAMPLE}.")
+        refused = [f"{key} is not taken: {why}." for key, why in REFUSED.items() if spec.get(key)]
+        if refused:
+            raise KappaTuneError("\n".join(refused))
+        return dict(spec)
+
+
+def one_or_more(specs: Any) -> Any:
+    """A data set or a list of them, checked, as mappings."""
+    if not isinstance(specs, list):
+        return DataSet.given(specs)
+    return [each.model_dump(exclude_unset=True) for each in TypeAdapter(list[DataSet]).validate_python(specs)]
+
+
+DataSets = Annotated[Any, AfterValidator(one_or_more)]
+
+
 def load_rows(spec: Mapping[str, Any] | str, what: str, base: Path | None = None) -> "Dataset":
     """Load the rows that a block of a recipe names.
 
@@ -43,7 +87,7 @@ def load_rows(spec: Mapping[str, Any] | str, what: str, base: Path | None = None
     Raises:
         KappaTuneError: no such file, hub id out of reach, unknown split or key, unreadable or empty data.
     """
-    problems = spec_problems(spec, what)
+    problems = read(DataSet, spec, f"{what}: ")[1]
     if problems:
         raise KappaTuneError("\n".join(problems))
     spec = local_spec(spec, base)
@@ -88,30 +132,6 @@ def load_all_rows(specs: Sequence[Any] | Mapping[str, Any] | str, what: str, bas
         return concatenate_datasets(plain)
     except ValueError as error:
         raise KappaTuneError(f"{what}: the data sets don't go together: {error}") from error
-
-
-def spec_problems(spec: Any, what: str) -> list[str]:
-    """What is wrong with a data set's block before anything is loaded, a line each."""
-    if isinstance(spec, str) and spec:
-        return []
-    if not isinstance(spec, Mapping) or not all(isinstance(key, str) for key in spec):
-        return [f"{what}: {spec!r} is not a data set. Write {EXAMPLE}."]
-    problems = [f"{what}: {key} is not taken: {why}." for key, why in REFUSED.items() if spec.get(key)]
-    if not isinstance(spec.get("path"), str) or not spec["path"]:
-        problems.append(f"{what}: it has no path, only {', '.join(spec) or 'nothing'}. Write {EXAMPLE}.")
-    if not isinstance(spec.get("split", ""), str | None):
-        problems.append(f"{what}: split: {spec['split']!r} is not a split's name such as 'train' or 'train[:200]'.")
-    take = spec.get("take")
-    if take is not None and (isinstance(take, bool) or not isinstance(take, int) or take < 1):
-        problems.append(f"{what}: take: {take!r} is not a number of rows from 1 on.")
-    return problems
-
-
-def all_spec_problems(specs: Any, what: str) -> list[str]:
-    """As `spec_problems`, for one data set or a list of them."""
-    if not isinstance(specs, list):
-        return spec_problems(specs, what)
-    return [line for position, spec in enumerate(specs) for line in spec_problems(spec, f"{what}[{position}]")]
 
 
 def local_spec(spec: Mapping[str, Any] | str, base: Path | None) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 import string
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
 
 from kappatune_plugin.checks import did_you_mean
 from kappatune_plugin.errors import KappaTuneError
@@ -40,17 +42,34 @@ def parse_template(template: str, what: str) -> Template:
     Raises:
         KappaTuneError: not a string, braces that don't pair up, or anything but a column's name in braces.
     """
+    try:
+        return _parse(template)
+    except KappaTuneError as error:
+        raise KappaTuneError(f"{what}: {error}") from error
+
+
+def _parse(template: Any) -> Template:
     if not isinstance(template, str):
-        raise KappaTuneError(f'{what}: {template!r} is not a text. Write it in quotes: "Tweet: {{text}}\\nSarcasm:".')
+        raise KappaTuneError(f'{template!r} is not a text. Write it in quotes: "Tweet: {{text}}\\nSarcasm:".')
     try:
         parsed = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise KappaTuneError(f"{what}: {template!r}: {error}. {RULE}") from error
+        raise KappaTuneError(f"{template!r}: {error}. {RULE}") from error
     for _, column, spec, conversion in parsed:
         if column is not None and (spec or conversion or not column or column.isdigit() or set(column) & set(".[]")):
             written = column + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
-            raise KappaTuneError(f"{what}: {{{written}}} in {template!r} is not a column's name. {RULE}")
+            raise KappaTuneError(f"{{{written}}} in {template!r} is not a column's name. {RULE}")
     return Template(tuple((text, column) for text, column, _, _ in parsed))
+
+
+def check_template(template: Any) -> Any:
+    """The template as it is. Raises KappaTuneError, without a key's name in front, if it is none."""
+    _parse(template)
+    return template
+
+
+# a checked template in a block, kept as the text it is
+TemplateText = Annotated[Any, AfterValidator(check_template)]
 
 
 def check_columns(template: Template, what: str, columns: Iterable[str]) -> None:

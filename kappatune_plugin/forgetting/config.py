@@ -1,72 +1,138 @@
 """The block `forgetting:` of a recipe, and what can be wrong with it before anything is loaded."""
 
-import difflib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from kappatune_plugin.checks import is_number
-from kappatune_plugin.data.rows import spec_problems
-from kappatune_plugin.data.templates import parse_template
+from pydantic import AfterValidator, Field, TypeAdapter, field_validator, model_validator
+
+from kappatune_plugin.checks import did_you_mean
+from kappatune_plugin.data.rows import DataSet
+from kappatune_plugin.data.templates import TemplateText
 from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.schema import Block, Number, Whole
 
 SELF, TASK = "self", "task"
-LONG_TEXTS = ("split", "truncate")
-COUNTS = ("batch_size", "max_length", "samples")
 RECALL_EXAMPLE = '{path: facts.jsonl, prompt: "{question}", completion: "{answer}"}'
-# what generating answers and the harness take, with the least value of each number
-GENERATE_KEYS = {"max_new_tokens": 1, "max_length": 2, "batch_size": 1}
-HARNESS_NUMBERS = {"limit": 1, "num_fewshot": 0}
 HARNESS_EXAMPLE = "[hellaswag, arc_challenge], or {tasks: [hellaswag], limit: 200}"
 
 
-@dataclass
-class ForgettingConfig:
-    """The block `forgetting:` of a recipe.
+def _named_control(spec: Any) -> Any:
+    return spec if spec == SELF else DataSet.given(spec)
 
-    Attributes:
-        control: a data set ({path, name, split, ...}; `text_column` in it overrides the block's), several ({NAME: data
-            set}), or "self": text that the base model writes. None measures the task (and recall) only.
-        every: measure every so many steps; 0 only before and after.
-        recall: a data set of facts with the templates `prompt` and `completion`.
-        batch_size, max_length: of measuring.
-        long_texts: texts above `max_length` tokens are cut in pieces of that length ("split"), or only their first
-            piece is measured ("truncate", as PEFT's MetaMathQA benchmark does).
-        max_samples: texts of each control, and facts; None for all.
-        text_column: the control's column.
-        samples, seed: of "self".
-        generate: {max_new_tokens, max_length, batch_size}: measure the task by answers that the model writes, before
-            and after, see `answers.answer_accuracy`. None measures it by likelihood.
-        lm_eval: tasks of the lm-evaluation-harness, measured before and after: names, or {tasks, limit, num_fewshot,
-            include_path}.
-        max_delta: how much the loss of a control may rise, in nats a token: what the end of a run is judged by, and
-            where `k: auto` stops. None judges nothing.
+
+class Recall(DataSet):
+    """The block `forgetting.recall:`, a data set of facts and how to ask for them."""
+
+    prompt: TemplateText = Field(description="Template of the question.", examples=[RECALL_EXAMPLE])
+    completion: TemplateText = Field(description="Template of the right answer.", examples=[RECALL_EXAMPLE])
+
+
+class Generate(Block):
+    """The block `forgetting.generate:`, as `answers.answer_accuracy` takes it."""
+
+    max_new_tokens: Whole = Field(default=300, ge=1, description="Longest answer, in tokens.")
+    max_length: Whole | None = Field(
+        default=None, ge=2, description="Longest prompt and answer together, in tokens; null for no limit."
+    )
+    batch_size: Whole | None = Field(
+        default=None, ge=1, description="Answers written at once; null as forgetting.batch_size."
+    )
+
+
+class Harness(Block):
+    """The block `forgetting.lm_eval:`, tasks of the lm-evaluation-harness."""
+
+    tasks: list[Annotated[str, Field(min_length=1)]] = Field(
+        min_length=1, description="Names of tasks or groups.", examples=[HARNESS_EXAMPLE]
+    )
+    limit: Whole | None = Field(default=None, ge=1, description="Examples of each task; null for all.")
+    num_fewshot: Whole | None = Field(
+        default=None, ge=0, description="Examples shown before the question; null as each task says."
+    )
+    include_path: str | None = Field(default=None, description="A folder with tasks of one's own, as YAML files.")
+
+
+class ForgettingConfig(Block):
+    """The block `forgetting:` of a recipe.
 
     Raises:
         KappaTuneError: values that can't be right, a line each.
     """
 
-    control: str | dict[str, Any] | None = None
-    every: int = 0
-    recall: dict[str, Any] | None = None
-    batch_size: int = 8
-    max_length: int = 256
-    max_samples: int | None = 200
-    text_column: str = "text"
-    samples: int = 64
-    seed: int = 0
-    long_texts: str = "split"
-    generate: dict[str, Any] | None = None
-    lm_eval: list[str] | dict[str, Any] | None = None
-    max_delta: float | None = None
+    control: str | dict[str, Any] | None = Field(
+        default=None,
+        description="A data set ({path, name, split, ...}; a `text_column` in it overrides the block's), several "
+        "({NAME: data set}), or self: text that the base model writes. null measures the task (and recall) only.",
+    )
+    every: Whole = Field(default=0, ge=0, description="Measure every so many steps; 0 only before and after.")
+    recall: Recall | None = Field(
+        default=None, description="A data set of facts, with the templates prompt and completion."
+    )
+    batch_size: Whole = Field(default=8, ge=1, description="Texts measured at once.")
+    max_length: Whole = Field(default=256, ge=2, description="Longest piece of text that is measured, in tokens.")
+    max_samples: Whole | None = Field(default=200, ge=1, description="Texts of each control, and facts; null for all.")
+    text_column: str = Field(default="text", description="The control's column.")
+    samples: Whole = Field(default=64, ge=1, description="Texts that the base model writes for control: self.")
+    seed: Whole = Field(default=0, ge=0, description="Of what the base model writes.")
+    long_texts: Literal["split", "truncate"] = Field(
+        default="split",
+        description="Texts above max_length tokens are cut in pieces of that length (split), or only their first piece "
+        "is measured (truncate, as PEFT's MetaMathQA benchmark does).",
+    )
+    generate: Generate | None = Field(
+        default=None,
+        description="Measure the task by answers that the model writes, before and after; null by likelihood.",
+        examples=["generate: {max_new_tokens: 300}"],
+    )
+    lm_eval: Harness | None = Field(
+        default=None,
+        description="Tasks of the lm-evaluation-harness, measured before and after: names, or a mapping.",
+    )
+    max_delta: Number | None = Field(
+        default=None,
+        gt=0,
+        description="How much the loss of a control may rise, in nats a token: what the end of a run is judged by, and "
+        "where `k: auto` stops. null judges nothing.",
+        examples=["max_delta: 0.05"],
+    )
 
-    def __post_init__(self) -> None:
-        problems = _number_problems(self) + _control_problems(self.control) + _recall_problems(self.recall)
-        problems += _generate_problems(self.generate) + _harness_problems(self.lm_eval)
-        if not problems and TASK in self.controls():
-            problems.append(f"control: the name '{TASK}' stands for the task: write {{NAME: {self.controls()[TASK]}}}.")
-        if problems:
-            raise KappaTuneError("\n".join(problems))
+    @field_validator("control", mode="plain")
+    @classmethod
+    def _data_sets(cls, control: Any) -> Any:
+        if control is None or control == SELF:
+            return control
+        if isinstance(control, str):
+            hint = did_you_mean(control, [SELF])
+            raise KappaTuneError(f"'{control}' is neither self nor a data set.{hint} Write {{path: {control}}}.")
+        if not isinstance(control, dict) or not control:
+            raise KappaTuneError(
+                f"{control!r} is not a data set. Write {{path: texts.jsonl}}, {{NAME: {{path: ...}}}} or self."
+            )
+        if "path" in control:
+            return DataSet.given(control)
+        return TypeAdapter(dict[str, Annotated[Any, AfterValidator(_named_control)]]).validate_python(control)
+
+    @field_validator("recall", mode="before")
+    @classmethod
+    def _facts(cls, recall: Any) -> Any:
+        if not isinstance(recall, dict | None):
+            raise KappaTuneError(f"{recall!r} is not a mapping. Write {RECALL_EXAMPLE}.")
+        return recall
+
+    @field_validator("lm_eval", mode="before")
+    @classmethod
+    def _names_alone(cls, tasks: Any) -> Any:
+        if not isinstance(tasks, dict | list | None):
+            raise KappaTuneError(f"{tasks!r} is not a list of tasks. Write {HARNESS_EXAMPLE}.")
+        return {"tasks": tasks} if isinstance(tasks, list) else tasks
+
+    @model_validator(mode="after")
+    def _no_control_is_the_task(self) -> "ForgettingConfig":
+        if TASK in self.controls():
+            raise KappaTuneError(
+                f"control: the name '{TASK}' stands for the task: write {{NAME: {self.controls()[TASK]}}}."
+            )
+        return self
 
     def controls(self) -> dict[str, Any]:
         """Name -> data set, or -> "self"."""
@@ -79,94 +145,5 @@ class ForgettingConfig:
         return self.control
 
     def harness(self) -> dict[str, Any] | None:
-        """`lm_eval` as a mapping; None for no harness."""
-        return {"tasks": self.lm_eval} if isinstance(self.lm_eval, list) else self.lm_eval
-
-
-def _number_problems(config: ForgettingConfig) -> list[str]:
-    least = {"every": 0, "seed": 0, **dict.fromkeys(COUNTS, 1), "max_length": 2}
-    if config.max_samples is not None:
-        least["max_samples"] = 1
-    problems = _count_problems({key: getattr(config, key) for key in least}, least)
-    if not isinstance(config.text_column, str):
-        problems.append(f"text_column: {config.text_column!r} is not a column's name.")
-    if config.long_texts not in LONG_TEXTS:
-        problems.append(f"long_texts: {config.long_texts!r} is none of {', '.join(LONG_TEXTS)}.")
-    if config.max_delta is not None and not (is_number(config.max_delta) and config.max_delta > 0):
-        problems.append(f"max_delta: {config.max_delta!r} is not a number of nats above 0, such as 0.05.")
-    return problems
-
-
-def _count_problems(values: dict[str, Any], least: dict[str, int], what: str = "") -> list[str]:
-    """A line for each of `values` that isn't a whole number from `least` of its key on."""
-    return [
-        f"{what}{key}: {value!r} is not a whole number from {least[key]} on."
-        for key, value in values.items()
-        if isinstance(value, bool) or not isinstance(value, int) or value < least[key]
-    ]
-
-
-def _control_problems(control: Any) -> list[str]:
-    if control is None or control == SELF:
-        return []
-    if isinstance(control, str):
-        near = difflib.get_close_matches(control, [SELF], n=1, cutoff=0.5)
-        hint = " Did you mean 'self'?" if near else ""
-        return [f"control: '{control}' is neither self nor a data set.{hint} Write {{path: {control}}}."]
-    if not isinstance(control, dict) or not control:
-        return [f"control: {control!r} is no data set. Write {{path: texts.jsonl}}, {{NAME: {{path: ...}}}} or self."]
-    if "path" in control:
-        return spec_problems(control, "control")
-    return [
-        problem
-        for name, spec in control.items()
-        if spec != SELF
-        for problem in ([f"control: the name {name!r} is not a text."] if not isinstance(name, str) else [])
-        + spec_problems(spec, f"control {name}")
-    ]
-
-
-def _recall_problems(recall: Any) -> list[str]:
-    if recall is None:
-        return []
-    if not isinstance(recall, dict):
-        return [f"recall: {recall!r} is not a mapping. Write {RECALL_EXAMPLE}."]
-    problems = spec_problems(recall, "recall")
-    for key in ("prompt", "completion"):
-        if key not in recall:
-            problems.append(f"recall: {key} is missing. Write {RECALL_EXAMPLE}.")
-            continue
-        try:
-            parse_template(recall[key], f"recall.{key}")
-        except KappaTuneError as error:
-            problems.append(str(error))
-    return problems
-
-
-def _generate_problems(generate: Any) -> list[str]:
-    if generate is None:
-        return []
-    if not isinstance(generate, dict):
-        return [f"generate: {generate!r} is not a mapping. Write {{max_new_tokens: 300}}."]
-    unknown = [key for key in generate if key not in GENERATE_KEYS]
-    known = {key: value for key, value in generate.items() if key in GENERATE_KEYS}
-    return [
-        f"generate: unknown key {key!r}; it takes {', '.join(GENERATE_KEYS)}." for key in unknown
-    ] + _count_problems(known, GENERATE_KEYS, "generate.")
-
-
-def _harness_problems(harness: Any) -> list[str]:
-    if harness is None:
-        return []
-    block = {"tasks": harness} if isinstance(harness, list) else harness
-    if not isinstance(block, dict):
-        return [f"lm_eval: {harness!r} is no list of tasks. Write {HARNESS_EXAMPLE}."]
-    known = ("tasks", "include_path", *HARNESS_NUMBERS)
-    problems = [f"lm_eval: unknown key {key!r}; it takes {', '.join(known)}." for key in block if key not in known]
-    tasks = block.get("tasks")
-    if not isinstance(tasks, list) or not tasks or not all(isinstance(task, str) and task for task in tasks):
-        problems.append(f"lm_eval: tasks: {tasks!r} is no list of names. Write {HARNESS_EXAMPLE}.")
-    if not isinstance(block.get("include_path", ""), str):
-        problems.append(f"lm_eval: include_path: {block['include_path']!r} is not a folder.")
-    numbers = {key: block[key] for key in HARNESS_NUMBERS if block.get(key) is not None}
-    return problems + _count_problems(numbers, HARNESS_NUMBERS, "lm_eval.")
+        """`lm_eval` as what `run_harness` takes; None for no harness."""
+        return self.lm_eval.model_dump(exclude_unset=True) if self.lm_eval else None

@@ -93,6 +93,7 @@ class ForgettingProbe:
                 harness that isn't installed or doesn't know a task.
         """
         harness = config.harness()
+        generate = config.generate and config.generate.model_dump(exclude_none=True)
         if harness is not None:
             from kappatune_plugin.forgetting.harness import check_harness
 
@@ -104,7 +105,7 @@ class ForgettingProbe:
             else blocks(tokenizer, texts, config.max_length, truncate)
             for name, texts in data.controls.items()
         }
-        return cls(tokenizer, controls, data.task, data.facts, config.batch_size, config.generate, harness)
+        return cls(tokenizer, controls, data.task, data.facts, config.batch_size, generate, harness)
 
     @property
     def metric(self) -> str | None:
@@ -172,6 +173,6 @@ def _control_texts(spec: Mapping[str, Any], name: str, config: ForgettingConfig,
 
 
 def _facts(config: ForgettingConfig, folder: Path | None) -> list[tuple[str, str]]:
-    spec = {key: value for key, value in config.recall.items() if key not in ("prompt", "completion")}
+    spec = config.recall.model_dump(exclude_unset=True, exclude={"prompt", "completion"})
     rows = load_rows(spec, "forgetting.recall", folder)
-    return pairs(rows, config.recall["prompt"], config.recall["completion"])[: config.max_samples]
+    return pairs(rows, config.recall.prompt, config.recall.completion)[: config.max_samples]

@@ -8,20 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from kappatune_plugin.checks import did_you_mean
 from kappatune_plugin.data.rows import find_local, local_spec
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.recipe.blocks import (
-    auto_block,
-    data_problems,
-    forgetting_block,
-    gain_block,
-    kappatune_block,
-    unknown_key,
+    auto_problems,
+    read_blocks,
 )
 from kappatune_plugin.recipe.launch_keys import warn_of_unused
 from kappatune_plugin.recipe.text import BLOCKS, FLAT, apply_overrides, nest_flat_keys, read_yaml
 from kappatune_plugin.recipe.trl_keys import gone_key
-from kappatune_plugin.selection.auto_budget import AutoBudget
+from kappatune_plugin.selection.auto_budget import AUTO, AutoBudget
 from kappatune_plugin.tuner.config import KAPPATUNE_KEYS, KappaTuneConfig
 
 if TYPE_CHECKING:
@@ -91,16 +88,16 @@ def load_recipe(path: str | os.PathLike, overrides: Iterable[str] = (), launches
     folder = path.resolve().parent
     _find_local_paths(arguments, blocks, folder)
     built = [_build(owner, arguments, problems) for owner in _trl_classes()]
-    kappatune = kappatune_block(blocks, problems)
-    forgetting = forgetting_block(blocks, problems)
-    auto, gain = auto_block(blocks, forgetting, built[1], problems), gain_block(blocks, problems)
-    if "data" in blocks:
-        problems += data_problems(blocks["data"])
-    if problems:
+    kappatune, data, forgetting = read_blocks(blocks, problems)
+    if kappatune is not None:
+        problems += auto_problems(kappatune, blocks.get("forgetting"), built[1])
+    if problems or kappatune is None:
         count = f"{len(problems)} problem" + ("s" if len(problems) > 1 else "")
         raise KappaTuneError("\n  - ".join([f"Recipe {path} has {count}:", *problems]))
     resolved = {**arguments, **blocks}
-    return Recipe(*built, kappatune, blocks.get("data"), forgetting, resolved, folder, auto, gain)
+    auto = (kappatune.auto or AutoBudget()) if kappatune.k == AUTO else None
+    given = data and data.model_dump(exclude_unset=True)
+    return Recipe(*built, kappatune.config(), given, forgetting, resolved, folder, auto, kappatune.gain)
 
 
 def _trl_classes() -> tuple[type, ...]:
@@ -130,7 +127,7 @@ def _trl_arguments(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
             if is_launch_key(str(key)):
                 continue
             gone = gone_key(key)
-            problems.append(f"{key}: {gone}." if gone else f"unknown key {unknown_key(key, known)}")
+            problems.append(f"{key}: {gone}." if gone else f"unknown key '{key}'.{did_you_mean(str(key), known)}")
             continue
         try:
             arguments[key] = convert(key, value)

@@ -15,16 +15,18 @@ data is needed, and since the samples are the model's own, it is the true Fisher
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.forgetting.measures import completion_ids, measuring, padded, sample_base
+from kappatune_plugin.schema import Block, Whole
 from kappatune_plugin.selection import ranking
 from kappatune_plugin.selection.report import KappaReport
 from kappatune_plugin.weights.units import WeightUnit, find_units, unit_block
@@ -40,36 +42,24 @@ DAMPING = 1e-3
 Example = tuple[list[int], int]
 
 
-@dataclass(frozen=True)
-class GainConfig:
-    """How `gain_over_forgetting` is measured, the block `kappatune.gain:` of a recipe.
-
-    Attributes:
-        examples: of the task, the first of the shuffled training rows.
-        samples: texts that the model writes.
-        max_length: of both, in tokens; a longer example is cut at its start, so that its answer stays.
-        batch_size: of both; G_u averages over batches of examples, see `task_gain`.
-        seed: of the shuffling and of what the model writes.
+class GainConfig(Block):
+    """How `gain_over_forgetting` is measured: the block `kappatune.gain:` of a recipe.
 
     Raises:
         KappaTuneError: values that can't be right, a line each.
     """
 
-    examples: int = 64
-    samples: int = 32
-    max_length: int = 256
-    batch_size: int = 8
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        least = {"examples": 1, "samples": 1, "max_length": 3, "batch_size": 1, "seed": 0}
-        problems = [
-            f"{key}: {value!r} is not a whole number from {least[key]} on."
-            for key, value in vars(self).items()
-            if isinstance(value, bool) or not isinstance(value, int) or value < least[key]
-        ]
-        if problems:
-            raise KappaTuneError("\n".join(problems))
+    examples: Whole = Field(
+        default=64, ge=1, description="Examples of the task: the first of the shuffled training rows."
+    )
+    samples: Whole = Field(default=32, ge=1, description="Texts that the model writes.")
+    max_length: Whole = Field(
+        default=256,
+        ge=3,
+        description="Tokens of both; a longer example is cut at its start, so that its answer stays.",
+    )
+    batch_size: Whole = Field(default=8, ge=1, description="Of both; the gain is averaged over batches of examples.")
+    seed: Whole = Field(default=0, ge=0, description="Of the shuffling and of what the model writes.")
 
 
 def gain_over_forgetting(

@@ -10,55 +10,44 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kappatune_plugin.checks import is_number
+from pydantic import Field
+
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.selection.budget import Budget, parse_budget
+from kappatune_plugin.schema import Block, Number, Whole
+from kappatune_plugin.selection.budget import Budget
+from kappatune_plugin.selection.settings import BudgetText
 
 AUTO = "auto"
 Losses = Sequence[tuple[int, float]]
 
 
-@dataclass(frozen=True)
-class AutoBudget:
-    """The block `kappatune.auto:` of a recipe with `k: auto`.
+class AutoBudget(Block):
+    """The block `kappatune.auto:` of a recipe with `k: auto`. Raises KappaTuneError, a line for each mistake."""
 
-    Attributes:
-        start, most: the first and the largest budget, as `k` says one. 2% is the paper's 75 of OLMoE's 3,152 matrices.
-        growth: each step multiplies the number of matrices by this.
-        target_loss: a training loss at or below it is learned: there is no growth any more. 0 always grows.
-        window: training steps over which the loss is averaged; a plateau shows after two of them.
-        min_improvement: a fall of the average by a smaller share from one window to the next is a plateau.
-
-    Raises:
-        KappaTuneError: values that can't be right, a line each.
-    """
-
-    start: Any = "2%"
-    most: Any = "20%"
-    growth: float = 2.0
-    target_loss: float = 0.0
-    window: int = 20
-    min_improvement: float = 0.02
-
-    def __post_init__(self) -> None:
-        problems = []
-        for key in ("start", "most"):
-            try:
-                parse_budget(getattr(self, key))
-            except KappaTuneError as error:
-                problems.append(f"{key}: {error}")
-        for key, right, expected in (
-            ("growth", lambda value: value > 1, "above 1, such as 2"),
-            ("target_loss", lambda value: value >= 0, "of nats from 0 on"),
-            ("min_improvement", lambda value: 0 <= value < 1, "from 0 to below 1, such as 0.02"),
-        ):
-            value = getattr(self, key)
-            if not (is_number(value) and right(value)):
-                problems.append(f"{key}: {value!r} is not a number {expected}.")
-        if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
-            problems.append(f"window: {self.window!r} is not a whole number of steps from 1 on.")
-        if problems:
-            raise KappaTuneError("\n".join(problems))
+    start: BudgetText = Field(
+        default="2%", description="First budget, as `k` says one; 2% is the paper's 75 of OLMoE's 3,152 matrices."
+    )
+    most: BudgetText = Field(default="20%", description="Largest budget, as `k` says one.")
+    growth: Number = Field(
+        default=2.0, gt=1, description="Each step multiplies the number of matrices by this.", examples=["growth: 2"]
+    )
+    target_loss: Number = Field(
+        default=0.0,
+        ge=0,
+        description="Training loss, in nats, at or below which there is no growth any more; 0 always grows.",
+    )
+    window: Whole = Field(
+        default=20,
+        ge=1,
+        description="Training steps over which the loss is averaged; a plateau shows after two of them.",
+    )
+    min_improvement: Number = Field(
+        default=0.02,
+        ge=0,
+        lt=1,
+        description="A fall of the average by a smaller share from one window to the next is a plateau.",
+        examples=["min_improvement: 0.02"],
+    )
 
 
 @dataclass(frozen=True)

@@ -1,44 +1,29 @@
-"""Checks of a report or a selection read from a file; problems name the place."""
+"""Types that the files of reports and selections are checked by, with pydantic."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, Strict
+from typing_extensions import TypedDict
+
+# for the dataclasses that are in a file: no unknown keys; numbers are numbers, and finite
+FILE = ConfigDict(extra="forbid", allow_inf_nan=False)
+Finite = Annotated[float, Strict()]
+Name = Annotated[str, Field(min_length=1)]
+Side = Annotated[int, Strict(), Field(gt=0)]
 
 
-def row_name(position: int, row: Any) -> str:
-    """How errors call a row: by its number, counted from 1, and its name."""
-    name = row.get("name") if isinstance(row, dict) else None
-    return f"unit {position + 1} ({name})" if isinstance(name, str) else f"unit {position + 1}"
+Shape = tuple[Side, Side]
 
 
-def key_problems(where: str, found: Any, expected: Sequence[str]) -> list[str]:
-    """Problems if `found` isn't an object with exactly the keys `expected`."""
-    if not isinstance(found, Mapping):
-        return [f"{where}: expected an object, found {found!r:.60}."]
-    missing = [key for key in expected if key not in found]
-    unknown = [str(key) for key in found if key not in expected]
-    problems = [f"{where}: {', '.join(missing)} missing."] if missing else []
-    return problems + ([f"{where}: unknown key {', '.join(unknown)}."] if unknown else [])
+class Base(TypedDict):
+    """The base model: its name and the fingerprint of its weights."""
 
+    __pydantic_config__ = FILE  # type: ignore[misc]
 
-def identity_problems(where: str, row: Mapping[str, Any]) -> list[str]:
-    """Problems with a row's name and shape."""
-    problems = []
-    if not isinstance(row["name"], str) or not row["name"]:
-        problems.append(f"{where}: name: expected a weight's name, found {row['name']!r:.60}.")
-    shape = row["shape"]
-    sides = shape if isinstance(shape, list | tuple) and len(shape) == 2 else [None]
-    if not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides):
-        problems.append(f"{where}: shape: expected [rows, columns], found {shape!r:.60}.")
-    return problems
-
-
-def base_problems(base: Any) -> list[str]:
-    """Problems with {"name", "hash"} of a base model."""
-    problems = key_problems("base", base, ("name", "hash"))
-    if not problems and not maps_strings(base):
-        problems = [f"base: expected strings for name and hash, found {base!r:.80}."]
-    return problems
+    name: str
+    hash: str
 
 
 def repeated_names(names: Sequence[str]) -> list[str]:

@@ -2,25 +2,20 @@
 
 import math
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any
 
 import torch
+from pydantic import AfterValidator
 
-from kappatune_plugin.checks import is_number, shortened
+from kappatune_plugin.checks import shortened
 from kappatune_plugin.condition.kappa import STATUSES, Kappa
 from kappatune_plugin.condition.null_condition import null_condition
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.files import read_json, write_json
-from kappatune_plugin.selection.file_checks import (
-    base_problems,
-    identity_problems,
-    key_problems,
-    maps_strings,
-    repeated_names,
-    row_name,
-)
+from kappatune_plugin.schema import not_one_of, read_as
+from kappatune_plugin.selection.file_checks import FILE, Base, Finite, Name, Shape, repeated_names
 from kappatune_plugin.version import __version__
 
 # the status of a matrix measured only until it was certain that its kappa isn't among the lowest asked for
@@ -45,21 +40,23 @@ class UnitReport:
             measured it.
     """
 
-    name: str
-    shape: tuple[int, int]
-    kappa: float | None
-    lo: float | None
-    hi: float | None
+    __pydantic_config__ = FILE
+
+    name: Name
+    shape: Shape
+    kappa: Finite | None
+    lo: Finite | None
+    hi: Finite | None
     status: str
-    null: float
-    log_volume: float | None
-    stable_rank: float | None
-    sigma_max: float | None
-    sigma_min: float | None
-    frobenius: float | None
+    null: Finite
+    log_volume: Finite | None
+    stable_rank: Finite | None
+    sigma_max: Finite | None
+    sigma_min: Finite | None
+    frobenius: Finite | None
     method: str
     groups: tuple[str, ...] = ()
-    scores: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, Finite] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in NUMBERS:
@@ -81,6 +78,22 @@ RANKED_BY = ("log_volume", "stable_rank")
 NUMBERS = ("kappa", "lo", "hi", "log_volume", "stable_rank", "sigma_max", "sigma_min", "frobenius")
 
 
+def _selectable(row: UnitReport) -> UnitReport:
+    """A row as it is, if it holds what `ranking` needs of its status; for files."""
+    problems = []
+    if row.status not in ROW_STATUSES:
+        problems.append(f"status: {not_one_of(row.status, ROW_STATUSES)}")
+    elif row.status == "ok":
+        if row.kappa is None or row.kappa < 1:
+            problems.append(f"status is ok, but kappa is {row.kappa!r}; it is at least 1.")
+        problems += [f"status is ok, but {key} is null." for key in RANKED_BY if getattr(row, key) is None]
+    elif row.status == ABOVE and row.lo is None:
+        problems.append("status is above, but lo, above which kappa is, is null.")
+    if problems:
+        raise KappaTuneError("\n".join(problems))
+    return row
+
+
 def current_versions() -> dict[str, str]:
     """Versions of the packages that compute the numbers."""
     return {"torch": str(torch.__version__), "kappatune_plugin": __version__}
@@ -100,8 +113,10 @@ class KappaReport:
         versions: of torch and this package when the scan was made.
     """
 
-    units: list[UnitReport]
-    base: dict[str, str]
+    __pydantic_config__ = FILE
+
+    units: list[Annotated[UnitReport, AfterValidator(_selectable)]]
+    base: Base
     dtype: str
     left_out: dict[str, str] = field(default_factory=dict)
     made_for: dict[str, Any] | None = None
@@ -119,61 +134,10 @@ class KappaReport:
             KappaTuneError: missing, not a kappa report, or damaged; says where.
         """
         content = read_json(path, "a kappa report")
-        problems = _report_problems(content)
+        report, problems = read_as(cls, {key: value for key, value in content.items() if key != "format"})
+        if report is not None:
+            problems = repeated_names([*(row.name for row in report.units), *report.left_out])
         if problems:
             advice = "Make it again with `kappatune scan`."
             raise KappaTuneError(f"{path} is not a kappa report:\n{shortened(problems)}\n{advice}")
-        rows = [{**row, "shape": tuple(row["shape"]), "groups": tuple(row["groups"])} for row in content["units"]]
-        content = {key: value for key, value in content.items() if key != "format"}
-        return cls(**{**content, "units": [UnitReport(**row) for row in rows]})
-
-
-def _report_problems(content: Mapping[str, Any]) -> list[str]:
-    """What keeps `content` from being a kappa report, a line each."""
-    problems = key_problems("the file", content, ("format", *(item.name for item in fields(KappaReport))))
-    if problems:
-        return problems
-    problems = base_problems(content["base"])
-    for key in ("left_out", "versions"):
-        if not maps_strings(content[key]):
-            problems.append(f"{key}: expected an object of strings, found {content[key]!r:.60}.")
-    if content["made_for"] is not None and not isinstance(content["made_for"], dict):
-        problems.append(f"made_for: expected an object or null, found {content['made_for']!r:.60}.")
-    if not isinstance(content["dtype"], str):
-        problems.append(f"dtype: expected a string, found {content['dtype']!r:.60}.")
-    if not isinstance(content["units"], list):
-        return [*problems, f"units: expected a list of rows, found {content['units']!r:.60}."]
-    for position, row in enumerate(content["units"]):
-        problems += _row_problems(position, row)
-    if not problems:
-        problems = repeated_names([*(row["name"] for row in content["units"]), *content["left_out"]])
-    return problems
-
-
-def _row_problems(position: int, row: Any) -> list[str]:
-    where = row_name(position, row)
-    problems = key_problems(where, row, [item.name for item in fields(UnitReport)])
-    if problems:
-        return problems
-    problems = identity_problems(where, row)
-    for key in NUMBERS:
-        if row[key] is not None and not is_number(row[key]):
-            problems.append(f"{where}: {key}: expected a number or null, found {row[key]!r:.60}.")
-    if row["status"] not in ROW_STATUSES:
-        problems.append(f"{where}: status: {row['status']!r:.60} is none of {', '.join(ROW_STATUSES)}.")
-    elif row["status"] == "ok":
-        if not (is_number(row["kappa"]) and row["kappa"] >= 1):
-            problems.append(f"{where}: status is ok, but kappa is {row['kappa']!r:.60}; it is at least 1.")
-        # what `ranking` needs
-        problems += [f"{where}: status is ok, but {key} is null." for key in RANKED_BY if row[key] is None]
-    elif row["status"] == ABOVE and not is_number(row["lo"]):
-        problems.append(f"{where}: status is above, but lo, above which kappa is, is {row['lo']!r:.60}.")
-    if not is_number(row["null"]):
-        problems.append(f"{where}: null: expected a number, found {row['null']!r:.60}.")
-    if not isinstance(row["method"], str):
-        problems.append(f"{where}: method: expected a string, found {row['method']!r:.60}.")
-    if not isinstance(row["scores"], dict) or not all(is_number(score) for score in row["scores"].values()):
-        problems.append(f"{where}: scores: expected an object of numbers, found {row['scores']!r:.60}.")
-    if not isinstance(row["groups"], list) or not all(isinstance(group, str) for group in row["groups"]):
-        problems.append(f"{where}: groups: expected a list of strings, found {row['groups']!r:.60}.")
-    return problems
+        return report

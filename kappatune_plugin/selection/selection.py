@@ -4,21 +4,19 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from kappatune_plugin.checks import is_number, shortened
+from pydantic import Field
+
+from kappatune_plugin.checks import shortened
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.files import FORMAT, read_json, write_json
+from kappatune_plugin.schema import Whole, read
 from kappatune_plugin.selection.budget import DEFAULT_K, Budget, parse_budget
-from kappatune_plugin.selection.file_checks import (
-    base_problems,
-    identity_problems,
-    key_problems,
-    repeated_names,
-    row_name,
-)
-from kappatune_plugin.selection.ranking import ORDERS, RANDOM, RANKS, NotMeasured, Unsettled, choose, rank_values
+from kappatune_plugin.selection.file_checks import FILE, Base, Finite, Name, Shape, repeated_names
+from kappatune_plugin.selection.ranking import RANDOM, NotMeasured, Unsettled, choose, rank_values
 from kappatune_plugin.selection.report import ABOVE, KappaReport, UnitReport
+from kappatune_plugin.selection.settings import BudgetText, Order, RankBy, SelectSettings
 
 NAMES_SHOWN = 5
 
@@ -27,9 +25,23 @@ NAMES_SHOWN = 5
 class SelectedUnit:
     """One weight matrix to train: its name in the checkpoint, (rows, columns), and its condition number."""
 
-    name: str
-    shape: tuple[int, int]
-    kappa: float
+    __pydantic_config__ = FILE
+
+    name: Name
+    shape: Shape
+    kappa: Annotated[Finite, Field(ge=1)]
+
+
+class _File(SelectSettings):
+    """The content of selection.json; none of its keys may be missing."""
+
+    format: Literal[FORMAT]  # type: ignore[valid-type]
+    k: BudgetText
+    order: Order
+    rank_by: RankBy
+    seed: Whole
+    base: Base
+    units: list[SelectedUnit] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
@@ -66,11 +78,12 @@ class Selection:
         Raises:
             KappaTuneError: anything missing, unknown or wrong, up to five problems in one message.
         """
-        problems = _selection_problems(content)
+        found, problems = read(_File, content)
+        if found is not None:
+            problems = repeated_names([row.name for row in found.units])
         if problems:
             raise KappaTuneError(f"Not a selection:\n{shortened(problems)}\nMake it again with `kappatune select`.")
-        units = [SelectedUnit(row["name"], tuple(row["shape"]), row["kappa"]) for row in content["units"]]
-        return cls(units, **{key: content[key] for key in ("k", "order", "rank_by", "seed", "base")})
+        return cls(**{key: getattr(found, key) for key in ("units", "k", "order", "rank_by", "seed", "base")})
 
     def save(self, path: str | os.PathLike) -> None:
         """Write selection.json to `path`, atomically. Raises KappaTuneError if `path` can't be written."""
@@ -132,27 +145,7 @@ def select(
 
 def check_settings(k: Any, order: str, rank_by: str, seed: int) -> Budget:
     """`k` as a Budget. Raises KappaTuneError with everything that is wrong in these settings of `select`."""
-    problems = setting_problems(k, order, rank_by, seed)
-    if problems:
-        raise KappaTuneError("\n".join(problems))
-    return parse_budget(k)
-
-
-def setting_problems(k: Any, order: Any, rank_by: Any, seed: Any) -> list[str]:
-    """What can't be right in the settings of `select`, a line each."""
-    problems = []
-    try:
-        budget = parse_budget(k)
-        if budget.kind == "kappa" and rank_by != "kappa":
-            problems.append(f"k: {budget} goes with rank_by kappa, not {rank_by}. Give a number of matrices.")
-    except KappaTuneError as error:
-        problems.append(str(error))
-    for key, value, choices in (("order", order, ORDERS), ("rank_by", rank_by, tuple(RANKS))):
-        if value not in choices:
-            problems.append(f"{key}: {value!r:.60} is none of {', '.join(choices)}.")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        problems.append(f"seed: expected a whole number from 0 on, found {seed!r:.60}.")
-    return problems
+    return parse_budget(SelectSettings(k=k, order=order, rank_by=rank_by, seed=seed).k)
 
 
 def unsettled(report: KappaReport, reason: str) -> str:
@@ -227,30 +220,3 @@ def _what_to_do(report: KappaReport) -> str:
         "Choose a smaller k" if any(unit.status in ("ok", ABOVE) for unit in report.units) else "Check the base weights"
     )
     return f"{less}, or scan with a wider `include` or a shorter `exclude`."
-
-
-def _selection_problems(content: Any) -> list[str]:
-    keys = ("format", "k", "order", "rank_by", "seed", "base", "units")
-    problems = key_problems("the selection", content, keys)
-    if problems:
-        return problems
-    if content["format"] != FORMAT:
-        problems.append(f"format: expected {FORMAT}, found {content['format']!r:.60}.")
-    problems += setting_problems(content["k"], content["order"], content["rank_by"], content["seed"])
-    problems += base_problems(content["base"])
-    if not isinstance(content["units"], list) or not content["units"]:
-        return [*problems, f"units: expected a list of at least one row, found {content['units']!r:.60}."]
-    for position, row in enumerate(content["units"]):
-        problems += _selected_row_problems(position, row)
-    return problems or repeated_names([row["name"] for row in content["units"]])
-
-
-def _selected_row_problems(position: int, row: Any) -> list[str]:
-    where = row_name(position, row)
-    problems = key_problems(where, row, ("name", "shape", "kappa"))
-    if problems:
-        return problems
-    problems = identity_problems(where, row)
-    if not is_number(row["kappa"]) or row["kappa"] < 1:
-        problems.append(f"{where}: kappa: expected a number from 1 on, found {row['kappa']!r:.60}.")
-    return problems

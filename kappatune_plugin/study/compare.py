@@ -46,7 +46,7 @@ def compare(bench: Bench, methods: Sequence[Method], settings: Settings, output_
         tried = [runner.at_target(each, target) for each in tried]
     return {
         "recipe": yaml.safe_load(public_yaml(bench.recipe.resolved)),
-        "settings": asdict(settings),
+        "settings": settings.model_dump(mode="json"),
         "target_loss": target,
         "steps": max(len(run["losses"]) for each in tried for run in each.runs),
         "versions": {name: version(name) for name in PACKAGES},

@@ -3,15 +3,16 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from kappatune_plugin.checks import did_you_mean
 from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.schema import expectations, read
 from kappatune_plugin.selection.ranking import ORDERS
-from kappatune_plugin.tuner.config import config_problems
+from kappatune_plugin.tuner.config import KappaTuneSettings
 
 DEFAULT_METHODS = (
     "lowest,highest,random,shape_matched_random,lowest_mlp,random_mlp,attention_only,lora,lora_mlp,osf,full"
@@ -21,7 +22,7 @@ PARTS = ("mlp", "attention")
 PER_TYPE = "per_type"
 # what `NAME:key=value` may set for a KappaTune method; the rest is the recipe's, or matched
 KAPPATUNE_SETTINGS = ("k", "rank_by", "include", "exclude")
-TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list"}
+EXPONENT = r"[-+]?\d+(?:\.\d*)?[eE][-+]?\d+"
 
 
 @dataclass(frozen=True)
@@ -87,15 +88,12 @@ def _parse(word: str) -> Method:
     base, part = _without_part(ALIASES.get(name, name))
     known = peft_methods()
     if name == "full":
-        return Method(word, "full", "full", settings=_checked(word, settings, ()))
+        _refuse_unknown(word, settings, ())
+        return Method(word, "full", "full")
     if base in ORDERS:
-        problems = config_problems(settings)
-        if problems:
-            raise KappaTuneError(f"{word}: {' '.join(problems)}")
-        return Method(word, "kappatune", base, part, _checked(word, settings, KAPPATUNE_SETTINGS))
+        return Method(word, "kappatune", base, part, _kappatune_settings(word, settings))
     if base in known and part != PER_TYPE:
-        checked = _checked(word, settings, known[base].__dataclass_fields__)
-        return Method(word, "peft", base, part, _typed(word, checked, known[base]))
+        return Method(word, "peft", base, part, _peft_settings(word, settings, known[base]))
     names = [*ORDERS, *ALIASES, *(f"{order}_{part}" for order in ORDERS for part in (*PARTS, PER_TYPE)), "full"]
     names += [f"{each}{ending}" for each in known for ending in ("", *(f"_{part}" for part in PARTS))]
     there_are = (
@@ -121,49 +119,42 @@ def _setting(word: str, assignment: str) -> tuple[str, Any]:
     if not equals or not key:
         raise KappaTuneError(f"'{word}': '{assignment}' sets nothing. Write lora:r=8 or lowest:rank_by=log_volume.")
     try:
-        return key, yaml.safe_load(value)
+        read_value = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise KappaTuneError(f"'{word}': {value!r} isn't YAML.") from error
+    # YAML reads 5e-5 as a text
+    return key, float(value) if isinstance(read_value, str) and re.fullmatch(EXPONENT, value) else read_value
 
 
-def _checked(word: str, settings: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:
+def _refuse_unknown(word: str, settings: Iterable[str], known: Iterable[str]) -> None:
     known = list(known)
     for key in settings:
         if key not in known:
             takes = f" It takes {', '.join(known)}." if known else " It takes none."
             raise KappaTuneError(f"'{word}' has no setting '{key}'.{did_you_mean(key, known) or takes}")
-    return settings
 
 
-def _typed(word: str, settings: dict[str, Any], config: type) -> dict[str, Any]:
-    """`settings` whose values are of the types that the dataclass `config` names."""
-    hints = get_type_hints(config)
-    problems = []
-    for key, value in settings.items():
-        union = isinstance(hints[key], UnionType) or get_origin(hints[key]) is Union
-        arms = get_args(hints[key]) if union else (hints[key],)
-        if not any(_is_a(value, arm) for arm in arms):
-            takes = " or ".join(dict.fromkeys(_type_name(arm) for arm in arms if arm is not NoneType))
-            problems.append(f"{key} is {value!r}, and takes {takes}.")
+def _kappatune_settings(word: str, settings: dict[str, Any]) -> dict[str, Any]:
+    _refuse_unknown(word, settings, KAPPATUNE_SETTINGS)
+    problems = read(KappaTuneSettings, settings)[1]
     if problems:
         raise KappaTuneError(f"'{word}': {' '.join(problems)}")
     return settings
 
 
-def _is_a(value: Any, arm: Any) -> bool:
-    if get_origin(arm) is Literal:
-        return value in get_args(arm)
-    kind = get_origin(arm) or arm
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
-
-
-def _type_name(arm: Any) -> str:
-    if get_origin(arm) is Literal:
-        return " or ".join(repr(value) for value in get_args(arm))
-    kind = get_origin(arm) or arm
-    return TYPE_NAMES.get(kind, kind.__name__)
+def _peft_settings(word: str, settings: dict[str, Any], config: type) -> dict[str, Any]:
+    """`settings` in the types that PEFT's dataclass `config` names; strictly: r=true isn't r=1."""
+    _refuse_unknown(word, settings, config.__dataclass_fields__)
+    hints, typed, problems = get_type_hints(config), {}, []
+    for key, value in settings.items():
+        adapter = TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True))
+        try:
+            typed[key] = adapter.validate_python(value, strict=True)
+        except ValidationError as error:
+            problems.append(f"{key} is {value!r}, and takes {' or '.join(expectations(error))}.")
+    if problems:
+        raise KappaTuneError(f"'{word}': {' '.join(problems)}")
+    return typed
 
 
 def _without_part(name: str) -> tuple[str, str | None]:

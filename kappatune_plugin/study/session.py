@@ -1,7 +1,7 @@
 """The commands `kappatune compare` and `kappatune sweep`: load, run, write, show."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,15 @@ def _prepare(asked: Asked, grid: Sequence[float], what: str, ranks: Sequence[str
     seeds = tuple(range(args.seed, args.seed + asked.seeds))
     every = 1 if asked.every is None else asked.every
     # before the model is loaded, so that mistakes show at once
-    settings = Settings(seeds, rates, every, asked.smooth, asked.target_loss, asked.stop_at_target, asked.widen)
+    settings = Settings(
+        seeds=seeds,
+        learning_rates=rates,
+        every=every,
+        smooth=asked.smooth,
+        target_loss=asked.target_loss,
+        stop_at_target=asked.stop_at_target,
+        widen=asked.widen,
+    )
     if args.max_steps > 0:
         _check_smooth(settings.smooth, args.max_steps)
     folder = asked.output_dir or Path(f"{args.output_dir}-{what}")
@@ -112,7 +120,7 @@ def _prepare(asked: Asked, grid: Sequence[float], what: str, ranks: Sequence[str
     bench = Bench.load(asked.config, asked.overrides, asked.validation, ranks)
     _check_smooth(settings.smooth, bench.steps)
     if asked.every is None:
-        settings = replace(settings, every=max(1, bench.steps // MEASUREMENTS))
+        settings = settings.model_copy(update={"every": max(1, bench.steps // MEASUREMENTS)})
     return bench, settings, folder
 
 

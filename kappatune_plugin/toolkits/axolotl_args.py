@@ -2,11 +2,11 @@
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, get_type_hints
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import BaseModel, BeforeValidator, Field
 
-from kappatune_plugin.tuner.config import KAPPATUNE_KEYS, KappaTuneConfig, config_problems
+from kappatune_plugin.tuner.config import KappaTuneSettings
 from kappatune_plugin.tuner.register import NAME
 
 # read by Axolotl or by us whatever the adapter is
@@ -16,33 +16,15 @@ OTHER_METHODS = ("peft", "loraplus_lr_ratio", "relora", "unfrozen_parameters")
 QUANTIZED = ("load_in_4bit", "load_in_8bit", "gptq", "quantize_moe_experts")
 
 
-class _Block(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    @model_validator(mode="after")
-    def _right(self) -> "_Block":
-        problems = config_problems(self.model_dump(exclude_none=True))
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
-
-
-def _fields() -> dict[str, Any]:
-    """A field for each key of the block; None means the method's own default."""
-    types, declared = get_type_hints(KappaTuneConfig), KappaTuneConfig.__dataclass_fields__
-    return {
-        key: (types[key] | None, Field(default=None, description=declared[key].metadata["help"]))
-        for key in KAPPATUNE_KEYS
-    }
-
-
-KappaTuneBlock = create_model("KappaTuneBlock", __base__=_Block, **_fields())
+def _given(block: Any) -> dict[str, Any]:
+    found = KappaTuneSettings.given(block)
+    return {key: value for key, value in found.items() if value is not None}
 
 
 class KappaTuneArgs(BaseModel):
     """What Axolotl adds to its configuration."""
 
-    kappatune: KappaTuneBlock | None = Field(
+    kappatune: Annotated[dict[str, Any], BeforeValidator(_given)] | None = Field(
         default=None, description="What `adapter: kappatune` trains: the block of a KappaTune recipe."
     )
 

@@ -7,8 +7,9 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.recipe.text import FLAT
+from kappatune_plugin.schema import read
 from kappatune_plugin.selection.budget import budget
-from kappatune_plugin.tuner.config import KAPPATUNE_KEYS, KappaTuneConfig, config_problems
+from kappatune_plugin.tuner.config import KAPPATUNE_KEYS, KappaTuneConfig, KappaTuneSettings
 from kappatune_plugin.tuner.register import NAME
 
 # what the rest of LLaMA-Factory sees: a PEFT adapter is saved, resumed, merged and disabled for DPO under this name
@@ -82,7 +83,7 @@ def _post_init(base: type) -> Callable[[Any], None]:
 
 
 def _problems(base: type, values: Any, given: dict[str, Any]) -> list[str]:
-    problems = [FLAT + problem for problem in config_problems(given)]
+    problems = read(KappaTuneSettings, given, FLAT)[1]
     groups = [group for group in base.__mro__ if group.__name__ in OTHER_GROUPS]
     of_others = [*dict.fromkeys(each.name for group in groups for each in fields(group)), *OTHER_KEYS]
     other = [name for name in of_others if name in values.explicit and name not in SHARED and getattr(values, name)]

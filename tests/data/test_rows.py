@@ -91,7 +91,7 @@ def test_paths_start_in_the_recipes_folder(tmp_path, monkeypatch):
         (("rows.doc", "x"), {"path": "rows.doc"}, ["'.doc'", ".jsonl"]),
         (("rows.jsonl", '{"a": 1}\n'), {"path": "rows.jsonl", "split": "tain"}, ["tain", "split"]),
         (("rows.jsonl", '{"a": 1}\n'), {"path": "rows.jsonl", "colums": ["a"]}, ["colums", "columns"]),
-        (None, {"name": "x"}, ["no path", "name"]),
+        (None, {"name": "x"}, ["path is missing", "{path: "]),
         (None, 7, ["7 is not a data set"]),
         (None, {"path": "a/b", "trust_remote_code": True}, ["trust_remote_code"]),
         (None, {"path": "a/b", "streaming": True}, ["streaming", "split"]),

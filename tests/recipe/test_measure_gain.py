@@ -73,7 +73,7 @@ def test_which_end_of_the_ranking_has_to_be_said(saved_olmoe, tmp_path):
     for kappatune, words in (
         ({"k": 6, "rank_by": GAIN}, "kappatune.order is missing"),
         ({"k": 6, "rank_by": GAIN, "order": "highest", "scan_from": "elsewhere"}, "kappatune.scan_from: gain"),
-        ({"k": 6, "gain": {"examples": 0}}, "kappatune.gain: examples: 0"),
+        ({"k": 6, "gain": {"examples": 0}}, "kappatune.gain.examples: 0"),
         ({"k": 6, "gain": {"sampels": 3}}, "Did you mean 'samples'?"),
     ):
         recipe = write_recipe(tmp_path / "recipe.yaml", tiny_recipe(tmp_path, saved_olmoe, kappatune=kappatune))

@@ -130,7 +130,7 @@ def test_all_problems_at_once(load):
         ({"kappatune": {"k": -1}}, ["k: -1"]),
         ({"kappatune": {"report": "nowhere.json"}}, ["report", "nowhere.json"]),
         ({"kappatune": {"selection": 3}}, ["selection", "3"]),
-        ({"forgetting": {"control": "sefl"}}, ["forgetting: control", "Did you mean 'self'?"]),
+        ({"forgetting": {"control": "sefl"}}, ["forgetting.control", "Did you mean 'self'?"]),
     ],
 )
 def test_each_mistake_is_named(load, changes, words):
@@ -162,11 +162,11 @@ def test_keys_that_came_and_went_between_versions(load, key):
         ),
         ({"train": 3}, ["data.train: 3"]),
         ({"train": ["a.jsonl", 3]}, ["data.train[1]: 3"]),
-        ({"train": {"path": "a.jsonl", "take": 0}}, ["data.train: take: 0"]),
+        ({"train": {"path": "a.jsonl", "take": 0}}, ["data.train.take: 0"]),
         ({"train": "a.jsonl", "max_chars": 5}, ["data.max_chars counts", "missing"]),
         (
             {"train": "a.jsonl", "prompt": "{a}", "completion": "{b}", "max_chars": "x", "test": {"prompt": "{c"}},
-            ["data.max_chars: 'x'", "data.test: it has no path", "data.test.prompt: '{c'"],
+            ["data.max_chars: 'x'", "data.test.path is missing", "data.test.prompt: '{c'"],
         ),
         ({"train": "a.jsonl", "test": {"path": "b.jsonl", "prompt": "{c}"}}, ["data.test.prompt", "are missing"]),
     ],

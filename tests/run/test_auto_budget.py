@@ -90,11 +90,11 @@ def test_budgets_count_from_the_front():
 @pytest.mark.parametrize(
     ("block", "words"),
     [
-        ({"start": 0, "growth": 1}, ["auto: start: k: 0", "auto: growth: 1 is not a number above 1"]),
-        ({"most": "lots"}, ["most: k: 'lots'"]),
+        ({"start": 0, "growth": 1}, ["auto.start: 0 would", "auto.growth: 1 is not a number above 1"]),
+        ({"most": "lots"}, ["auto.most: 'lots'"]),
         ({"window": 0, "target_loss": -1}, ["window: 0", "target_loss: -1"]),
         ({"min_improvement": 1}, ["min_improvement: 1"]),
-        ({"grow": 2}, ["unknown key 'grow'. Did you mean 'growth'?", "start, most"]),
+        ({"grow": 2}, ["unknown key 'kappatune.auto.grow'. Did you mean 'growth'?", "start, most"]),
         (3, ["expected a mapping of start, most"]),
     ],
 )
@@ -250,7 +250,7 @@ def test_tokens_trained_beside_are_refused(saved_olmoe, tmp_path):
         (["--forgetting.every", "0"], ["needs forgetting.every", "`every: 50`"]),
         (["--forgetting", "{control: self}"], ["needs forgetting.every", "needs forgetting.max_delta"]),
         (["--kappatune.k", "7"], ["kappatune.auto is given, but k is 7"]),
-        (["--kappatune.auto.start", "0"], ["kappatune.auto: start: k: 0"]),
+        (["--kappatune.auto.start", "0"], ["kappatune.auto.start: 0 would"]),
         (["--kappatune.modules_to_save", "[lm_head]"], ["modules_to_save", "can't take back"]),
         (["--logging_steps", "5"], ["within 2 steps no training loss is logged", "logging_steps 5"]),
     ],

@@ -89,7 +89,7 @@ def test_other_batches_are_refused(bench, tmp_path, monkeypatch):
 
     monkeypatch.setattr(compare_module, "train_run", elsewhere)
     with pytest.raises(KappaTuneError, match="same batches"):
-        compare(bench, METHODS[:2], Settings((0,), (1e-3,), 6, 2), tmp_path)
+        compare(bench, METHODS[:2], Settings(seeds=(0,), learning_rates=(1e-3,), every=6, smooth=2), tmp_path)
 
 
 def test_the_state_at_the_target_is_that_of_its_step(bench, whole):

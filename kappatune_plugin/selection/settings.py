@@ -1,0 +1,59 @@
+"""What decides a selection, checked: the keys that a recipe, a file and `select` have in common."""
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, model_validator
+
+from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.schema import Block, Whole, not_one_of
+from kappatune_plugin.selection.budget import DEFAULT_K, parse_budget
+from kappatune_plugin.selection.ranking import ORDERS, RANKS, rank_help
+
+
+def _order(value: Any) -> Any:
+    if not isinstance(value, str) or value not in ORDERS:
+        raise KappaTuneError(not_one_of(value, ORDERS))
+    return value
+
+
+def _rank_by(value: Any) -> Any:
+    if not isinstance(value, str) or value not in RANKS:
+        raise KappaTuneError(not_one_of(value, RANKS))
+    return value
+
+
+def check_budget(k: Any) -> Any:
+    """`k` as it is. Raises KappaTuneError, without the key's name in front, if it is no budget."""
+    try:
+        parse_budget(k)
+    except KappaTuneError as error:
+        raise KappaTuneError(str(error).removeprefix("k: ")) from error
+    return k
+
+
+BudgetText = Annotated[Any, AfterValidator(check_budget)]
+Order = Annotated[Any, AfterValidator(_order)]
+RankBy = Annotated[Any, AfterValidator(_rank_by)]
+
+
+class SelectSettings(Block):
+    """The settings of `select`."""
+
+    k: BudgetText = Field(
+        default=DEFAULT_K,
+        description="How much to train: 75 (weight matrices), '10%' (of those not excluded), {params: 160M} or "
+        "{kappa: 30} (all up to that condition number).",
+    )
+    order: Order = Field(
+        default="lowest",
+        description=f"Which of the ranking to train: {', '.join(ORDERS)}. All but lowest are controls.",
+    )
+    rank_by: RankBy = Field(default="kappa", description=rank_help())
+    seed: Whole = Field(default=0, ge=0, description="Seed of the random orders.")
+
+    @model_validator(mode="after")
+    def _threshold_of_kappa(self) -> "SelectSettings":
+        if self.k not in (None, "auto") and parse_budget(self.k).kind == "kappa" and self.rank_by != "kappa":
+            budget = parse_budget(self.k)
+            raise KappaTuneError(f"k: {budget} goes with rank_by kappa, not {self.rank_by}. Give a number of matrices.")
+        return self
