@@ -5,6 +5,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from kappatune_plugin.checks import did_you_mean
+from kappatune_plugin.data.replay import ReplayConfig
 from kappatune_plugin.data.rows import TEMPLATES, all_spec_problems
 from kappatune_plugin.data.templates import parse_template
 from kappatune_plugin.errors import KappaTuneError
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 # of the block kappatune, what a run decides by and no model needs
 RECIPE_KEYS = ("auto", "gain")
-DATA_KEYS = ("train", "test", "prompt", "completion", "labels", "label_column", "max_chars")
+DATA_KEYS = ("train", "test", "prompt", "completion", "labels", "label_column", "max_chars", "replay", "end_token")
 
 
 def unknown_key(key: Any, known: Iterable[str], prefix: str = "") -> str:
@@ -193,6 +194,13 @@ def data_problems(data: Any) -> list[str]:
             problems.append("data.labels is given without prompt and completion, which would show them.")
     if not isinstance(block.get("label_column", ""), str):
         problems.append(f"data.label_column: expected a column's name, found {block['label_column']!r}.")
+    if block.get("replay") is not None:
+        try:
+            ReplayConfig.read(block["replay"])
+        except KappaTuneError as error:
+            problems += [f"data.replay: {line}" for line in str(error).splitlines()]
+    if not isinstance(block.get("end_token", True), bool):
+        problems.append(f"data.end_token: expected true or false, found {block['end_token']!r}.")
     return problems
 
 
