@@ -109,9 +109,10 @@ def _learns_to_stop(end_token: "EndTokenShare | None") -> list[str]:
     return [
         f"{end_token.share:.0%} of the task's loss before training was the end-of-text token {end_token.token} "
         f"({end_token.nats:.2f} nats each, the other tokens {end_token.others:.2f}): much of what the run "
-        "learned is to stop there, and it may have forgotten for that. Write `data.end_token: false` to leave it out of the loss (the model "
-        "then goes on after an answer: stop generating at the line's end, or by max_new_tokens), or take a base that "
-        "knows its end token, such as an instruction-tuned one with its chat template."
+        "learned is to stop there, and it may have forgotten for that. Write `data.end_token: false` to leave it out "
+        "of the loss (the model then goes on after an answer: stop generating at the line's end, or by "
+        "max_new_tokens), or take a base that knows its end token, such as an instruction-tuned one with its chat "
+        "template."
     ]
 
 

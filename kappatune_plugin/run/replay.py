@@ -4,6 +4,7 @@ They are token ids, trained on as they were written: no token of them is left ou
 cut off gets no end token.
 """
 
+import hashlib
 import json
 import math
 import random
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 # what TRL's collators read of a prepared row; all of a text is learned
 COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks")
 FILE = "replay.json"
-# apart from the seeds of `forgetting: {control: self}`: what is learned must not be what forgetting is measured on
-FIRST_SEED = 2**32
 
 
 def replay_texts(
@@ -86,7 +85,7 @@ def _written(
 ) -> list[list[int]]:
     """What the base writes, batch by batch, each with a seed of its own: kept in the cache, dealt over the ranks."""
     cache, size = Cache(cache_folder()), config.batch_size
-    seeds = [FIRST_SEED * (config.seed + 1) + batch for batch in range(math.ceil(count / size))]
+    seeds = [batch_seed(config.seed, batch) for batch in range(math.ceil(count / size))]
     keys = {seed: f"{identity} {length} {size} {seed}" for seed in seeds}
     found = {seed: cache.written(key) for seed, key in keys.items()} if ranks.rank() == 0 else {}
     known = ranks.from_first({seed: rows for seed, rows in found.items() if rows is not None})
@@ -106,6 +105,15 @@ def _written(
     for part in ranks.exchange(new):
         known |= part
     return [row for seed in seeds for row in known[seed]][:count]
+
+
+def batch_seed(seed: int, batch: int) -> int:
+    """The seed that the base writes a batch with: 32 bits, as many as torch's generator on the CPU takes.
+
+    Hashed, to be none of the small seeds that `forgetting: {control: self}` writes with: what is learned must not be
+    what forgetting is measured on.
+    """
+    return int.from_bytes(hashlib.blake2b(f"replay {seed} {batch}".encode(), digest_size=4).digest(), "big")
 
 
 def mix_replay(
@@ -137,7 +145,7 @@ def mix_replay(
         shown = [{"text": tokenizer.decode(ids), "ids": " ".join(map(str, ids))} for ids in texts]
         write_json(path, {"made_by": made_by, "rows": shown})
     task = trainer.train_dataset
-    trainer.train_dataset = mixed(task, texts, trainer.args)
+    trainer.train_dataset, _ = mixed(task, texts, trainer.args)
     return _cost(config, texts, task, trainer.completion_only_loss)
 
 
@@ -150,24 +158,27 @@ def _of_earlier_run(path: Path, made_by: str) -> list[list[int]] | None:
     return [[int(token) for token in row["ids"].split()] for row in content["rows"]]
 
 
-def mixed(task: "Dataset", texts: list[list[int]], args: Any) -> "Dataset":
-    """The rows of `task`, as TRL prepared them, in their order, with `texts` prepared likewise evenly between them.
+def mixed(task: "Dataset", texts: list[list[int]], args: Any) -> tuple["Dataset", "Dataset"]:
+    """The rows of `task`, as TRL prepared them, in their order, with `texts` evenly between them; and `texts` alone.
 
     Args:
         args: the trainer's, which say how rows are packed.
+
+    Returns:
+        Both with the columns that TRL's collator reads; every token of a text is in the loss.
     """
     from datasets import concatenate_datasets
 
     task = task.select_columns([name for name in (*COLUMNS, "seq_lengths") if name in task.column_names])
-    written = prepared(task, texts, args)
-    both = concatenate_datasets([task, written.cast(task.features)])
+    written = _prepared(task, texts, args)
+    both = concatenate_datasets([task, written])
     sizes = len(task), len(written)
     places = [((row + 0.5) / size, part, row) for part, size in enumerate(sizes) for row in range(size)]
-    return both.select([row + part * len(task) for _, part, row in sorted(places)])
+    return both.select([row + part * len(task) for _, part, row in sorted(places)]), written
 
 
-def prepared(task: "Dataset", texts: list[list[int]], args: Any) -> "Dataset":
-    """`texts` as rows with the columns of `task`, every token in the loss; packed where `args` say so."""
+def _prepared(task: "Dataset", texts: list[list[int]], args: Any) -> "Dataset":
+    """`texts` as rows with the columns of `task`, packed where `args` say so."""
     from datasets import Dataset
     from trl import pack_dataset
 
@@ -176,7 +187,7 @@ def prepared(task: "Dataset", texts: list[list[int]], args: Any) -> "Dataset":
     written = Dataset.from_dict({name: values for name, values in columns.items() if name in task.column_names})
     if args.packing:
         written = pack_dataset(written, args.max_length, args.packing_strategy)
-    return written.select_columns(task.column_names)
+    return written.select_columns(task.column_names).cast(task.features)
 
 
 def _cost(config: ReplayConfig, texts: list[list[int]], task: "Dataset", completion_only: bool) -> str:
