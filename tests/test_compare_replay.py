@@ -13,6 +13,7 @@ from kappatune_plugin.study.settings import Settings
 from kappatune_plugin.study.store import RunStore
 from kappatune_plugin.study.training import train_run
 from recipes import tiny_recipe, write_recipe
+from tqdm import tqdm
 
 METHODS = parse_methods("lowest,lowest:replay=0.25,lora:r=2:replay=0.25,full:replay=0.5")
 SETTINGS = Settings(seeds=(0,), learning_rates=(1e-2,), every=3, smooth=2)
@@ -103,9 +104,7 @@ def test_runs_of_earlier_versions_are_still_taken(bench, tmp_path, monkeypatch):
     """Their identity names no replay."""
     asked = []
     monkeypatch.setattr(RunStore, "get", lambda self, title, identity, make: asked.append(identity))
-    runner = compare_module._Runner(
-        bench, SETTINGS, compare_module.RunStore(tmp_path), __import__("tqdm").tqdm(disable=True)
-    )
+    runner = compare_module._Runner(bench, SETTINGS, RunStore(tmp_path), tqdm(disable=True))
     for method in METHODS[:2]:
         runner._run(method, 1e-2, 0)
     assert "replay" not in asked[0]["method"] and asked[1]["method"]["replay"] == 0.25

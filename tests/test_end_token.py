@@ -22,8 +22,9 @@ def train(folder, model, *overrides, data=(), **changes):
     return run_sft(load_recipe(write_recipe(folder / "recipe.yaml", recipe), overrides))
 
 
-def learned(dataset) -> list[int]:
-    return sorted(label for labels in dataset["labels"] for label in labels if label != -100)
+def learned(trainer, name: str = "train_dataset") -> list[int]:
+    rows = [labels_of(row, trainer.completion_only_loss) for row in getattr(trainer, name)]
+    return sorted(label for labels in rows for label in labels if label != -100)
 
 
 @pytest.mark.parametrize("settings", [{}, {"completion_only_loss": False}, PACKED])
@@ -33,16 +34,16 @@ def test_it_is_left_out_of_the_loss_and_nothing_else(saved_olmoe, tmp_path, sett
         tmp_path, saved_olmoe, data={"end_token": False}, eval_strategy="steps", eval_steps=2, **settings
     ).trainer
     for name, count in (("train_dataset", 16), ("eval_dataset", 6)):
-        one, other = getattr(whole, name), getattr(without, name)
-        assert learned(one).count(2) == count and learned(other) == [label for label in learned(one) if label != 2]
-        assert one["input_ids"][:] == other["input_ids"][:]
+        one, other = learned(whole, name), learned(without, name)
+        assert one.count(2) == count and other == [label for label in one if label != 2]
+        assert getattr(whole, name)["input_ids"][:] == getattr(without, name)["input_ids"][:]
 
 
 def test_text_mixed_in_keeps_its_end(saved_olmoe, tmp_path):
     write_rows(tmp_path / "texts.jsonl", [{"text": "yes no good"}] * 8)
     replay = {"share": 0.25, "from": {"path": "texts.jsonl"}}
-    rows = train(tmp_path, saved_olmoe, data={"end_token": False, "replay": replay}).trainer.train_dataset
-    assert learned(rows).count(2) == 5
+    trainer = train(tmp_path, saved_olmoe, data={"end_token": False, "replay": replay}).trainer
+    assert learned(trainer).count(2) == 5
 
 
 @pytest.mark.parametrize("settings", [{}, PACKED, {"completion_only_loss": False}])

@@ -19,6 +19,7 @@ from kappatune_plugin import KappaTuneError
 from kappatune_plugin.data.replay import ReplayConfig
 from kappatune_plugin.forgetting.measures import sample_base
 from kappatune_plugin.recipe.recipe import load_recipe
+from kappatune_plugin.run.end_token import labels_of
 from kappatune_plugin.run.replay import batch_seed, mixed
 from kappatune_plugin.run.train import run_sft
 from recipes import ROWS, known, tiny_recipe, write_recipe, write_rows
@@ -57,13 +58,14 @@ def task_rows(model, completion_only: bool = True) -> list[tuple[list[int], list
     return found
 
 
-def pieces(dataset: Dataset) -> list[tuple[list[int], list[int]]]:
+def pieces(trainer) -> list[tuple[list[int], list[int]]]:
     """(ids, labels) of each text, out of packed rows too."""
     found = []
-    for row in dataset:
-        ends = itertools.accumulate(row.get("seq_lengths") or [len(row["input_ids"])])
+    for row in trainer.train_dataset:
+        labels = labels_of(row, trainer.completion_only_loss)
+        ends = itertools.accumulate(row.get("seq_lengths") or [len(labels)])
         for start, end in itertools.pairwise([0, *ends]):
-            found.append((row["input_ids"][start:end], row["labels"][start:end]))
+            found.append((row["input_ids"][start:end], labels[start:end]))
     return found
 
 
@@ -76,7 +78,7 @@ def test_every_label(saved_olmoe, tmp_path, settings):
     texts = [(ids, ids) for ids in written(tmp_path)]
     assert len(texts) == 5 and all(2 <= len(ids) <= 12 for ids, _ in texts)
     task = task_rows(saved_olmoe, settings.get("completion_only_loss", True))
-    assert sorted(pieces(result.trainer.train_dataset)) == sorted(task + texts)
+    assert sorted(pieces(result.trainer)) == sorted(task + texts)
 
 
 @pytest.mark.parametrize("settings", [{}, PACKED])
@@ -99,7 +101,7 @@ def test_plain_text_rows_and_rows_that_are_cut(saved_olmoe, tmp_path):
     task = [(tokenizer(row["text"]).input_ids + [tokenizer.eos_token_id])[:7] for row in ROWS]
     texts = written(tmp_path)
     assert max(map(len, texts)) <= 7 and len(texts) == 5
-    assert sorted(pieces(result.trainer.train_dataset)) == sorted((ids, ids) for ids in task + texts)
+    assert sorted(pieces(result.trainer)) == sorted((ids, ids) for ids in task + texts)
 
 
 def test_chats(saved_olmoe, tmp_path):
@@ -110,8 +112,8 @@ def test_chats(saved_olmoe, tmp_path):
     turns = [{"role": "user", "content": "yes no"}, {"role": "assistant", "content": "good"}]
     rows = [{"prompt": turns[:1], "completion": turns[1:]}] * 6
     data = {"train": {"path": str(write_rows(tmp_path / "chat.jsonl", rows))}}
-    plain = pieces(train(tmp_path, model, data=data, replay=None).trainer.train_dataset)
-    mixed_in = pieces(train(tmp_path, model, data=data).trainer.train_dataset)
+    plain = pieces(train(tmp_path, model, data=data, replay=None).trainer)
+    mixed_in = pieces(train(tmp_path, model, data=data).trainer)
     texts = [(ids, ids) for ids in written(tmp_path)]
     assert len(plain) == 6 and len(texts) == 2 and sorted(mixed_in) == sorted(plain + texts)
 
