@@ -8,30 +8,29 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from rank_jobs import write_replay
-from ranks import run_ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
 import kappatune_plugin.run.replay as replay_module
+from helpers.rank_jobs import write_replay
+from helpers.ranks import run_ranks
+from helpers.recipes import ROWS, known, tiny_recipe, write_recipe, write_rows
+from helpers.training import train
 from kappatune_plugin import KappaTuneError
 from kappatune_plugin.data.replay import ReplayConfig
 from kappatune_plugin.forgetting.measures import sample_base
 from kappatune_plugin.recipe.recipe import load_recipe
 from kappatune_plugin.run.end_token import labels_of
 from kappatune_plugin.run.replay import batch_seed, mixed
-from kappatune_plugin.run.train import run_sft
-from recipes import ROWS, known, tiny_recipe, write_recipe, write_rows
 
 REPLAY = {"share": 0.25, "max_length": 12, "batch_size": 4}
 TEXTS = [{"text": f"yes {i} good no bad"} for i in range(9)]
 
 
-def train(folder, model, *overrides, replay=REPLAY, data=None, **changes):
-    recipe = tiny_recipe(folder, model, **{"forgetting": None, "max_steps": 2, **changes})
-    recipe["data"] = {**(data or recipe["data"]), **({"replay": replay} if replay else {})}
-    return run_sft(load_recipe(write_recipe(folder / "recipe.yaml", recipe), overrides))
+def run(folder, model, *overrides, replay=REPLAY, data=None, **changes):
+    given = {**(data or tiny_recipe(folder, model)["data"]), **({"replay": replay} if replay else {})}
+    return train(folder, model, *overrides, **{"forgetting": None, "max_steps": 2, "data": given, **changes})
 
 
 def no_writing(monkeypatch):
@@ -74,7 +73,7 @@ PACKED = {"packing": True, "max_length": 64, "packing_strategy": "bfd"}
 
 @pytest.mark.parametrize("settings", [{}, {"completion_only_loss": False}, {"max_length": 64}, PACKED])
 def test_every_label(saved_olmoe, tmp_path, settings):
-    result = train(tmp_path, saved_olmoe, **settings)
+    result = run(tmp_path, saved_olmoe, **settings)
     texts = [(ids, ids) for ids in written(tmp_path)]
     assert len(texts) == 5 and all(2 <= len(ids) <= 12 for ids, _ in texts)
     task = task_rows(saved_olmoe, settings.get("completion_only_loss", True))
@@ -84,7 +83,7 @@ def test_every_label(saved_olmoe, tmp_path, settings):
 @pytest.mark.parametrize("settings", [{}, PACKED])
 def test_every_label_of_a_batch(saved_olmoe, tmp_path, settings):
     """As the collator gives them: the model predicts no first token and no padding, and all else of a text."""
-    trainer = train(tmp_path, saved_olmoe, **settings).trainer
+    trainer = run(tmp_path, saved_olmoe, **settings).trainer
     texts = written(tmp_path)
     batch = trainer.data_collator([trainer.train_dataset[row] for row in range(len(trainer.train_dataset))])
     learned = [label for label in batch["labels"][:, 1:].flatten().tolist() if label != -100]
@@ -96,7 +95,7 @@ def test_every_label_of_a_batch(saved_olmoe, tmp_path, settings):
 def test_plain_text_rows_and_rows_that_are_cut(saved_olmoe, tmp_path):
     rows = [{"text": row["text"]} for row in ROWS]
     data = {"train": {"path": str(write_rows(tmp_path / "plain.jsonl", rows))}}
-    result = train(tmp_path, saved_olmoe, "--max_length", "7", data=data)
+    result = run(tmp_path, saved_olmoe, "--max_length", "7", data=data)
     tokenizer = AutoTokenizer.from_pretrained(saved_olmoe)
     task = [(tokenizer(row["text"]).input_ids + [tokenizer.eos_token_id])[:7] for row in ROWS]
     texts = written(tmp_path)
@@ -112,8 +111,8 @@ def test_chats(saved_olmoe, tmp_path):
     turns = [{"role": "user", "content": "yes no"}, {"role": "assistant", "content": "good"}]
     rows = [{"prompt": turns[:1], "completion": turns[1:]}] * 6
     data = {"train": {"path": str(write_rows(tmp_path / "chat.jsonl", rows))}}
-    plain = pieces(train(tmp_path, model, data=data, replay=None).trainer)
-    mixed_in = pieces(train(tmp_path, model, data=data).trainer)
+    plain = pieces(run(tmp_path, model, data=data, replay=None).trainer)
+    mixed_in = pieces(run(tmp_path, model, data=data).trainer)
     texts = [(ids, ids) for ids in written(tmp_path)]
     assert len(plain) == 6 and len(texts) == 2 and sorted(mixed_in) == sorted(plain + texts)
 
@@ -137,7 +136,7 @@ def test_masks_of_older_trl_are_ones():
 
 
 def test_what_it_costs_is_said(saved_olmoe, tmp_path, capsys):
-    train(tmp_path, saved_olmoe)
+    run(tmp_path, saved_olmoe)
     task, texts = task_rows(saved_olmoe), written(tmp_path)
     read, more = sum(len(ids) for ids, _ in task), sum(map(len, texts))
     learned = sum(label != -100 for _, labels in task for label in labels)
@@ -148,7 +147,7 @@ def test_what_it_costs_is_said(saved_olmoe, tmp_path, capsys):
 
 
 def test_the_base_writes_without_the_adapter_and_not_what_is_measured(saved_olmoe, tmp_path):
-    train(tmp_path, saved_olmoe)
+    run(tmp_path, saved_olmoe)
     model = AutoModelForCausalLM.from_pretrained(saved_olmoe, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(saved_olmoe)
     batches = [sample_base(model, tokenizer, 4, 12, batch_seed(0, batch), 4) for batch in range(2)]
@@ -157,15 +156,15 @@ def test_the_base_writes_without_the_adapter_and_not_what_is_measured(saved_olmo
 
 
 def test_nothing_is_written_twice(saved_olmoe, tmp_path, monkeypatch):
-    train(tmp_path, saved_olmoe)
+    run(tmp_path, saved_olmoe)
     first = written(tmp_path)
     shutil.rmtree(tmp_path / "out")
     asked = []
     monkeypatch.setattr(replay_module, "sample_base", lambda *given: asked.append(given[4]) or sample_base(*given))
-    train(tmp_path, saved_olmoe)
+    run(tmp_path, saved_olmoe)
     assert written(tmp_path) == first and asked == []
     # more of the same: only what is new
-    train(tmp_path, saved_olmoe, "--data.replay.share", "0.5")
+    run(tmp_path, saved_olmoe, "--data.replay.share", "0.5")
     assert (
         written(tmp_path)[:5] == first
         and len(written(tmp_path)) == 16
@@ -174,7 +173,7 @@ def test_nothing_is_written_twice(saved_olmoe, tmp_path, monkeypatch):
     # another length, seed or base is other text
     for overrides in (["--data.replay.max_length", "9"], ["--data.replay.seed", "1"]):
         asked.clear()
-        train(tmp_path, saved_olmoe, *overrides)
+        run(tmp_path, saved_olmoe, *overrides)
         assert len(asked) == 2, overrides
     other = shutil.copytree(saved_olmoe, tmp_path / "other")
     weights = load_file(other / "model.safetensors")
@@ -184,7 +183,7 @@ def test_nothing_is_written_twice(saved_olmoe, tmp_path, monkeypatch):
     changed.save_pretrained(other)
     assert weights.keys() == load_file(other / "model.safetensors").keys()
     asked.clear()
-    train(tmp_path, other)
+    run(tmp_path, other)
     assert len(asked) == 2
 
 
@@ -193,19 +192,20 @@ def test_resumed_equals_uninterrupted(saved_olmoe, tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir(), parts.mkdir()
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
-    train(whole, saved_olmoe, **settings)
-    train(parts, saved_olmoe, **settings)
+    run(whole, saved_olmoe, **settings)
+    run(parts, saved_olmoe, **settings)
     shutil.rmtree(parts / "out" / "checkpoint-6")
     monkeypatch.setenv("KAPPATUNE_CACHE", str(tmp_path / "empty"))
     no_writing(monkeypatch)
-    train(parts, saved_olmoe, "--resume_from_checkpoint", "true", **settings)
+    run(parts, saved_olmoe, "--resume_from_checkpoint", "true", **settings)
     one, other = (load_file(folder / "out" / "adapter_model.safetensors") for folder in (whole, parts))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     # other settings are no continuation of those texts
     with pytest.raises(AssertionError, match="the base writes"):
-        train(parts, saved_olmoe, "--resume_from_checkpoint", "true", "--data.replay.seed", "3", **settings)
+        run(parts, saved_olmoe, "--resume_from_checkpoint", "true", "--data.replay.seed", "3", **settings)
 
 
+@pytest.mark.distributed
 def test_ranks_share_the_writing_and_train_on_the_same(saved_olmoe, tmp_path):
     arguments = {"model": str(saved_olmoe), "settings": {**REPLAY, "share": 0.5}}
     (one,) = run_ranks(write_replay, 1, output=str(tmp_path / "one"), cache=str(tmp_path / "a"), **arguments)
@@ -219,12 +219,12 @@ def test_a_divided_model_writes_nothing_but_finds_what_was_written(saved_olmoe, 
     divided = SimpleNamespace(is_partitioned=lambda parameter: True, first_rank_loads=lambda: False)
     monkeypatch.setattr(replay_module, "shards", divided)
     with pytest.raises(KappaTuneError, match="no rank holds the whole model.*max_steps 1"):
-        train(tmp_path, saved_olmoe)
+        run(tmp_path, saved_olmoe)
     with monkeypatch.context() as whole:
         whole.setattr(divided, "is_partitioned", lambda parameter: False)
-        train(tmp_path, saved_olmoe, "--max_steps", "1")
+        run(tmp_path, saved_olmoe, "--max_steps", "1")
     no_writing(monkeypatch)
-    assert len(train(tmp_path, saved_olmoe).trainer.train_dataset) == 21
+    assert len(run(tmp_path, saved_olmoe).trainer.train_dataset) == 21
 
 
 def test_a_data_set_instead(saved_olmoe, tmp_path, monkeypatch):
@@ -232,11 +232,11 @@ def test_a_data_set_instead(saved_olmoe, tmp_path, monkeypatch):
     write_rows(tmp_path / "texts.jsonl", [*TEXTS, {"text": " "}])
     tokenizer = AutoTokenizer.from_pretrained(saved_olmoe)
     # a relative path starts at the recipe
-    train(tmp_path, saved_olmoe, replay={"share": 0.25, "from": {"path": "texts.jsonl"}})
+    run(tmp_path, saved_olmoe, replay={"share": 0.25, "from": {"path": "texts.jsonl"}})
     possible = [tokenizer(row["text"]).input_ids + [tokenizer.eos_token_id] for row in TEXTS]
     first = written(tmp_path)
     assert len(first) == 5 and all(ids in possible for ids in first) and len(set(map(tuple, first))) == 5
-    train(tmp_path, saved_olmoe, replay={"share": 0.25, "seed": 1, "from": {"path": "texts.jsonl"}})
+    run(tmp_path, saved_olmoe, replay={"share": 0.25, "seed": 1, "from": {"path": "texts.jsonl"}})
     assert written(tmp_path) != first
 
 
@@ -251,7 +251,7 @@ def test_a_data_set_instead(saved_olmoe, tmp_path, monkeypatch):
 def test_data_sets_that_do_not_do(saved_olmoe, tmp_path, replay, words):
     write_rows(tmp_path / "texts.jsonl", TEXTS)
     with pytest.raises(KappaTuneError) as error:
-        train(tmp_path, saved_olmoe, replay=replay)
+        run(tmp_path, saved_olmoe, replay=replay)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 

@@ -2,24 +2,23 @@
 
 import pytest
 import torch
-from made_up_reports import twelve_units
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from helpers.made_up_reports import twelve_units
+from helpers.recipes import ROWS, tiny_recipe, write_recipe, write_rows
+from helpers.training import train
 from kappatune_plugin import KappaTuneError, select
 from kappatune_plugin.recipe.recipe import load_recipe
 from kappatune_plugin.run.diagnosis import findings
 from kappatune_plugin.run.end_token import EndTokenCallback, EndTokenShare, labels_of
-from kappatune_plugin.run.train import run_sft
-from recipes import ROWS, tiny_recipe, write_recipe, write_rows
 
 PACKED = {"packing": True, "max_length": 64, "packing_strategy": "bfd"}
 
 
-def train(folder, model, *overrides, data=(), **changes):
-    recipe = tiny_recipe(folder, model, **{"forgetting": None, "max_steps": 2, **changes})
-    recipe["data"] |= dict(data)
-    return run_sft(load_recipe(write_recipe(folder / "recipe.yaml", recipe), overrides))
+def run(folder, model, *overrides, data=(), **changes):
+    given = {**tiny_recipe(folder, model)["data"], **dict(data)}
+    return train(folder, model, *overrides, **{"forgetting": None, "max_steps": 2, "data": given, **changes})
 
 
 def learned(trainer, name: str = "train_dataset") -> list[int]:
@@ -29,8 +28,8 @@ def learned(trainer, name: str = "train_dataset") -> list[int]:
 
 @pytest.mark.parametrize("settings", [{}, {"completion_only_loss": False}, PACKED])
 def test_it_is_left_out_of_the_loss_and_nothing_else(saved_olmoe, tmp_path, settings):
-    whole = train(tmp_path, saved_olmoe, eval_strategy="steps", eval_steps=2, **settings).trainer
-    without = train(
+    whole = run(tmp_path, saved_olmoe, eval_strategy="steps", eval_steps=2, **settings).trainer
+    without = run(
         tmp_path, saved_olmoe, data={"end_token": False}, eval_strategy="steps", eval_steps=2, **settings
     ).trainer
     for name, count in (("train_dataset", 16), ("eval_dataset", 6)):
@@ -42,13 +41,13 @@ def test_it_is_left_out_of_the_loss_and_nothing_else(saved_olmoe, tmp_path, sett
 def test_text_mixed_in_keeps_its_end(saved_olmoe, tmp_path):
     write_rows(tmp_path / "texts.jsonl", [{"text": "yes no good"}] * 8)
     replay = {"share": 0.25, "from": {"path": "texts.jsonl"}}
-    trainer = train(tmp_path, saved_olmoe, data={"end_token": False, "replay": replay}).trainer
+    trainer = run(tmp_path, saved_olmoe, data={"end_token": False, "replay": replay}).trainer
     assert learned(trainer).count(2) == 5
 
 
 @pytest.mark.parametrize("settings", [{}, PACKED, {"completion_only_loss": False}])
 def test_its_share_is_that_of_a_plain_loop(saved_olmoe, tmp_path, settings):
-    found = train(tmp_path, saved_olmoe, **settings).end_token
+    found = run(tmp_path, saved_olmoe, **settings).end_token
     model = AutoModelForCausalLM.from_pretrained(saved_olmoe, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(saved_olmoe)
     ends, others = [], []
@@ -67,12 +66,12 @@ def test_its_share_is_that_of_a_plain_loop(saved_olmoe, tmp_path, settings):
 
 def test_measuring_changes_no_run_and_sees_the_base_after_a_resume(saved_olmoe, tmp_path, monkeypatch):
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    measured = train(tmp_path, saved_olmoe, **settings)
+    measured = run(tmp_path, saved_olmoe, **settings)
     one = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    resumed = train(tmp_path, saved_olmoe, "--resume_from_checkpoint", "true", **settings)
+    resumed = run(tmp_path, saved_olmoe, "--resume_from_checkpoint", "true", **settings)
     assert resumed.end_token == measured.end_token
     monkeypatch.setattr(EndTokenCallback, "on_train_begin", lambda *_, **__: None)
-    assert train(tmp_path, saved_olmoe, **settings).end_token is None
+    assert run(tmp_path, saved_olmoe, **settings).end_token is None
     other = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -94,9 +93,9 @@ def test_the_finding_says_what_to_do():
 
 
 def test_a_run_says_it(saved_olmoe, tmp_path, capsys):
-    train(tmp_path, saved_olmoe)
+    run(tmp_path, saved_olmoe)
     assert "of the task's loss before training was the end-of-text token <eos>" in capsys.readouterr().out
-    assert train(tmp_path, saved_olmoe, "--data.end_token", "false").end_token.share == 0
+    assert run(tmp_path, saved_olmoe, "--data.end_token", "false").end_token.share == 0
     assert "end-of-text token" not in capsys.readouterr().out
 
 

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import kappatune_plugin.study.compare as compare_module
+from helpers.recipes import tiny_recipe, write_recipe
 from kappatune_plugin import KappaTuneError
 from kappatune_plugin.data.replay import ReplayConfig
 from kappatune_plugin.study.bench import Bench
@@ -12,8 +14,6 @@ from kappatune_plugin.study.methods import parse_methods
 from kappatune_plugin.study.settings import Settings
 from kappatune_plugin.study.store import RunStore
 from kappatune_plugin.study.training import train_run
-from recipes import tiny_recipe, write_recipe
-from tqdm import tqdm
 
 METHODS = parse_methods("lowest,lowest:replay=0.25,lora:r=2:replay=0.25,full:replay=0.5")
 SETTINGS = Settings(seeds=(0,), learning_rates=(1e-2,), every=3, smooth=2)
