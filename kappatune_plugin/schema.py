@@ -100,7 +100,7 @@ def problem_lines(error: ValidationError, model: type[BaseModel] | None, values:
         inside, field = _at(model, each["loc"])
         write = f" Write {field.examples[0]}." if field is not None and field.examples else ""
         if each["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            known = list(inside.model_fields) if inside else []
+            known = keys_of(inside) if inside else []
             takes = f" It takes {', '.join(known)}." if known else ""
             lines.append(f"unknown key '{path}'.{did_you_mean(str(each['loc'][-1]), known)}{takes}")
         elif each["type"].startswith("missing"):
@@ -120,7 +120,7 @@ def problem_lines(error: ValidationError, model: type[BaseModel] | None, values:
 def _type_problem(each: Mapping[str, Any], model: type[BaseModel] | None) -> str:
     found, kind, context = each["input"], each["type"], each.get("ctx", {})
     if kind in ("model_type", "model_attributes_type", "dataclass_type"):
-        keys = f" of {', '.join(model.model_fields)}" if model else ""
+        keys = f" of {', '.join(keys_of(model))}" if model else ""
         return f"expected a mapping{keys}, found {found!r:.80}."
     if kind == "literal_error":
         return not_one_of(found, re.findall(r"'([^']+)'", context["expected"]) or [context["expected"]])
@@ -167,6 +167,11 @@ def _at(model: type[BaseModel] | None, location: Sequence[int | str]) -> tuple[t
             return (None, None) if inside else (model, field)
         model = inner
     return model, field
+
+
+def keys_of(model: type[BaseModel]) -> list[str]:
+    """The keys of a block, as they are written."""
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def block_of(annotation: Any) -> type[BaseModel] | None:

@@ -10,7 +10,8 @@ from kappatune_plugin.study.methods import DEFAULT_METHODS
 
 METHODS_HELP = (
     "Separated by commas: full, an order of KappaTune (lowest, random, ...; also with _mlp, _attention or _per_type), "
-    "or any method of PEFT by name (lora, osf, ...; also with _mlp or _attention). NAME:key=value sets something."
+    "or any method of PEFT by name (lora, osf, ...; also with _mlp or _attention). NAME:key=value sets something; "
+    "NAME:replay=0.25 mixes in text that the base writes, a quarter of all rows."
 )
 RATES_HELP = "The grid, separated by commas; one is chosen for each method on held-out rows."
 Config = Annotated[Path, typer.Option("--config", help="The recipe, a YAML file, with a block forgetting.")]

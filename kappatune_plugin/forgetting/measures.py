@@ -131,7 +131,7 @@ def token_loss(model: nn.Module, pieces: Sequence[Sequence[int]], batch_size: in
     nats, tokens = 0.0, 0
     with measuring(model):
         for batch in _batches(pieces, batch_size):
-            losses, mask = _token_losses(model, batch)
+            losses, mask = token_losses(model, batch)
             nats += losses[mask].double().sum().item()
             tokens += int(mask.sum())
     return TokenLoss(nats / tokens, tokens)
@@ -290,7 +290,7 @@ def _log_probabilities(model: nn.Module, batch: Sequence[Sequence[int]]) -> tupl
     return logits.float().log_softmax(-1), mask[:, 1:]
 
 
-def _token_losses(model: nn.Module, batch: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+def token_losses(model: nn.Module, batch: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Loss of each following token (batch, length - 1), and where there is one."""
     log_probabilities, mask = _log_probabilities(model, batch)
     following = padded(batch, model.device)[0][:, 1:]

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, StrictBool, model_validator
 
+from kappatune_plugin.data.replay import ReplayConfig
 from kappatune_plugin.data.rows import TEMPLATES, DataSet, DataSets, one_or_more
 from kappatune_plugin.data.templates import TemplateText, check_template
 from kappatune_plugin.errors import KappaTuneError
@@ -132,6 +133,12 @@ class DataBlock(Block):
     )
     max_chars: Whole | None = Field(
         default=None, ge=1, description="Leave out training rows with more characters in prompt and completion."
+    )
+    replay: ReplayConfig | None = Field(
+        default=None, description="Plain text mixed in beside the task's rows, so that less is forgotten."
+    )
+    end_token: StrictBool = Field(
+        default=True, description="false leaves the end-of-text token that TRL appends out of the loss."
     )
 
     @model_validator(mode="before")

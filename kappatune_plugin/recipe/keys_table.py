@@ -32,7 +32,7 @@ def keys_page() -> str:
 
 def _tables(name: str, model: type[BaseModel]) -> list[str]:
     head = [f"## `{name}`", "", "| key | type | default | meaning |", "|---|---|---|---|"]
-    tables = ["\n".join([*head, *(_row(key, field) for key, field in model.model_fields.items()), ""])]
+    tables = ["\n".join([*head, *(_row(field.alias or key, field) for key, field in model.model_fields.items()), ""])]
     for key, field in model.model_fields.items():
         inner = BLOCKS_OF_KEYS.get(f"{name}.{key}") or block_of(field.annotation)
         if inner is not None:

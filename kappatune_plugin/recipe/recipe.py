@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from kappatune_plugin.checks import did_you_mean
+from kappatune_plugin.data.replay import ReplayConfig
 from kappatune_plugin.data.rows import find_local, local_spec
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.recipe.blocks import (
@@ -61,6 +62,17 @@ class Recipe:
     folder: Path
     auto: AutoBudget | None = None
     gain: "GainConfig | None" = None
+
+    @property
+    def replay(self) -> ReplayConfig | None:
+        """What `data.replay` mixes in; None without it."""
+        block = (self.data or {}).get("replay")
+        return None if block is None else ReplayConfig(**block)
+
+    @property
+    def end_token(self) -> bool:
+        """Whether the end-of-text token of the task's rows is in the loss: `data.end_token`, true without it."""
+        return (self.data or {}).get("end_token", True)
 
 
 def load_recipe(path: str | os.PathLike, overrides: Iterable[str] = (), launches: bool = False) -> Recipe:
@@ -172,6 +184,9 @@ def _find_local_paths(arguments: dict[str, Any], blocks: Mapping[str, Any], fold
             if isinstance(kappatune.get(key), str):
                 kappatune[key] = find_local(kappatune[key], folder)
     data = blocks.get("data")
+    replay = data.get("replay") if isinstance(data, dict) else None
+    if isinstance(replay, dict) and isinstance(replay.get("from"), Mapping):
+        replay["from"] = local_spec(replay["from"], folder)
     for key in ("train", "test"):
         if isinstance(data, dict) and isinstance(data.get(key), str | Mapping):
             data[key] = local_spec(data[key], folder)

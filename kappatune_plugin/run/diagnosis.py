@@ -8,12 +8,15 @@ from kappatune_plugin.selection.auto_budget import Losses, mean_loss
 
 if TYPE_CHECKING:
     from kappatune_plugin.forgetting.report import ForgettingReport
+    from kappatune_plugin.run.end_token import EndTokenShare
     from kappatune_plugin.selection.report import KappaReport
     from kappatune_plugin.selection.selection import Selection
 
 # a curve is judged by the means of this many equal parts of it
 PARTS = 10
 NAMES_SHOWN = 3
+# of the task's loss in the end token: a label of one token that is as new as its end makes a half
+MUCH = 0.4
 
 
 def plateau_start(losses: Losses, min_improvement: float = 0.05) -> int | None:
@@ -45,20 +48,23 @@ def findings(
     forgetting: "ForgettingReport | None" = None,
     max_delta: float | None = None,
     target_loss: float | None = None,
+    end_token: "EndTokenShare | None" = None,
 ) -> list[str]:
-    """What a run shows of the three signatures, a sentence or two each; empty where nothing does.
+    """What a run shows of the four signatures, a sentence or two each; empty where nothing does.
 
-    Early plateau: K is too small. Forgetting above the limit: what the selection takes and leaves out. Matrices whose
-    smallest singular value is 0: they were never candidates.
+    Early plateau: K is too small. Forgetting above the limit: what the selection takes and leaves out. A loss that was
+    mostly the end-of-text token. Matrices whose smallest singular value is 0: they were never candidates.
 
     Args:
         losses: (step, training loss) as logged.
         max_delta: the limit of forgetting; None judges none.
         target_loss: what counts as learned; None: half of the first losses.
+        end_token: its share of the task's loss before training.
     """
     found = _early_plateau(losses, len(selection.units), target_loss)
     if forgetting is not None and max_delta is not None and forgetting.after:
         found += _too_much_forgotten(forgetting, selection, report, max_delta)
+    found += _learns_to_stop(end_token)
     return found + (_never_candidates(report) if report is not None else [])
 
 
@@ -94,6 +100,19 @@ def _too_much_forgotten(
     return [
         f"The control loss rose by {rise:.3f} nats a token, more than forgetting.max_delta allows ({max_delta:g}). "
         f"{advice}; a smaller k or learning_rate also forgets less."
+    ]
+
+
+def _learns_to_stop(end_token: "EndTokenShare | None") -> list[str]:
+    if end_token is None or end_token.share <= MUCH:
+        return []
+    return [
+        f"{end_token.share:.0%} of the task's loss before training was the end-of-text token {end_token.token} "
+        f"({end_token.nats:.2f} nats each, the other tokens {end_token.others:.2f}): much of what the run "
+        "learned is to stop there, and it may have forgotten for that. Write `data.end_token: false` to leave it out "
+        "of the loss (the model then goes on after an answer: stop generating at the line's end, or by "
+        "max_new_tokens), or take a base that knows its end token, such as an instruction-tuned one with its chat "
+        "template."
     ]
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from kappatune_plugin.forgetting.report import ForgettingReport
     from kappatune_plugin.recipe.recipe import Recipe
     from kappatune_plugin.run.auto_budget import AutoBudgetCallback
+    from kappatune_plugin.run.end_token import EndTokenCallback, EndTokenShare
     from kappatune_plugin.selection.selection import Selection
 
 
@@ -39,12 +40,14 @@ class RunResult:
         trainer: after training.
         selection: what was trained.
         forgetting: what was measured; None for a recipe without the block.
+        end_token: what share of the task's loss before training was the end-of-text token.
     """
 
     output_dir: Path
     trainer: "SFTTrainer"
     selection: "Selection"
     forgetting: "ForgettingReport | None"
+    end_token: "EndTokenShare | None" = None
 
 
 def needs_one_process(recipe: "Recipe") -> bool:
@@ -71,6 +74,7 @@ def run_sft(recipe: "Recipe") -> RunResult:
     measured = _forgetting_data(recipe, test)
     trainer = _trainer(recipe, train, test)
     out = console(quiet=not trainer.is_world_process_zero())
+    end_token = _finish_rows(recipe, trainer, train, resume, out)
     selection = _write_decisions(recipe, trainer, output_dir, out)
     forgetting = _measure_forgetting(recipe, measured, trainer, output_dir) if measured else None
     if recipe.auto is not None:
@@ -87,8 +91,27 @@ def run_sft(recipe: "Recipe") -> RunResult:
         # trackers stay open without it (transformers 5.18 and later)
         trainer.end()
     _say_the_end(out, output_dir, forgetting)
-    _say_findings(out, recipe, trainer, selection, forgetting)
-    return RunResult(output_dir, trainer, selection, forgetting)
+    _say_findings(out, recipe, trainer, selection, forgetting, end_token.found)
+    return RunResult(output_dir, trainer, selection, forgetting, end_token.found)
+
+
+def _finish_rows(
+    recipe: "Recipe", trainer: "SFTTrainer", train: "Dataset", resume: str | None, out: "Console"
+) -> "EndTokenCallback":
+    """What the recipe does to the rows that TRL has prepared; returns what measures the end token in them."""
+    from kappatune_plugin.run.end_token import EndTokenCallback, leave_out_end_token
+    from kappatune_plugin.run.replay import mix_replay
+
+    if not recipe.end_token:
+        leave_out_end_token(trainer)
+    # of the task's rows, before others are among them
+    callback = EndTokenCallback.of(trainer)
+    trainer.add_callback(callback)
+    if recipe.replay is not None:
+        with together("making the texts of data.replay", stop_stuck=False):
+            cost = mix_replay(recipe.replay, trainer, len(train), recipe.folder, resumes=resume is not None)
+        out.print(cost, highlight=False, soft_wrap=True)
+    return callback
 
 
 def _save_adapter(trainer: "SFTTrainer") -> None:
@@ -235,6 +258,7 @@ def _say_findings(
     trainer: "SFTTrainer",
     selection: "Selection",
     forgetting: "ForgettingReport | None",
+    end_token: "EndTokenShare | None",
 ) -> None:
     """What `k: auto` did, and the failure signatures that the run shows."""
     from kappatune_plugin.run.diagnosis import findings
@@ -247,5 +271,5 @@ def _say_findings(
     target = (recipe.auto.target_loss or None) if recipe.auto else None
     max_delta = recipe.forgetting.max_delta if recipe.forgetting else None
     report = trainer.model.base_model.reports["default"]
-    for finding in findings(losses, selection, report, forgetting, max_delta, target):
+    for finding in findings(losses, selection, report, forgetting, max_delta, target, end_token):
         out.print(f"- {finding}", highlight=False, soft_wrap=True)

@@ -2,7 +2,7 @@
 
 It lies in the user's cache folder, or in the one that the environment variable KAPPATUNE_CACHE names: `matrices/` has a
 file for each matrix, `files/` has for each checkpoint read from disk the hashes of its matrices, so that known files
-need not be read again. The folder may be deleted at any time.
+need not be read again, and `replay/` has texts that base models wrote. The folder may be deleted at any time.
 """
 
 import functools
@@ -70,6 +70,15 @@ class Cache:
     def keep_files(self, identity: str, base_hash: str, contents: dict[str, str]) -> None:
         """Keep the fingerprint of a checkpoint's weights, and the hash of each unit's matrix, by name."""
         self._write("files", identity, {"base_hash": base_hash, "contents": contents})
+
+    def written(self, identity: str) -> list[list[int]] | None:
+        """The token ids that `keep_written` kept under this `identity`."""
+        entry = self._read("replay", _digest(identity.encode()), _is_written)
+        return None if entry is None else entry["rows"]
+
+    def keep_written(self, identity: str, rows: list[list[int]]) -> None:
+        """Keep texts, as token ids, that a model wrote; `identity` says which model, and how."""
+        self._write("replay", _digest(identity.encode()), {"rows": rows})
 
     def _read(self, kind: str, key: str, is_right: Callable[[Any], bool]) -> dict[str, Any] | None:
         if self.folder is None:
@@ -150,3 +159,10 @@ def _is_row(entry: Any) -> bool:
 
 def _is_files(entry: Any) -> bool:
     return isinstance(entry, dict) and maps_strings(entry.get("contents")) and isinstance(entry.get("base_hash"), str)
+
+
+def _is_written(entry: Any) -> bool:
+    rows = entry.get("rows") if isinstance(entry, dict) else None
+    return isinstance(rows, list) and all(
+        isinstance(row, list) and len(row) > 1 and all(type(token) is int for token in row) for row in rows
+    )

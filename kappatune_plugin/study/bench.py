@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kappatune_plugin.data.examples import ChoiceExample
+from kappatune_plugin.data.replay import ReplayConfig
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.forgetting.config import SELF
 from kappatune_plugin.forgetting.measures import blocks, kl_to_base
@@ -18,10 +19,14 @@ from kappatune_plugin.recipe.load_model import load_base
 from kappatune_plugin.recipe.load_rows import load_data, task_examples
 from kappatune_plugin.recipe.measure_gain import config_with_gain
 from kappatune_plugin.recipe.recipe import Recipe, load_recipe
+from kappatune_plugin.run.end_token import leave_out_end_token
+from kappatune_plugin.run.replay import mixed, replay_texts
 from kappatune_plugin.scanning.gain import GAIN
 from kappatune_plugin.study.method_configs import Pool
+from kappatune_plugin.study.methods import Method
 from kappatune_plugin.tuner.what_to_train import full_report
 from kappatune_plugin.weights.fingerprint import base_hash
+from kappatune_plugin.weights.quantized import quantization_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -56,6 +61,7 @@ class Bench:
         probe: what is measured; task_text: the token ids of test prompts with their right completions.
         pool: what may be trained.
         hashes: fingerprints of the base's weights and of the data.
+        rows: how many rows of the task `train` was made of, before packing.
     """
 
     path: Path
@@ -69,6 +75,7 @@ class Bench:
     task_text: list[list[int]]
     pool: Pool
     hashes: dict[str, str]
+    rows: int
 
     @classmethod
     def load(
@@ -115,6 +122,7 @@ class Bench:
             blocks(tokenizer, texts, recipe.forgetting.max_length) if texts else [],
             Pool.of(report, recipe.kappatune.budget, recipe.kappatune.rank_by),
             hashes,
+            len(learned),
         )
 
     def arguments(self, learning_rate: float, seed: int, output_dir: Path) -> "SFTConfig":
@@ -123,6 +131,23 @@ class Bench:
         args = load_recipe(self.path, [*self.overrides, *_flags({**SETTINGS, **changes})]).training_args
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         return args
+
+    def replay(self, method: Method) -> ReplayConfig | None:
+        """What is mixed into the rows of `method`: its own share, or what the recipe says."""
+        if method.replay is None or self.recipe.replay is None:
+            return ReplayConfig(share=method.replay) if method.replay else self.recipe.replay
+        return self.recipe.replay.model_copy(update={"share": method.replay}) if method.replay else None
+
+    def replayed(self, replay: ReplayConfig) -> tuple["Dataset", "Dataset"]:
+        """The training rows with the texts of `replay` between them, and those texts alone, prepared likewise."""
+        args, moves, here = self.recipe.training_args, quantization_of(self.base) is None, self.base.device
+        if moves:
+            self.base.to(args.device)
+        limits, count = (args.max_length, self.recipe.folder), replay.texts(self.rows)
+        texts = replay_texts(replay, count, self.base, self.hashes["base"], self.tokenizer, *limits)
+        if moves:
+            self.base.to(here)
+        return mixed(self.train, texts, args)
 
     def measure(self, model: "nn.Module", quick: bool = False) -> dict[str, float]:
         """`ForgettingProbe.measure`, and KL(base || model) per token on each control and on the task's text.
@@ -196,6 +221,8 @@ def _prepared(
 
     # a copy: TRL wraps the forward of the model that it gets, and the wrapping would follow the copies of the base
     trainer = SFTTrainer(copy.deepcopy(base), recipe.training_args, train_dataset=train, eval_dataset=held_out)
+    if not recipe.end_token:
+        leave_out_end_token(trainer)
     return trainer.processing_class, trainer.train_dataset, trainer.eval_dataset
 
 

@@ -40,7 +40,7 @@ def compare(bench: Bench, methods: Sequence[Method], settings: Settings, output_
     with tqdm(total=planned, desc="runs", unit="run") as bar:
         runner = _Runner(bench, settings, store, bar)
         tried = [runner.best(method) for method in methods]
-        _check_order(tried)
+        _check_order(bench, tried)
         target = settings.target_loss if settings.target_loss is not None else _common_target(tried, settings.smooth)
         bar.total += len(methods) * len(settings.seeds)
         tried = [runner.at_target(each, target) for each in tried]
@@ -117,7 +117,8 @@ class _Runner:
         every = self.settings.every
         identity = {
             **self._identity,
-            "method": asdict(method),
+            # runs of before this could be set are still these runs
+            "method": {key: value for key, value in asdict(method).items() if (key, value) != ("replay", None)},
             "learning_rate": rate,
             "seed": seed,
             "every": None if stop_at else every,
@@ -156,8 +157,12 @@ def _common_target(tried: Iterable[Tried], window: int) -> float | None:
     return max(finite, default=None)
 
 
-def _check_order(tried: Sequence[Tried]) -> None:
-    for first, *others in zip(*(each.runs for each in tried), strict=True):
+def _check_order(bench: Bench, tried: Sequence[Tried]) -> None:
+    # with other text mixed in, batches are others
+    alike: dict[str, list[Tried]] = {}
+    for each in tried:
+        alike.setdefault(str(bench.replay(each.method)), []).append(each)
+    for first, *others in (runs for group in alike.values() for runs in zip(*(one.runs for one in group), strict=True)):
         # runs may be of different lengths
         pairs = [pair for run in others for pair in zip(first["order"], run["order"], strict=False)]
         if any(one != other for one, other in pairs):

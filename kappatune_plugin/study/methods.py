@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from kappatune_plugin.checks import did_you_mean
+from kappatune_plugin.checks import did_you_mean, is_number
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.schema import expectations, read
 from kappatune_plugin.selection.ranking import ORDERS
@@ -36,6 +36,7 @@ class Method:
         part: "mlp" or "attention" to train (or adapt) in these weights only; "per_type" for a budget that is divided
             over the types of matrix; None for no restriction.
         settings: of KappaTuneConfig, or of the PEFT method's config.
+        replay: share of the rows that is text mixed in, as `data.replay.share`; 0 for none, None for the recipe's.
     """
 
     name: str
@@ -43,13 +44,15 @@ class Method:
     base: str
     part: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    replay: float | None = None
 
 
 def parse_methods(text: str) -> list[Method]:
     """The methods in "lowest,lora:r=8,lowest:rank_by=log_volume".
 
     A name is an order (lowest, highest, random, shape_matched_random), a method that PEFT has registered, or full. An
-    order may end in _per_type; all but full may end in _mlp or _attention. `:key=value` sets something, as YAML.
+    order may end in _per_type; all but full may end in _mlp or _attention. `:key=value` sets something, as YAML;
+    `:replay=0.25`, of every method, mixes in text that the base writes.
 
     Raises:
         KappaTuneError: unknown names or settings, or a method that is there twice; all in one message.
@@ -85,15 +88,18 @@ def peft_methods() -> dict[str, type]:
 def _parse(word: str) -> Method:
     name, *assignments = word.split(":")
     settings = dict(_setting(word, each) for each in _joined(assignments))
+    replay = settings.pop("replay", None)
+    if replay is not None and not (is_number(replay) and 0 <= replay < 1):
+        raise KappaTuneError(f"{word}: replay is {replay!r}, and takes a share of the rows, from 0 to below 1.")
     base, part = _without_part(ALIASES.get(name, name))
     known = peft_methods()
     if name == "full":
         _refuse_unknown(word, settings, ())
-        return Method(word, "full", "full")
+        return Method(word, "full", "full", replay=replay)
     if base in ORDERS:
-        return Method(word, "kappatune", base, part, _kappatune_settings(word, settings))
+        return Method(word, "kappatune", base, part, _kappatune_settings(word, settings), replay)
     if base in known and part != PER_TYPE:
-        return Method(word, "peft", base, part, _peft_settings(word, settings, known[base]))
+        return Method(word, "peft", base, part, _peft_settings(word, settings, known[base]), replay)
     names = [*ORDERS, *ALIASES, *(f"{order}_{part}" for order in ORDERS for part in (*PARTS, PER_TYPE)), "full"]
     names += [f"{each}{ending}" for each in known for ending in ("", *(f"_{part}" for part in PARTS))]
     there_are = (
@@ -130,7 +136,7 @@ def _refuse_unknown(word: str, settings: Iterable[str], known: Iterable[str]) ->
     known = list(known)
     for key in settings:
         if key not in known:
-            takes = f" It takes {', '.join(known)}." if known else " It takes none."
+            takes = f" It takes {', '.join([*known, 'replay'])}."
             raise KappaTuneError(f"'{word}' has no setting '{key}'.{did_you_mean(key, known) or takes}")
 
 

@@ -3,6 +3,7 @@
 import copy
 import gc
 import hashlib
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,11 +19,13 @@ from transformers.utils import logging as transformers_logging
 
 from kappatune_plugin.forgetting.measures import base_in_place
 from kappatune_plugin.forgetting.report import finite_or_none
+from kappatune_plugin.run.end_token import IGNORED
 from kappatune_plugin.study.method_configs import arm_config, peft_refusals
 from kappatune_plugin.study.methods import Method
 from kappatune_plugin.study.summary import first_crossing, smoothed
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from trl import SFTTrainer
 
     from kappatune_plugin.study.bench import Bench
@@ -48,10 +51,10 @@ def train_run(
         stop_at_crossing: end there.
 
     Returns:
-        "losses" after each step (None where not finite), "points" ({"step", and `Bench.measure`}), "at_target" (a
-        point, or None), "validation_loss" (of whole runs), "order" (a fingerprint of each training batch), "trainable"
-        (parameters), "training_bytes" (their gradients and the optimizer's state), "peak_bytes" (of a GPU; None
-        without), "seconds" (training alone).
+        "losses" after each step (None where not finite; of the task's tokens where text is mixed in), "points"
+        ({"step", and `Bench.measure`}), "at_target" (a point, or None), "validation_loss" (of whole runs), "order" (a
+        fingerprint of each training batch), "trainable" (parameters), "training_bytes" (their gradients and the
+        optimizer's state), "peak_bytes" (of a GPU; None without), "seconds" (training alone).
 
     Raises:
         KappaTuneError: the method can't be applied to this model.
@@ -59,10 +62,14 @@ def train_run(
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with TemporaryDirectory() as folder, _quiet():
-        trainer = _trainer(bench, method, learning_rate, seed, Path(folder))
+        replay = bench.replay(method)
+        rows, texts = (bench.train, None) if replay is None else bench.replayed(replay)
+        trainer = _trainer(bench, rows, method, learning_rate, seed, Path(folder))
         order = _BatchOrder(trainer.data_collator)
         trainer.data_collator = order
         course = _Course(bench, every, stop_at, crossing, stop_at_crossing)
+        if texts is not None:
+            course.task_loss = _TaskLoss(trainer, texts)
         trainer.add_callback(course)
         trainer.train()
         steps = trainer.state.global_step
@@ -86,7 +93,9 @@ def train_run(
     return record
 
 
-def _trainer(bench: "Bench", method: Method, learning_rate: float, seed: int, folder: Path) -> "SFTTrainer":
+def _trainer(
+    bench: "Bench", rows: "Dataset", method: Method, learning_rate: float, seed: int, folder: Path
+) -> "SFTTrainer":
     from trl import SFTTrainer
 
     args = bench.arguments(learning_rate, seed, folder)
@@ -100,7 +109,7 @@ def _trainer(bench: "Bench", method: Method, learning_rate: float, seed: int, fo
         trainer = SFTTrainer(
             model=model,
             args=args,
-            train_dataset=bench.train,
+            train_dataset=rows,
             eval_dataset=bench.validation,
             processing_class=bench.tokenizer,
             peft_config=config,
@@ -136,6 +145,7 @@ class _Course(TrainerCallback):
         self.losses: list[float | None] = []
         self.points: list[dict[str, float | None]] = []
         self.at_target: dict[str, float | None] | None = None
+        self.task_loss: _TaskLoss | None = None
         self.seconds, self._started = 0.0, 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -161,7 +171,8 @@ class _Course(TrainerCallback):
         """Called after `on_step_end`, before the next step."""
         if "loss" not in (logs or {}):
             return
-        self.losses.append(finite_or_none(float(logs["loss"])))
+        loss = float(logs["loss"])
+        self.losses.append(finite_or_none(loss if self.task_loss is None else self.task_loss.of_step(loss)))
         if self.crossing and self.at_target is None:
             window, target = self.crossing
             if first_crossing(smoothed(self.losses, window), target) == len(self.losses):
@@ -171,6 +182,57 @@ class _Course(TrainerCallback):
     def _measured(self, model: nn.Module, step: int, quick: bool = False) -> dict[str, float | None]:
         measured = self.bench.measure(model, quick)
         return {"step": step, **{key: finite_or_none(value) for key, value in measured.items()}}
+
+
+class _TaskLoss:
+    """The task's part of a trainer's loss: methods are compared at the same one, with text mixed in and without.
+
+    Each batch carries the labels of its task rows beside all labels; hooks on the model take both means.
+    """
+
+    def __init__(self, trainer: "SFTTrainer", texts: "Dataset") -> None:
+        self.texts = {tuple(ids) for ids in texts["input_ids"]}
+        self._collator, self._labels = trainer.data_collator, None
+        self._all, self._task = [0.0, 0], [0.0, 0]
+        self._last = math.nan
+        trainer.data_collator = self._collated
+        trainer.model.register_forward_pre_hook(self._take_labels, with_kwargs=True)
+        trainer.model.register_forward_hook(self._add, with_kwargs=True)
+
+    def of_step(self, loss: float) -> float:
+        """The loss of the step just made with the mean of the task's tokens in the place of that of all.
+
+        What a loss has beside these means (the balancing of experts) stays. A step without a row of the task repeats
+        the last one's.
+        """
+        if self._task[1]:
+            self._last = loss - self._all[0] / self._all[1] + self._task[0] / self._task[1]
+        self._all, self._task = [0.0, 0], [0.0, 0]
+        return self._last
+
+    def _collated(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self._collator(rows)
+        return {**batch, "task_labels": self._collator([self._masked(row) for row in rows])["labels"]}
+
+    def _masked(self, row: dict[str, Any]) -> dict[str, Any]:
+        ids = row["input_ids"]
+        return {**row, "labels": [IGNORED] * len(ids) if tuple(ids) in self.texts else row.get("labels", ids)}
+
+    def _take_labels(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        self._labels = kwargs.get("task_labels")
+        return args, {key: value for key, value in kwargs.items() if key != "task_labels"}
+
+    def _add(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if self._labels is None or not model.training:
+            return
+        labels = kwargs["labels"][:, 1:]
+        nats = getattr(output, "log_probs", None)
+        if nats is None:
+            logits = output.logits[:, :-1].float().transpose(1, 2)
+            nats = -nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+        for total, of in ((self._all, labels), (self._task, self._labels[:, 1:])):
+            total[0] -= nats.detach()[of != IGNORED].double().sum().item()
+            total[1] += int((of != IGNORED).sum())
 
 
 class _BatchOrder:

@@ -30,8 +30,10 @@ import kappatune_plugin
 from helpers.recipes import known
 from helpers.tiny import tiny_tokenizer
 from kappatune_plugin import KappaTuneConfig, KappaTuneError
+from kappatune_plugin.data.replay import ReplayConfig
 from kappatune_plugin.distributed import lost_ranks as watch
 from kappatune_plugin.distributed import ranks, shards
+from kappatune_plugin.run import replay
 from kappatune_plugin.scanning import measure
 from kappatune_plugin.tuner.model import MASTER
 from kappatune_plugin.weights import model_source as sources
@@ -345,3 +347,18 @@ def gather_peak(mode: str, rows: int, columns: int) -> tuple[float, list[float]]
         peaks.append(held() - before)
         del load
     return rows * columns * 4, peaks
+
+
+def write_replay(model: str, output: str, cache: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Training with text that the base writes: its rows, how many batches this rank wrote, the losses."""
+    os.environ["KAPPATUNE_CACHE"] = cache
+    wrote, real = [], replay.sample_base
+    replay.sample_base = lambda *given: wrote.append(given) or real(*given)
+    one = make_trainer("ddp", model, output, {"k": 5, "task_type": "CAUSAL_LM"}, max_steps=2)
+    replay.mix_replay(ReplayConfig(**settings), one, len(TEXTS))
+    one.train()
+    return {
+        "rows": one.train_dataset["input_ids"][:],
+        "batches": len(wrote),
+        "losses": [entry["loss"] for entry in one.state.log_history if "loss" in entry],
+    }

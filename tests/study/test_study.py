@@ -104,7 +104,7 @@ def test_methods_by_name():
         ("lowest:order=highest", ["no setting 'order'", "rank_by"]),
         ("lowest:rank_by=kapa", ["rank_by", "kapa"]),
         ("lowest:k=0", ["lowest:k=0", "nothing"]),
-        ("full:r=2", ["no setting 'r'", "takes none"]),
+        ("full:r=2", ["no setting 'r'", "takes replay"]),
         ("lora:r", ["sets nothing"]),
         ("lora_per_type", ["'lora_per_type' is no method"]),
         ("lowest,lowest", ["twice"]),
