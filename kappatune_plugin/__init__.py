@@ -1,17 +1,25 @@
 """KappaTune as a plugin: fine-tune only the weight matrices of lowest condition number (arXiv 2506.16289).
 
-Importing this package registers the method `kappatune` with PEFT.
+Importing this package registers the method `kappatune` with PEFT: now if PEFT is imported already, else as soon as it
+is. What is heavy (torch, transformers, PEFT) is imported by the first use of a public name.
 """
 
-from kappatune_plugin.condition.kappa import Kappa
-from kappatune_plugin.condition.number import condition_number
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from wrapt import when_imported
+
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.scanning.scan import scan
-from kappatune_plugin.selection.report import KappaReport
-from kappatune_plugin.selection.selection import Selection, select
-from kappatune_plugin.tuner.config import KappaTuneConfig
-from kappatune_plugin.tuner.model import KappaTuneModel
 from kappatune_plugin.version import __version__
+
+if TYPE_CHECKING:
+    from kappatune_plugin.condition.kappa import Kappa
+    from kappatune_plugin.condition.number import condition_number
+    from kappatune_plugin.scanning.scan import scan
+    from kappatune_plugin.selection.report import KappaReport
+    from kappatune_plugin.selection.selection import Selection, select
+    from kappatune_plugin.tuner.config import KappaTuneConfig
+    from kappatune_plugin.tuner.model import KappaTuneModel
 
 __all__ = [
     "Kappa",
@@ -25,3 +33,30 @@ __all__ = [
     "scan",
     "select",
 ]
+
+_WHERE = {
+    "Kappa": "condition.kappa",
+    "KappaReport": "selection.report",
+    "KappaTuneConfig": "tuner.config",
+    "KappaTuneModel": "tuner.model",
+    "Selection": "selection.selection",
+    "condition_number": "condition.number",
+    "scan": "scanning.scan",
+    "select": "selection.selection",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+@when_imported("peft")
+def _register(peft: Any) -> None:
+    # the module registers its classes
+    import_module(f"{__name__}.tuner.model")

@@ -4,3 +4,6 @@ A model and a KappaTuneConfig go in, a PeftModel comes out whose selected weight
 `what_to_train` decides which, `slice_gradients` binds them, `trainer_hooks` follows the optimizer, `adapter_folder` and
 `saved_selection` know what lies on disk, `merge` makes a plain checkpoint.
 """
+
+# first, since the method is registered as soon as PEFT is imported, which needs this room's modules
+import peft  # noqa: F401
