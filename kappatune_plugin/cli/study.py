@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from kappatune_plugin.cli.app import TAKES_MORE, app, clean_errors
-from kappatune_plugin.study.methods import DEFAULT_METHODS
+from kappatune_plugin.study import DEFAULT_METHODS
 
 METHODS_HELP = (
     "Separated by commas: full, an order of KappaTune (lowest, random, ...; also with _mlp, _attention or _per_type), "

@@ -3,3 +3,7 @@
 `methods` reads what to compare, `method_configs` makes PEFT configs of it, `bench` holds what all runs share,
 `training` trains one run, `compare` all of them; `summary`, `tables` and `plots` show the results.
 """
+
+DEFAULT_METHODS = (
+    "lowest,highest,random,shape_matched_random,lowest_mlp,random_mlp,attention_only,lora,lora_mlp,osf,full"
+)

@@ -12,11 +12,9 @@ from kappatune_plugin.checks import did_you_mean, is_number
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.schema import expectations, read
 from kappatune_plugin.selection.ranking import ORDERS
+from kappatune_plugin.study import DEFAULT_METHODS
 from kappatune_plugin.tuner.config import KappaTuneSettings
 
-DEFAULT_METHODS = (
-    "lowest,highest,random,shape_matched_random,lowest_mlp,random_mlp,attention_only,lora,lora_mlp,osf,full"
-)
 ALIASES = {"attention_only": "lowest_attention"}
 PARTS = ("mlp", "attention")
 PER_TYPE = "per_type"
