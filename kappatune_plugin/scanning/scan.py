@@ -69,6 +69,10 @@ def scan(
     kept, left_out = filter_units(source.units, include, exclude, source.parameters)
     if not kept:
         raise KappaTuneError(_nothing_left(source.units, source.parameters, include, exclude))
+    if budget is not None and budget.kind == "count" and budget.value > len(kept):
+        raise KappaTuneError(
+            f"k = {budget} is more than there is: `include` and `exclude` leave {len(kept)} matrices of the model."
+        )
     store = Cache(cache_folder() if cache else None)
     identity = source.identity() if cache else None
     base = {"name": source.name, "hash": _recall(source, store, identity)}

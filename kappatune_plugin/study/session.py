@@ -1,5 +1,6 @@
 """The commands `kappatune compare` and `kappatune sweep`: load, run, write, show."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,9 +136,12 @@ def _rates(text: str | None, recipes: float, grid: Sequence[float]) -> tuple[flo
     if text is None:
         return tuple(recipes if factor == 1 else float(f"{factor * recipes:.2g}") for factor in grid)
     try:
-        return tuple(sorted({float(each) for each in text.split(",")}))
+        rates = sorted({float(each) for each in text.split(",")})
     except ValueError as error:
         raise KappaTuneError(f"learning_rates: '{text}' are not numbers. Write 3e-4,1e-3,3e-3.") from error
+    if not all(math.isfinite(rate) and rate > 0 for rate in rates):
+        raise KappaTuneError(f"learning_rates: '{text}' are not all above 0 and finite. Write 3e-4,1e-3,3e-3.")
+    return tuple(rates)
 
 
 def _has_controls(content: Mapping[str, Any]) -> bool:

@@ -2,7 +2,6 @@
 
 import difflib
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +78,7 @@ class Conversion:
         if new.exists():
             raise KappaTuneError(f"{new} is there already. Move it away, or give another place with --output.")
         if not path:
-            shutil.copy2(self.path, kept)
+            write_text(kept, self.before)
         write_text(target, self.after)
         return target
 
@@ -105,8 +104,9 @@ def convert_recipe(
     if match not in MATCHES:
         raise KappaTuneError(f"--match {match} is none of {', '.join(MATCHES)}.")
     content, problems = read_yaml(path)
+    problems += [f"{key!r} is no name of a key." for key in content if not isinstance(key, str)]
     if problems:
-        raise KappaTuneError("\n  - ".join([f"Recipe {path} has keys twice:", *problems]))
+        raise KappaTuneError("\n  - ".join([f"Recipe {path} can't be converted:", *problems]))
     if content.get("adapter") == NAME or any(str(key).startswith(NAME) for key in content):
         raise KappaTuneError(f"{path} is a KappaTune recipe already.")
     kind = toolkit_of(content, toolkit)
@@ -258,10 +258,11 @@ def _restriction(options: Mapping[str, Any]) -> list[str]:
 
 def _other_trainer(content: Mapping[str, Any]) -> list[str]:
     from kappatune_plugin.recipe.text import BLOCKS
-    from kappatune_plugin.recipe.trl_keys import trl_keys
+    from kappatune_plugin.recipe.trl_keys import OVERWRITE, trl_keys
 
-    unknown = [key for key in content if key not in trl_keys() and key not in BLOCKS and TRL.reason(key) is None]
-    notes = [f"{key}: {gone}." for key in unknown if (gone := gone_key(key))]
+    known = {*trl_keys(), *BLOCKS, OVERWRITE}
+    unknown = [key for key in content if key not in known and TRL.reason(key) is None]
+    notes = [f"{key}: {gone}." for key in unknown if (gone := gone_key(key, content[key]))]
     unknown = [key for key in unknown if gone_key(key) is None]
     if unknown:
         notes.append(

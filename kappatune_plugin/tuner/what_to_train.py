@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from kappatune_plugin.checks import did_you_mean
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.scanning.scan import scan
 from kappatune_plugin.selection.budget import parse_budget
@@ -77,6 +78,18 @@ def given_selection(config: KappaTuneConfig) -> Selection | None:
     if config.k is not None and config.budget != parse_budget(given.k):
         raise KappaTuneError(f"k is {config.k!r} but the selection was made with k = {given.k!r}: remove one of them.")
     return given
+
+
+def check_modules_to_save(config: KappaTuneConfig, model: nn.Module) -> None:
+    """Raise KappaTuneError if `modules_to_save` names what isn't in `model`: PEFT ignores it."""
+    names = [name for name, _ in model.named_modules()]
+    missing = [
+        each for each in config.modules_to_save or () if not any(f".{name}".endswith(f".{each}") for name in names)
+    ]
+    if missing:
+        known = sorted({name.rpartition(".")[2] for name in names} - {""})
+        hint = did_you_mean(missing[0], known)
+        raise KappaTuneError(f"modules_to_save: the model has no module {', '.join(missing)}.{hint}")
 
 
 def selected_units(
