@@ -152,6 +152,16 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
+def as_umask_says(folder: Path) -> None:
+    """Give the files in `folder` the permissions of new files: safetensors makes its own private."""
+    # there is no other way to ask for it
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for path in folder.iterdir():
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
+
+
 @contextmanager
 def alone(folder: Path, what: str) -> Iterator[None]:
     """Keep other processes from working in `folder` while the block runs; the lock of a killed process is free.

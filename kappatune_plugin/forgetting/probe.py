@@ -98,7 +98,7 @@ class ForgettingProbe:
         if harness is not None:
             from kappatune_plugin.forgetting.harness import check_harness
 
-            check_harness(**harness)
+            check_harness(harness["tasks"], harness.get("include_path"))
         truncate = config.long_texts == "truncate"
         controls = {
             name: sample_base(model, tokenizer, config.samples, config.max_length, config.seed, config.batch_size)

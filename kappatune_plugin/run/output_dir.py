@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.files import check_replaceable, check_writable, opening
+from kappatune_plugin.files import as_umask_says, check_replaceable, check_writable, opening
 from kappatune_plugin.tuner.adapter_folder import ADAPTER, ADAPTER_CONFIG
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -34,10 +34,10 @@ def check_output_dir(output_dir: Path, model: str, resumes: bool, overwrite: boo
         KappaTuneError: it can't be written, is the model's own folder, holds files of somebody else under names that a
             run writes, or an earlier run that neither is resumed nor may be overwritten.
     """
-    if Path(model).is_dir() and output_dir.resolve() == Path(model).resolve():
-        raise KappaTuneError(f"output_dir '{output_dir}' is the base model's own folder. Give another one.")
     for name, begins in OPENINGS.items():
         check_replaceable(output_dir / name, begins)
+    if os.path.isdir(model) and output_dir.resolve() == Path(model).resolve():
+        raise KappaTuneError(f"output_dir '{output_dir}' is the base model's own folder. Give another one.")
     check_writable(output_dir)
     if resumes or overwrite:
         return
@@ -76,6 +76,7 @@ def staging(output_dir: Path) -> Path:
 
 def publish(folder: Path, output_dir: Path) -> None:
     """Move all files of `folder` into `output_dir`, over those of the same names, each in one step; values first."""
+    as_umask_says(folder)
     for path in sorted(folder.iterdir(), key=lambda path: path.name == ADAPTER_CONFIG):
         os.replace(path, output_dir / path.name)
     folder.rmdir()

@@ -10,9 +10,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from kappatune_plugin.compat import newer_tokenizer
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.files import alone
+from kappatune_plugin.files import alone, as_umask_says
 from kappatune_plugin.tuner.adapter_folder import adapter_config, check_adapter, load_adapter
 from kappatune_plugin.weights.quantized import whole_model
 
@@ -79,14 +81,14 @@ def merge_adapter(
 
 
 def _check_free(output_dir: Path, sources: list[Path], overwrite: bool) -> None:
+    if os.path.lexists(output_dir) and not output_dir.is_dir():
+        raise KappaTuneError(f"output_dir '{output_dir}' is no folder. Give another name.")
     for source in sources:
         if output_dir.resolve() == source.resolve():
             raise KappaTuneError(f"output_dir '{output_dir}' is what is merged. Give another folder.")
         # a hub name is no folder, though it reads like one
         if source.exists() and output_dir.resolve() in source.resolve().parents:
             raise KappaTuneError(f"output_dir '{output_dir}' holds '{source}', which is merged. Give another folder.")
-    if os.path.lexists(output_dir) and not output_dir.is_dir():
-        raise KappaTuneError(f"output_dir '{output_dir}' is no folder. Give another name.")
     found = [path.name for path in _files(output_dir)]
     if found and not overwrite:
         raise KappaTuneError(f"output_dir '{output_dir}' is not empty. Give another folder, or add --overwrite.")
@@ -180,13 +182,15 @@ def _staging(output_dir: Path) -> Iterator[Path]:
         (folder / "model").mkdir(parents=True)
         with alone(folder, "merge"):
             yield folder / "model"
-    except OSError as error:
-        raise KappaTuneError(f"Can't write '{output_dir}': {error.strerror}. Choose another folder.") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise KappaTuneError(f"Can't write '{output_dir}': {reason}. Choose another folder.") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _publish(folder: Path, output_dir: Path) -> None:
+    as_umask_says(folder)
     if not output_dir.is_dir():
         os.replace(folder, output_dir)
         return

@@ -7,6 +7,7 @@ from helpers.recipes import tiny_recipe, write_recipe
 from kappatune_plugin import KappaTuneError
 from kappatune_plugin.recipe.recipe import load_recipe
 from kappatune_plugin.recipe.trl_keys import GONE_KEYS, trl_keys
+from kappatune_plugin.selection.budget import parse_budget
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
 
@@ -275,3 +276,15 @@ def test_env_is_set_and_secrets_are_not_written(load, monkeypatch):
     assert "abc" not in str(written) and "env" not in written and "hub_token" not in written
     assert written["eos_token"] == "<eos>" and written["model_init_kwargs"] == {"max_memory": {"cpu": "1GB"}}
     assert written["data"] == {"train": {"path": "rows"}, "test": {"path": "https://...@example.org/rows.jsonl"}}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("run_name: 2024-02-30", "isn't YAML"), ("max_steps: .inf", "max_steps: expected a whole number, found inf")],
+)
+def test_values_that_no_python_object_holds(tmp_path, text, words):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(KappaTuneError, match=words):
+        load_recipe(tmp_path / "recipe.yaml")
+    with pytest.raises(KappaTuneError, match="is no budget"):
+        parse_budget("9" * 5000)

@@ -198,7 +198,7 @@ def test_the_summary_has_a_row_a_type_and_says_what_was_taken():
         "mlp.experts.*.gate_proj",
     ]
     assert rows[1][-6:] == ["1", "in", "1", "of", "12", "layers"]
-    assert rows[2][1:6] == ["96", "32x64", "10.0", "13.0", "17.0"]
+    assert rows[2][1:6] == ["96", "32x64", "10.0", "14.0", "17.0"]
     assert rows[2][-9:] == ["1", "zero", "*", "2", "in", "1", "of", "12", "layers"]
     assert "trained are" not in text
     routers = [f"model.layers.{layer}.mlp.gate.weight" for layer in range(12)]
