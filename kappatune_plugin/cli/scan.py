@@ -52,8 +52,8 @@ def scan(
     if plot is not None:
         from kappatune_plugin.selection.plot import PICTURE, check_format
 
-        check_format(plot)
         check_output(plot, PICTURE)
+        check_format(plot)
     ranks.join()
     report = scan_model(
         model,
@@ -62,6 +62,7 @@ def scan(
         trust_remote_code=trust_remote_code,
         cache=not no_cache,
         k=None if full or plot else wanted,
+        refuse_more=k is not None and not (full or plot),
         rank_by=rank_by,
     )
     if ranks.rank() > 0:

@@ -42,7 +42,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise KappaTuneError(f"Can't read the recipe {path}: {reason}. Give the path of a YAML file.") from error
     try:

@@ -36,6 +36,7 @@ def scan(
     rank_by: str = "kappa",
     seed: int = 0,
     scan_from: str | os.PathLike | None = None,
+    refuse_more: bool = False,
 ) -> KappaReport:
     """Measure every weight matrix of a model that `include` and `exclude` leave.
 
@@ -52,11 +53,12 @@ def scan(
         rtol: relative width of the interval of kappa, see `condition_number`.
         progress: show a bar on stderr.
         trust_remote_code: let transformers run code that comes with the model.
-        cache: use results of earlier scans, and keep those of this one; see `cache`.
-        k, order, rank_by, seed: what will be selected (see `select`); with k of None everything is measured. rank_by
-            "snr" also measures that score.
-        scan_from: a folder or hub name of the same model, unquantized, whose values are measured instead. The report's
-            `dtype` says so; its `base` stays the model.
+        cache: use what earlier scans found, and keep what this one finds; see `cache`.
+        k, order, rank_by, seed: what will be selected (see `select`); k of None measures everything. rank_by "snr"
+            also measures that.
+        scan_from: a folder or hub name with the same model unquantized, whose values are measured in place of its
+            own. The report's `dtype` says what was measured, its `base` is the model.
+        refuse_more: a number `k` above that of the matrices is an error, before any is measured.
 
     Raises:
         KappaTuneError: the model can't be loaded, a pattern matches nothing, no weight matrix is left, or `rank_by`
@@ -69,7 +71,7 @@ def scan(
     kept, left_out = filter_units(source.units, include, exclude, source.parameters)
     if not kept:
         raise KappaTuneError(_nothing_left(source.units, source.parameters, include, exclude))
-    if budget is not None and budget.kind == "count" and budget.value > len(kept):
+    if refuse_more and budget.kind == "count" and budget.value > len(kept):
         raise KappaTuneError(
             f"k = {budget} is more than there is: `include` and `exclude` leave {len(kept)} matrices of the model."
         )

@@ -10,6 +10,7 @@ from kappatune_plugin.console import console, number
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.files import check_writable, write_json
 from kappatune_plugin.recipe.recipe import load_recipe
+from kappatune_plugin.run.train import setting_problem
 from kappatune_plugin.selection.budget import budget, parse_budget
 from kappatune_plugin.study.bench import Bench
 from kappatune_plugin.study.compare import compare
@@ -101,6 +102,8 @@ def sweep_session(asked: Asked, budgets: str) -> dict[str, Any]:
 
 def _prepare(asked: Asked, grid: Sequence[float], what: str, ranks: Sequence[str] = ()) -> tuple[Bench, Settings, Path]:
     args = load_recipe(asked.config, asked.overrides).training_args
+    if problem := setting_problem(args):
+        raise KappaTuneError(problem)
     rates = _rates(asked.learning_rates, args.learning_rate, grid)
     seeds = tuple(range(args.seed, args.seed + asked.seeds))
     every = 1 if asked.every is None else asked.every

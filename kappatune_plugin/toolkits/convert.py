@@ -75,8 +75,10 @@ class Conversion:
         target = Path(path or self.path)
         kept = self.path.with_suffix(f".lora{self.path.suffix}")
         new = target if path else kept
-        if new.exists():
+        if os.path.lexists(new):
             raise KappaTuneError(f"{new} is there already. Move it away, or give another place with --output.")
+        if target.is_symlink():
+            raise KappaTuneError(f"{target} is a link, which would be replaced. Give the file that it leads to.")
         if not path:
             write_text(kept, self.before)
         write_text(target, self.after)
@@ -104,9 +106,10 @@ def convert_recipe(
     if match not in MATCHES:
         raise KappaTuneError(f"--match {match} is none of {', '.join(MATCHES)}.")
     content, problems = read_yaml(path)
-    problems += [f"{key!r} is no name of a key." for key in content if not isinstance(key, str)]
     if problems:
-        raise KappaTuneError("\n  - ".join([f"Recipe {path} can't be converted:", *problems]))
+        raise KappaTuneError("\n  - ".join([f"Recipe {path} has keys twice:", *problems]))
+    if numbers := [key for key in content if not isinstance(key, str)]:
+        raise KappaTuneError(f"Recipe {path} has the key {numbers[0]!r}; keys are names. Delete it.")
     if content.get("adapter") == NAME or any(str(key).startswith(NAME) for key in content):
         raise KappaTuneError(f"{path} is a KappaTune recipe already.")
     kind = toolkit_of(content, toolkit)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.tuner.register import NAME
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -88,10 +89,13 @@ def _check_that_it_fits(tuned: "PeftModel", adapter: Path) -> None:
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
 
+    if tuned.active_peft_config.peft_type.value == NAME.upper():
+        # checked when it was loaded
+        return
     with safe_open(adapter / ADAPTER, "pt") as file:
         there = set(file.keys())
     here = set(get_peft_model_state_dict(tuned))
-    if tuned.active_peft_config.peft_type.value != "KAPPATUNE" and not there & here:
+    if not there & here:
         raise KappaTuneError(
             f"The adapter '{adapter}' is of another model: none of its {len(there)} tensors, such as {min(there)}, has "
             f"a place in this one ({min(here, default='it has no adapter')}). Give the base it was trained on."

@@ -56,7 +56,7 @@ def full_report(
 def report_for_selection(config: KappaTuneConfig, model: nn.Module, base_hash: str) -> KappaReport:
     """The given report, or a scan that finds out as much as the config's selection needs."""
     wanted = {key: getattr(config, key) for key in ("order", "rank_by", "seed", "scan_from")}
-    return given_report(config, base_hash) or scan_for(config, model, k=config.budget, **wanted)
+    return given_report(config, base_hash) or scan_for(config, model, k=config.budget, refuse_more=True, **wanted)
 
 
 def selection_from(report: KappaReport, config: KappaTuneConfig) -> Selection:

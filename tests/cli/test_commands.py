@@ -145,8 +145,14 @@ def test_merge_replaces_only_when_told_to(run, tmp_path):
     (target / "mine.txt").write_text("keep")
     code, _, errors = kappatune("merge", run, "--output_dir", target)
     assert code == 2 and "--overwrite" in errors and (target / "mine.txt").read_text() == "keep"
-    code, _, _ = kappatune("merge", run, "--output_dir", target, "--overwrite")
-    assert code == 0 and not (target / "mine.txt").exists() and (target / "config.json").exists()
+    code, _, errors = kappatune("merge", run, "--output_dir", target, "--overwrite")
+    assert code == 2 and "such as mine.txt" in errors and (target / "mine.txt").read_text() == "keep"
+    (target / "mine.txt").unlink()
+    assert kappatune("merge", run, "--output_dir", target)[0] == 0
+    (target / "config.json").write_text("{}")
+    (target / "model-00009-of-00009.safetensors").write_text("of an older one")
+    assert kappatune("merge", run, "--output_dir", target, "--overwrite")[0] == 0
+    assert "olmoe" in (target / "config.json").read_text() and not list(target.glob("model-0*"))
 
 
 def test_a_merge_that_fails_leaves_what_was_there(run, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers.recipes import write_rows
+from helpers.recipes import tiny_recipe, write_recipe, write_rows
 from helpers.tiny import tiny_model, tiny_tokenizer
 from helpers.training import train as train_tiny
 from kappatune_plugin import KappaTuneError
@@ -240,3 +240,26 @@ def test_kills_at_any_time_damage_nothing(finished, tmp_path):
         assert found == whole or "config.json" not in found
     merge_adapter(finished / "out", tmp_path / "merged", overwrite=True)
     assert contents(tmp_path / "merged") == whole
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(saved_olmoe, tmp_path):
+    """kill -9 at growing times; each start resumes what is there, also when only the last measurement was missing."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir(), parts.mkdir()
+    changes = {"save_steps": 1, "max_steps": 4}
+    train(whole, saved_olmoe, **changes)
+    recipe = write_recipe(parts / "recipe.yaml", tiny_recipe(parts, saved_olmoe, **{**SETTINGS, **changes}))
+    command = [sys.executable, "-m", "kappatune_plugin", "sft", "--config", str(recipe)]
+    for seconds in (14, 16, 18, 20, 22, 600):
+        found = list((parts / "out").glob("checkpoint-*/trainer_state.json"))
+        words = ["--resume_from_checkpoint", "true"] if found else ["--overwrite_output_dir", "true"]
+        try:
+            subprocess.run([*command, *words], timeout=seconds, check=True, capture_output=True)
+        except subprocess.TimeoutExpired:
+            # `run` has killed it
+            continue
+    one, other = contents(whole / "out"), contents(parts / "out")
+    for name in ("adapter_model.safetensors", "selection.json", "kappa_report.json", "forgetting.json"):
+        assert one[name] == other[name], name
+    assert one.keys() == other.keys()

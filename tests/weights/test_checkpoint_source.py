@@ -323,3 +323,12 @@ def test_an_index_that_names_no_files_is_refused(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": 3}}')
     with pytest.raises(KappaTuneError, match="names 3 as a file"):
         scan(str(tmp_path), progress=False)
+
+
+def test_layers_that_the_config_does_not_name_are_said(tmp_path):
+    model = tiny_model("llama", num_hidden_layers=3)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    with pytest.warns(UserWarning, match="hold 1 layers that its config.json doesn't name, such as model.layers.2"):
+        assert len(scan(str(tmp_path), progress=False).units) == 14
