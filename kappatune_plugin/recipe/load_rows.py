@@ -45,8 +45,11 @@ def eval_rows(recipe: "Recipe", test: "Dataset | None") -> "Dataset | None":
     return test if recipe.data is None else _formatted(test, _templates(recipe.data, test=True))
 
 
-def task_examples(data: dict[str, Any] | None, test: "Dataset | None") -> "Task":
+def task_examples(data: dict[str, Any] | None, test: "Dataset | None", evaluated: bool = False) -> "Task":
     """The test rows as examples to measure the task on; none without the block `data` or its test rows.
+
+    Args:
+        evaluated: whether the Trainer evaluates on them anyway: then plain texts are right there, and no task.
 
     Raises:
         KappaTuneError: rows that neither have templates nor a format of TRL's with a completion.
@@ -57,13 +60,13 @@ def task_examples(data: dict[str, Any] | None, test: "Dataset | None") -> "Task"
     if templates.get("prompt") is not None:
         return (choice_examples if templates.get("labels") else pairs)(test, **templates)
     found = own_pairs(test)
-    if found is None:
+    if found is None and not evaluated:
         raise KappaTuneError(
             f"data.test: its rows ({', '.join(test.column_names)}) can't be measured: they have no completion. Give "
             "the templates prompt and completion, rows with the columns prompt and completion or messages, or leave "
             "data.test out."
         )
-    return found
+    return found or []
 
 
 def _formatted(rows: "Dataset", templates: dict[str, Any]) -> "Dataset":

@@ -17,15 +17,15 @@ OPENINGS = {
     SELECTION: opening("k"),
     REPORT: opening("units"),
     FORGETTING: opening("control"),
-    RECIPE: re.escape(RESOLVED),
 }
 UNFINISHED = ".unfinished"
 
 
-def check_output_dir(output_dir: Path, model: str, resumes: bool, overwrite: bool) -> None:
+def check_output_dir(output_dir: Path, recipe_folder: Path, model: str, resumes: bool, overwrite: bool) -> None:
     """Refuse, before anything is loaded, a folder where a run would destroy what it doesn't own.
 
     Args:
+        recipe_folder: where the recipe is.
         model: the base model's folder or name.
         resumes: whether the run goes on from a checkpoint.
         overwrite: the recipe's `overwrite_output_dir`.
@@ -36,6 +36,8 @@ def check_output_dir(output_dir: Path, model: str, resumes: bool, overwrite: boo
     """
     for name, begins in OPENINGS.items():
         check_replaceable(output_dir / name, begins)
+    if not _is_older_run(output_dir, recipe_folder):
+        check_replaceable(output_dir / RECIPE, re.escape(RESOLVED))
     if os.path.isdir(model) and output_dir.resolve() == Path(model).resolve():
         raise KappaTuneError(f"output_dir '{output_dir}' is the base model's own folder. Give another one.")
     check_writable(output_dir)
@@ -54,6 +56,12 @@ def check_output_dir(output_dir: Path, model: str, resumes: bool, overwrite: boo
         )
 
 
+def _is_older_run(output_dir: Path, recipe_folder: Path) -> bool:
+    """Whether a run left the folder whose recipe.yaml may not say yet that a run wrote it."""
+    left = (output_dir / SELECTION).exists() and (holds_adapter(output_dir) or bool(checkpoints(output_dir)))
+    return left and output_dir.resolve() != recipe_folder.resolve()
+
+
 def holds_adapter(output_dir: Path) -> bool:
     """Whether a run was trained to its end there."""
     return (output_dir / ADAPTER).exists()
@@ -61,7 +69,7 @@ def holds_adapter(output_dir: Path) -> bool:
 
 def clear(output_dir: Path) -> None:
     """Delete an earlier run: its adapter, its checkpoints and its reports; other files stay."""
-    for name in (ADAPTER_CONFIG, ADAPTER, *OPENINGS):
+    for name in (ADAPTER_CONFIG, ADAPTER, RECIPE, *OPENINGS):
         (output_dir / name).unlink(missing_ok=True)
     for folder in checkpoints(output_dir):
         shutil.rmtree(folder)

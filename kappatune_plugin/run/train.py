@@ -1,7 +1,5 @@
 """A recipe in, a trained adapter out: TRL's own SFTTrainer, run as `trl sft` runs it."""
 
-import json
-import math
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,20 +19,18 @@ from kappatune_plugin.files import alone, write_text
 from kappatune_plugin.recipe.load_model import _tokenizer_error, load_base, load_tokenizer, model_init_kwargs
 from kappatune_plugin.recipe.load_rows import eval_rows, load_data, task_examples
 from kappatune_plugin.recipe.recipe import public_yaml
+from kappatune_plugin.run.finish import save_adapter, train_to_the_end
 from kappatune_plugin.run.output_dir import (
-    OPENINGS,
     RECIPE,
     REPORT,
     RESOLVED,
     SELECTION,
-    UNFINISHED,
     check_output_dir,
     clear,
     holds_adapter,
-    publish,
-    staging,
 )
 from kappatune_plugin.run.resume import checkpoint_to_resume
+from kappatune_plugin.run.settings import setting_problem
 from kappatune_plugin.tuner.saved_selection import check_selection
 from kappatune_plugin.weights.load_model import cannot_load
 
@@ -85,7 +81,8 @@ def run_sft(recipe: "Recipe") -> RunResult:
         raise KappaTuneError(problem)
     output_dir = Path(args.output_dir)
     resume = checkpoint_to_resume(args.resume_from_checkpoint, output_dir, args.save_only_model)
-    check_output_dir(output_dir, recipe.model_args.model_name_or_path, resume is not None, recipe.overwrite)
+    model = recipe.model_args.model_name_or_path
+    check_output_dir(output_dir, recipe.folder, model, resume is not None, recipe.overwrite)
     with alone(output_dir, "run") if args.process_index == 0 else nullcontext():
         result = _run(recipe, output_dir, resume)
     if args.push_to_hub:
@@ -114,10 +111,10 @@ def _run(recipe: "Recipe", output_dir: Path, resume: str | None) -> RunResult:
         counts = forgetting.budget["start"], forgetting.budget["most"]
         out.print("k: auto starts with {} of these {} matrices.".format(*counts))
     with together("training", stop_stuck=False):
-        _train(trainer, resume, out)
+        train_to_the_end(trainer, resume, out)
         if recipe.auto is not None:
             selection = _settle_budget(trainer, forgetting)
-        _save_adapter(trainer, output_dir)
+        save_adapter(trainer, output_dir)
     if replaces or recipe.auto is not None:
         _write_decisions(recipe, trainer, output_dir)
     if hasattr(trainer, "end"):
@@ -126,22 +123,6 @@ def _run(recipe: "Recipe", output_dir: Path, resume: str | None) -> RunResult:
     _say_the_end(out, output_dir, forgetting)
     _say_findings(out, recipe, trainer, selection, forgetting)
     return RunResult(output_dir, trainer, selection, forgetting)
-
-
-def setting_problem(args: "SFTConfig") -> str | None:
-    """What is wrong with settings that TRL takes and no training works with; None if nothing is."""
-    at_least_1 = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-    wrong = [(key, "a whole number from 1 on") for key in at_least_1 if getattr(args, key) < 1]
-    if not (math.isfinite(args.learning_rate) and args.learning_rate >= 0):
-        wrong.append(("learning_rate", "a number from 0 on, such as 5.0e-5"))
-    if not isinstance(args.dataset_kwargs, dict | None):
-        wrong.append(("dataset_kwargs", "a mapping"))
-    template = getattr(args, "chat_template_path", None)
-    if template and template.endswith((".jinja", ".j2")) and not os.path.isfile(template):
-        wrong.append(("chat_template_path", "a file that is there"))
-    if args.max_steps <= 0 and not (math.isfinite(args.num_train_epochs) and args.num_train_epochs > 0):
-        wrong.append(("num_train_epochs", "a number above 0"))
-    return " ".join(f"{key}: {getattr(args, key)} is not {expected}." for key, expected in wrong) or None
 
 
 def _say_dropped_rows(out: "Console", train: "Dataset", trainer: "SFTTrainer") -> None:
@@ -156,40 +137,6 @@ def _say_dropped_rows(out: "Console", train: "Dataset", trainer: "SFTTrainer") -
         out.print(
             f"{dropped} of {len(train)} training rows are left out: their prompt alone fills {limit}.", style="yellow"
         )
-
-
-def _train(trainer: "SFTTrainer", resume: str | None, out: "Console") -> None:
-    """Train, or only end what was trained to its end: the Trainer would make one more step at `max_steps`."""
-    if resume is not None:
-        state = json.loads((Path(resume) / "trainer_state.json").read_text(encoding="utf-8"))
-        if state["global_step"] >= _planned_steps(trainer):
-            out.print(f"All {state['global_step']} steps were trained before; what follows them is done.")
-            trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0
-    trainer.train(resume_from_checkpoint=resume)
-
-
-def _planned_steps(trainer: "SFTTrainer") -> int:
-    args = trainer.args
-    if args.max_steps > 0:
-        return args.max_steps
-    batches = len(trainer.get_train_dataloader())
-    return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
-
-
-def _save_adapter(trainer: "SFTTrainer", output_dir: Path) -> None:
-    """Save what is trained now, so that a kill leaves the adapter that was there before or the new one whole."""
-    if trainer.is_fsdp_enabled:
-        # with SHARDED_STATE_DICT the Trainer leaves parts for the same number of ranks, and no adapter
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    folder = staging(output_dir) if trainer.is_world_process_zero() else output_dir / UNFINISHED
-    trainer.accelerator.wait_for_everyone()
-    try:
-        trainer.save_model(str(folder), _internal_call=True)
-    except (OSError, SafetensorError) as error:
-        raise KappaTuneError(f"Can't save the adapter in '{output_dir}': {error}. Is the disk full?") from error
-    trainer.accelerator.wait_for_everyone()
-    if trainer.is_world_process_zero():
-        publish(folder, output_dir)
 
 
 def _trainer(recipe: "Recipe", train: "Dataset", test: "Dataset | None") -> "SFTTrainer":
@@ -234,7 +181,8 @@ def _forget_secrets(args: "SFTConfig") -> None:
     """The Trainer writes its arguments beside the adapter (training_args.bin), and pushes them with it."""
     if args.hub_token:
         os.environ["HF_TOKEN"] = args.hub_token
-    args.hub_token = args.model_init_kwargs = None
+    # the last is transformers 4's
+    args.hub_token = args.model_init_kwargs = args.push_to_hub_token = None
 
 
 def _forgetting_data(recipe: "Recipe", test: "Dataset | None") -> "ForgettingData | None":
@@ -242,7 +190,8 @@ def _forgetting_data(recipe: "Recipe", test: "Dataset | None") -> "ForgettingDat
         return None
     from kappatune_plugin.forgetting.probe import ForgettingData
 
-    return ForgettingData.load(recipe.forgetting, task_examples(recipe.data, test), recipe.folder)
+    task = task_examples(recipe.data, test, evaluated=recipe.training_args.eval_strategy != "no")
+    return ForgettingData.load(recipe.forgetting, task, recipe.folder)
 
 
 def _measure_forgetting(
@@ -260,7 +209,7 @@ def _measure_forgetting(
     else:
         callback = _auto_callback(recipe, probe, trainer, output_dir)
     callback.trainer = trainer
-    callback.save = partial(_save_adapter, trainer, output_dir)
+    callback.save = partial(save_adapter, trainer, output_dir)
     trainer.add_callback(callback)
     return callback.report
 
@@ -322,7 +271,7 @@ def _write_decisions(recipe: "Recipe", trainer: "SFTTrainer", output_dir: Path) 
     tuner.selections["default"].save(output_dir / SELECTION)
     if tuner.reports["default"] is not None:
         tuner.reports["default"].save(output_dir / REPORT)
-    write_text(output_dir / RECIPE, RESOLVED + public_yaml(recipe.resolved), begins=OPENINGS[RECIPE])
+    write_text(output_dir / RECIPE, RESOLVED + public_yaml(recipe.resolved))
 
 
 def _say_the_end(out: "Console", output_dir: Path, forgetting: "ForgettingReport | None") -> None:

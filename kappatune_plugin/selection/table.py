@@ -174,7 +174,7 @@ def _caption(report: "KappaReport", chosen: set[str], many: bool) -> Text:
     if many and (kind := _only_type(report, chosen)):
         lines.append(f"All {len(chosen)} trained are {kind}: kappa follows the matrix's shape here (see kappa/null).")
     if many:
-        lines.append("Each layer: kappa_report.json, or `kappatune select kappa_report.json --table full`.")
+        lines.append("A row for each layer: `kappatune scan` and `kappatune select` with --table full.")
     above = sum(unit.status == "above" for unit in report.units)
     if above:
         lines.append(f"{above} matrices were measured only until it was certain that they are above (>) the lowest.")

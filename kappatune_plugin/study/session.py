@@ -10,7 +10,7 @@ from kappatune_plugin.console import console, number
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.files import check_writable, write_json
 from kappatune_plugin.recipe.recipe import load_recipe
-from kappatune_plugin.run.train import setting_problem
+from kappatune_plugin.run.settings import setting_problem
 from kappatune_plugin.selection.budget import budget, parse_budget
 from kappatune_plugin.study.bench import Bench
 from kappatune_plugin.study.compare import compare

@@ -258,6 +258,7 @@ def test_test_rows_that_cannot_be_measured_are_refused():
     assert task_examples(data, Dataset.from_list([{"prompt": "a", "completion": " b"}])) == [("a", " b")]
     with pytest.raises(KappaTuneError, match="they have no completion"):
         task_examples(data, Dataset.from_list([{"text": "a b"}]))
+    assert task_examples(data, Dataset.from_list([{"text": "a b"}]), evaluated=True) == []
     with pytest.raises(KappaTuneError, match="row 0 doesn't end with an answer"):
         task_examples(data, Dataset.from_list([{"messages": [{"role": "user", "content": "a"}] * 2}]))
 

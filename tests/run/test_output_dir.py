@@ -101,6 +101,26 @@ def test_finished_means_finished(copy, length):
     assert before.keys() == after.keys()
 
 
+def test_finished_means_finished_for_a_stream_too(saved_olmoe, tmp_path):
+    (tmp_path / "rows").mkdir()
+    write_rows(tmp_path / "rows" / "train.jsonl", [{"prompt": "the cat", "completion": " yes"}] * 16)
+    changes = {"data": None, "forgetting": None, "dataset_name": str(tmp_path / "rows"), "dataset_streaming": True}
+    train(tmp_path, saved_olmoe, **changes)
+    before = contents(tmp_path / "out")
+    result = train(tmp_path, saved_olmoe, "--resume_from_checkpoint", "true", **changes)
+    assert result.trainer.state.global_step == 3
+    after = contents(tmp_path / "out")
+    assert after["adapter_model.safetensors"] == before["adapter_model.safetensors"] and after.keys() == before.keys()
+
+
+def test_a_run_of_an_older_version_can_be_resumed(copy):
+    """Its recipe.yaml doesn't say that a run wrote it."""
+    path = copy / "out" / "recipe.yaml"
+    path.write_text(path.read_text().partition("\n")[2])
+    again(copy, "--resume_from_checkpoint", "true")
+    assert path.read_text().startswith("# The recipe as it was run")
+
+
 def test_a_run_resumed_with_more_steps_goes_on(copy):
     result = again(copy, "--resume_from_checkpoint", "true", "--max_steps", "5")
     assert result.trainer.state.global_step == 5
@@ -148,6 +168,7 @@ def test_rows_that_are_left_out_are_counted(saved_olmoe, tmp_path, capsys):
         ({"kappatune": {"k": 1000}}, "k = 1000 is more than there is"),
         ({"chat_template_path": "nope.jinja"}, "chat_template_path: nope.jinja"),
         ({"dataset_kwargs": "7"}, "dataset_kwargs"),
+        ({"push_to_hub": True}, "push_to_hub: can't make the repository"),
         ({"run_name": "2024-02-30", "output_dir": "o\0ut"}, "Can't write"),
         ({"data": {"train": {"path": "m" * 300 + ".jsonl"}}}, "there is no file"),
         ({"env": {"A=B": "x"}}, "env: "),
