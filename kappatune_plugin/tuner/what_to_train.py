@@ -15,6 +15,9 @@ from kappatune_plugin.tuner.config import KappaTuneConfig
 from kappatune_plugin.weights.patterns import DEFAULT_EXCLUDE
 from kappatune_plugin.weights.units import WeightUnit
 
+# to modules_to_save, by the task and not by the model
+ADDED_BY_PEFT = {"classifier", "score", "qa_outputs"}
+
 
 def given_report(config: KappaTuneConfig, base_hash: str | None = None) -> KappaReport | None:
     """The report that `config` names; None if it names none.
@@ -83,9 +86,8 @@ def given_selection(config: KappaTuneConfig) -> Selection | None:
 def check_modules_to_save(config: KappaTuneConfig, model: nn.Module) -> None:
     """Raise KappaTuneError if `modules_to_save` names what isn't in `model`: PEFT ignores it."""
     names = [name for name, _ in model.named_modules()]
-    missing = [
-        each for each in config.modules_to_save or () if not any(f".{name}".endswith(f".{each}") for name in names)
-    ]
+    wanted = set(config.modules_to_save or ()) - ADDED_BY_PEFT
+    missing = sorted(each for each in wanted if not any(f".{name}".endswith(f".{each}") for name in names))
     if missing:
         known = sorted({name.rpartition(".")[2] for name in names} - {""})
         hint = did_you_mean(missing[0], known)
