@@ -177,8 +177,10 @@ def alone(folder: Path, what: str) -> Iterator[None]:
     lock = folder / LOCK
     try:
         with FileLock(lock, blocking=False):
-            yield
-            lock.unlink(missing_ok=True)
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
     except Timeout as error:
         raise KappaTuneError(
             f"Another {what} is at work in '{folder}'. Wait until it has ended, or give another output_dir."

@@ -58,7 +58,7 @@ def plan(
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Print config lines that train a selection with an unmodified toolkit, where this package isn't installed."""
+    """Print config lines that train this selection with an unmodified toolkit."""
     from kappatune_plugin import KappaReport
     from kappatune_plugin.toolkits.plan import plan as plan_for
 

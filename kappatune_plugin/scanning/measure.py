@@ -73,9 +73,8 @@ def measure(
     """The rows of `units`, in their order, the same on all ranks: each measures those that `source.work` yields there.
 
     On a GPU, in batches of equal shapes. On the CPU, as many matrices at a time as torch has threads, each measured by
-    one thread: that is faster than all threads on one matrix, and no number depends on how many threads there are.
-    Only a matrix so large that the memory limit of the source leaves threads idle gets several: the last digits of
-    what is found of it depend on how many (1e-11 of its value was seen).
+    one thread: that is faster than all threads on one matrix. Only a matrix so large that the source's memory limit
+    leaves threads idle gets several; the last digits of its numbers depend on how many (1e-11 of them was seen).
 
     Args:
         above: a unit's bound: measuring it stops once its kappa is certainly above. See `condition_number`.

@@ -53,11 +53,11 @@ def scan(
         rtol: relative width of the interval of kappa, see `condition_number`.
         progress: show a bar on stderr.
         trust_remote_code: let transformers run code that comes with the model.
-        cache: use what earlier scans found, and keep what this one finds; see `cache`.
-        k, order, rank_by, seed: what will be selected (see `select`); k of None measures everything. rank_by "snr"
-            also measures that.
-        scan_from: a folder or hub name with the same model unquantized, whose values are measured in place of its
-            own. The report's `dtype` says what was measured, its `base` is the model.
+        cache: use results of earlier scans, and keep those of this one; see `cache`.
+        k, order, rank_by, seed: what will be selected (see `select`); with k of None everything is measured. rank_by
+            "snr" also measures that score.
+        scan_from: a folder or hub name of the same model, unquantized, whose values are measured instead. The report's
+            `dtype` says so; its `base` stays the model.
         refuse_more: a number `k` above that of the matrices is an error, before any is measured.
 
     Raises:
