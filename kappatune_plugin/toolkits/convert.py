@@ -79,9 +79,16 @@ class Conversion:
             raise KappaTuneError(f"{new} is there already. Move it away, or give another place with --output.")
         if target.is_symlink():
             raise KappaTuneError(f"{target} is a link, which would be replaced. Give the file that it leads to.")
-        if not path:
-            write_text(kept, self.before)
-        write_text(target, self.after)
+        if path:
+            write_text(target, self.after)
+            return target
+        write_text(kept, self.before)
+        try:
+            write_text(target, self.after)
+        except KappaTuneError:
+            # the recipe is still there, and its copy would refuse the next try
+            kept.unlink()
+            raise
         return target
 
 
