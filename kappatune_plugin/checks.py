@@ -9,8 +9,11 @@ PROBLEMS_SHOWN = 5
 
 
 def is_number(value: Any) -> bool:
-    """A finite int or float; True and False are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """A finite int or float; True and False are none, nor is an int that no float holds."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def shortened(problems: Sequence[str]) -> str:

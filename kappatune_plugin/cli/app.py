@@ -1,7 +1,9 @@
 """What the commands of `kappatune` share."""
 
 import functools
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -33,13 +35,18 @@ TrustRemoteCode = Annotated[
 ]
 
 
+def at_home(path: Any) -> Any:
+    """`path` with its ~ resolved: a shell leaves that of `--output=~/x` alone."""
+    return type(path)(os.path.expanduser(path)) if isinstance(path, str | Path) else path
+
+
 def clean_errors(command: Callable[..., None]) -> Callable[..., None]:
     """Print a KappaTuneError as one message and exit with 2: the user's mistake needs no traceback."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
-            command(*args, **kwargs)
+            command(*map(at_home, args), **{name: at_home(value) for name, value in kwargs.items()})
         except KappaTuneError as error:
             Console(stderr=True, soft_wrap=True).print("Error: ", style="bold red", end="")
             Console(stderr=True, soft_wrap=True).print(str(error), style="red", markup=False, highlight=False)

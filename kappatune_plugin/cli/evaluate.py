@@ -27,12 +27,12 @@ def evaluate(
 
     --key value sets any key of the recipe, as in sft.
     """
-    from kappatune_plugin.files import check_writable
+    from kappatune_plugin.files import check_output, opening
     from kappatune_plugin.recipe.recipe import load_recipe
     from kappatune_plugin.run.evaluate import evaluate
 
     recipe = load_recipe(config, context.args)
-    check_writable(output.parent)
+    check_output(output, opening("base"))
     places = [recipe.training_args.output_dir] if models is None else [each.strip() for each in models.split(",")]
     evaluation = evaluate(recipe, places)
     evaluation.save(output)

@@ -1,14 +1,18 @@
 """The commands that rank the weight matrices of a model and choose among them."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from kappatune_plugin.cli.app import K_HELP, RankBy, TrustRemoteCode, app, clean_errors
 from kappatune_plugin.console import console
-from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.selection.budget import DEFAULT_K, budget
+
+TableRows = Annotated[
+    Literal["summary", "full"],
+    typer.Option("--table", help="summary: a row for each type of matrix; full: for each layer and type."),
+]
 
 
 @app.command()
@@ -25,6 +29,7 @@ def scan(
     full: Annotated[
         bool, typer.Option("--full", help="Every kappa, not only what the selection of the K lowest needs.")
     ] = False,
+    table: TableRows = "summary",
     no_cache: Annotated[
         bool, typer.Option("--no-cache", "--no_cache", help="Measure again what earlier scans have measured.")
     ] = False,
@@ -36,21 +41,18 @@ def scan(
     from kappatune_plugin import scan as scan_model
     from kappatune_plugin import select as select_units
     from kappatune_plugin.distributed import ranks
-    from kappatune_plugin.files import check_writable
+    from kappatune_plugin.files import check_output, opening
     from kappatune_plugin.selection.selection import check_settings
     from kappatune_plugin.selection.table import report_table
     from kappatune_plugin.weights.patterns import DEFAULT_EXCLUDE
 
     wanted = DEFAULT_K if k is None else budget(k)
     check_settings(wanted, "lowest", rank_by, 0)
-    for path in (output, plot):
-        if path is not None:
-            check_writable(path.parent)
-            if path.is_dir():
-                raise KappaTuneError(f"Can't write '{path}': it is a folder. Give the name of a file in it.")
+    check_output(output, opening("units"))
     if plot is not None:
-        from kappatune_plugin.selection.plot import check_format
+        from kappatune_plugin.selection.plot import PICTURE, check_format
 
+        check_output(plot, PICTURE)
         check_format(plot)
     ranks.join()
     report = scan_model(
@@ -60,6 +62,7 @@ def scan(
         trust_remote_code=trust_remote_code,
         cache=not no_cache,
         k=None if full or plot else wanted,
+        refuse_more=k is not None and not (full or plot),
         rank_by=rank_by,
     )
     if ranks.rank() > 0:
@@ -68,7 +71,7 @@ def scan(
     # a model of fewer matrices than the default has nothing to mark; asked for by name, it is an error
     enough = k is not None or sum(unit.status in ("ok", "above") for unit in report.units) >= DEFAULT_K
     selection = select_units(report, k=wanted, rank_by=rank_by) if enough else None
-    console().print(report_table(report, selection))
+    console().print(report_table(report, selection, table == "full"))
     if plot is not None:
         from kappatune_plugin.selection.plot import plot_report
 
@@ -87,15 +90,18 @@ def select(
     ] = "lowest",
     rank_by: RankBy = "kappa",
     seed: Annotated[int, typer.Option(help="Of the random orders.")] = 0,
+    table: TableRows = "summary",
     output: Annotated[Path, typer.Option("--output", help="Where to write the selection.")] = Path("selection.json"),
 ) -> None:
     """Choose what to train from a report."""
     from kappatune_plugin import KappaReport
     from kappatune_plugin import select as select_units
+    from kappatune_plugin.files import check_output, opening
     from kappatune_plugin.selection.table import report_table
 
+    check_output(output, opening("k"))
     loaded = KappaReport.load(report)
     selection = select_units(loaded, k=budget(k), order=order, rank_by=rank_by, seed=seed)
     selection.save(output)
-    console().print(report_table(loaded, selection))
+    console().print(report_table(loaded, selection, table == "full"))
     typer.echo(f"{len(selection.units)} matrices are selected; the selection is in {output}.")

@@ -43,11 +43,14 @@ def merge(
     adapter: Annotated[Path, typer.Argument(help="The output_dir of a run, or one of its checkpoints.")],
     output_dir: Annotated[Path, typer.Option("--output_dir", "--output-dir", help="The folder to write.")],
     model: Annotated[str | None, typer.Option(help="The base model; default: the one that the adapter names.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in output_dir.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in output_dir.")] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the checkpoint, such as float32; default: that of the base.")
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write the base model with the trained values in it, a plain checkpoint."""
     from kappatune_plugin.tuner.merge import merge_adapter
 
-    merge_adapter(adapter, output_dir, model, overwrite, trust_remote_code)
+    merge_adapter(adapter, output_dir, model, overwrite, trust_remote_code, dtype)
     typer.echo(f"The merged model is in {output_dir}.")

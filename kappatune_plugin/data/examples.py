@@ -74,6 +74,30 @@ def choice_examples(
     return examples
 
 
+def own_pairs(rows: "Dataset") -> list[tuple[Any, Any]] | None:
+    """(prompt, completion) of rows in a format of TRL's: texts, or lists of messages; None for plain texts.
+
+    The completion of a conversation (column `messages`) is its last message.
+
+    Raises:
+        KappaTuneError: a conversation that doesn't end with an answer of the assistant.
+    """
+    if {"prompt", "completion"} <= set(rows.column_names):
+        return [(row["prompt"], row["completion"]) for row in rows]
+    if "messages" not in rows.column_names:
+        return None
+    found = []
+    for position, row in enumerate(rows):
+        messages = row["messages"]
+        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+            raise KappaTuneError(
+                f"data.test: row {position} doesn't end with an answer of the assistant to a question: what would be "
+                "measured is its last message. Leave such rows out."
+            )
+        found.append((messages[:-1], messages[-1:]))
+    return found
+
+
 def _templates(
     rows: "Dataset", prompt: str, completion: str, labels: Mapping[Any, str] | None, label_column: str
 ) -> tuple[Template, Template]:

@@ -92,7 +92,7 @@ def load_rows(spec: Mapping[str, Any] | str, what: str, base: Path | None = None
         raise KappaTuneError("\n".join(problems))
     spec = local_spec(spec, base)
     path, split, take = spec.pop("path"), spec.pop("split", None) or "train", spec.pop("take", None)
-    if Path(path).is_file():
+    if os.path.isfile(path):
         builder, options = _builder(path, what)
         rows = _load(builder, {**options, **spec, "data_files": path}, split, what, shown=path)
         rows = rows if take is None else rows.select(range(min(take, len(rows))))
@@ -175,6 +175,8 @@ def _load_problem(error: Exception, options: dict[str, Any], split: str, what: s
         for key in options:
             if key not in KEYS and f"'{key}'" in str(error):
                 return f"{what}: unknown key '{key}'.{did_you_mean(key, KEYS)} ({text})"
+    if isinstance(error.__cause__ or error, UnicodeDecodeError):
+        return f"{what}: '{shown}' isn't UTF-8 text ({error.__cause__ or error}). Save it as UTF-8."
     cause = f" ({error.__cause__})" if error.__cause__ else ""
     return f"{what}: can't load '{shown}': {text}{cause}"
 
@@ -189,7 +191,7 @@ def _builder(path: str, what: str) -> tuple[str, dict[str, Any]]:
 def find_local(path: str, base: Path | None) -> str:
     """`path` itself if it exists, else the one in the recipe's folder if that exists, else `path`."""
     path = os.path.expanduser(path)
-    if base is not None and not os.path.exists(path) and (base / path).exists():
+    if base is not None and not os.path.exists(path) and os.path.exists(base / path):
         return str(base / path)
     return path
 

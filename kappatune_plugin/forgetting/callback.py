@@ -1,12 +1,13 @@
 """Measures forgetting before, during and after a Trainer's run."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback
 
+from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.forgetting.measures import base_of, measuring
 from kappatune_plugin.forgetting.probe import ForgettingProbe
 from kappatune_plugin.forgetting.report import ForgettingReport
@@ -15,7 +16,9 @@ from kappatune_plugin.forgetting.report import ForgettingReport
 class ForgettingCallback(TrainerCallback):
     """Measures the base before training, the model every so many steps and at the end, without disturbing the run.
 
-    Set `trainer` after adding it, so that measurements are logged as the Trainer's own metrics are.
+    Attributes:
+        trainer: set it after adding the callback, and measurements are logged as the Trainer's own metrics are.
+        save: called when training has ended, before the last measurement: that may take hours, or fail.
     """
 
     def __init__(self, probe: ForgettingProbe, output_dir: str | Path, every: int = 0) -> None:
@@ -23,12 +26,15 @@ class ForgettingCallback(TrainerCallback):
         self.path = Path(output_dir) / "forgetting.json"
         self.report = ForgettingReport(list(probe.controls), probe.metric, len(probe.facts))
         self.trainer: Any = None
+        self.save: Callable[[], None] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
         self.report.take_over_steps(self.path, state.global_step)
         with base_of(model):
             self.report.before = self.probe.measure(model)
-        self._note(state, model, self.report.before)
+        # a resumed run is past the step that the base belongs to, and its file holds more than is known again here
+        if not state.global_step:
+            self._note(state, model, self.report.before)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
         if self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:
@@ -37,8 +43,22 @@ class ForgettingCallback(TrainerCallback):
             self._note(state, model, measured)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
-        self.report.after = {**self.probe.measure(model), **self.probe.divergences(model)}
+        self.save_adapter()
+        try:
+            self.report.after = {**self.probe.measure(model), **self.probe.divergences(model)}
+        except Exception as error:
+            # models, tokenizers and harnesses raise anything; what has been trained is not lost by it
+            kept = f" The adapter was saved before, in {self.path.parent}." if self.save else ""
+            raise KappaTuneError(
+                f"Training has ended, and measuring after it failed: {type(error).__name__}: {error}.{kept} "
+                "`kappatune eval` measures again."
+            ) from error
         self._note(state, model, self.report.after)
+
+    def save_adapter(self) -> None:
+        """Call `save`, if it is set."""
+        if self.save is not None:
+            self.save()
 
     def _note(self, state: Any, model: nn.Module, measured: Mapping[str, float]) -> None:
         if state.is_world_process_zero:

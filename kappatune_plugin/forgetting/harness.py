@@ -15,9 +15,7 @@ from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.forgetting.measures import measuring
 
 
-def check_harness(
-    tasks: Sequence[str], include_path: str | None = None, limit: int | None = None, num_fewshot: int | None = None
-) -> None:
+def check_harness(tasks: Sequence[str], include_path: str | None = None) -> None:
     """Whether the harness is installed and knows the tasks; arguments as `run_harness`.
 
     Raises:

@@ -24,7 +24,7 @@ from kappatune_plugin.forgetting.measures import (
     token_loss,
 )
 
-Task = list[ChoiceExample] | list[tuple[str, str]]
+Task = list[ChoiceExample] | list[tuple[str, str]] | list[tuple[list, list]]
 
 
 @dataclass
@@ -33,7 +33,8 @@ class ForgettingData:
 
     Attributes:
         controls: name -> texts; None where the base model writes them.
-        task: test examples with labels, or (prompt, completion) pairs without; empty for no task.
+        task: test examples with labels, or (prompt, completion) pairs without, which are texts or lists of messages;
+            empty for no task.
         facts: (prompt, completion) pairs to recall.
     """
 
@@ -69,7 +70,7 @@ class ForgettingProbe:
 
     Attributes:
         controls: name -> pieces of token ids.
-        task, facts: as `ForgettingData` has them.
+        task, facts: as `ForgettingData` has them, conversations as the tokenizer's chat template writes them.
         generate: settings of `answer_accuracy`; None measures the task by likelihood.
         harness: settings of `harness.run_harness`; None runs none.
     """
@@ -97,7 +98,7 @@ class ForgettingProbe:
         if harness is not None:
             from kappatune_plugin.forgetting.harness import check_harness
 
-            check_harness(**harness)
+            check_harness(harness["tasks"], harness.get("include_path"))
         truncate = config.long_texts == "truncate"
         controls = {
             name: sample_base(model, tokenizer, config.samples, config.max_length, config.seed, config.batch_size)
@@ -105,7 +106,8 @@ class ForgettingProbe:
             else blocks(tokenizer, texts, config.max_length, truncate)
             for name, texts in data.controls.items()
         }
-        return cls(tokenizer, controls, data.task, data.facts, config.batch_size, generate, harness)
+        task = [_as_text(tokenizer, each) for each in data.task]
+        return cls(tokenizer, controls, task, data.facts, config.batch_size, generate, harness)
 
     @property
     def metric(self) -> str | None:
@@ -156,6 +158,28 @@ class ForgettingProbe:
         return found
 
 
+def _as_text(tokenizer: PreTrainedTokenizerBase, example: Any) -> ChoiceExample | tuple[str, str]:
+    """An example of a task with its messages as text. Raises KappaTuneError if there is no template for them."""
+    if isinstance(example, ChoiceExample) or isinstance(example[0], str):
+        return example
+    prompt, completion = example
+    if not tokenizer.chat_template:
+        raise KappaTuneError(
+            "data.test holds conversations, and the tokenizer has no chat template to write them with: give "
+            "chat_template_path, or test rows with prompt and completion as texts."
+        )
+    asked = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template(prompt + completion, tokenize=False)
+    if not whole.startswith(asked):
+        raise KappaTuneError(
+            "data.test: the tokenizer's chat template writes a question in another way when its answer follows, so "
+            "the answer can't be told from it. Give test rows with prompt and completion as texts."
+        )
+    # templates write the start token, and tokenizers add it
+    start = tokenizer.bos_token if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else ""
+    return asked.removeprefix(start or ""), whole[len(asked) :]
+
+
 def task_pairs(task: Task) -> list[tuple[str, str]]:
     """(prompt, right completion) of each test example."""
     return [(each.prompt, each.choices[each.answer]) if isinstance(each, ChoiceExample) else each for each in task]
@@ -169,7 +193,12 @@ def _control_texts(spec: Mapping[str, Any], name: str, config: ForgettingConfig,
         raise KappaTuneError(
             f"forgetting.text_column: control {name} has no column '{column}', only {', '.join(rows.column_names)}."
         )
-    return [text for text in rows[column] if text and text.strip()][: config.max_samples]
+    texts = [text for text in rows[column] if text is not None]
+    if other := next((each for each in texts if not isinstance(each, str)), None):
+        raise KappaTuneError(
+            f"forgetting.control {name}: its column '{column}' holds {other!r:.60}, which is no text. Give text_column."
+        )
+    return [text for text in texts if text.strip()][: config.max_samples]
 
 
 def _facts(config: ForgettingConfig, folder: Path | None) -> list[tuple[str, str]]:

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from kappatune_plugin.data.examples import choice_examples, pairs, prompt_completion
+from kappatune_plugin.data.examples import choice_examples, own_pairs, pairs, prompt_completion
 from kappatune_plugin.data.rows import TEMPLATES, load_all_rows
 from kappatune_plugin.errors import KappaTuneError
 
@@ -45,12 +45,28 @@ def eval_rows(recipe: "Recipe", test: "Dataset | None") -> "Dataset | None":
     return test if recipe.data is None else _formatted(test, _templates(recipe.data, test=True))
 
 
-def task_examples(data: dict[str, Any] | None, test: "Dataset | None") -> "Task":
-    """The test rows as examples to measure the task on; none for rows in a format of TRL's."""
-    if data is None or test is None or data.get("prompt") is None:
+def task_examples(data: dict[str, Any] | None, test: "Dataset | None", evaluated: bool = False) -> "Task":
+    """The test rows as examples to measure the task on; none without the block `data` or its test rows.
+
+    Args:
+        evaluated: whether the Trainer evaluates on them anyway: then plain texts are right there, and no task.
+
+    Raises:
+        KappaTuneError: rows that neither have templates nor a format of TRL's with a completion.
+    """
+    if data is None or test is None:
         return []
     templates = _templates(data, test=True)
-    return (choice_examples if templates.get("labels") else pairs)(test, **templates)
+    if templates.get("prompt") is not None:
+        return (choice_examples if templates.get("labels") else pairs)(test, **templates)
+    found = own_pairs(test)
+    if found is None and not evaluated:
+        raise KappaTuneError(
+            f"data.test: its rows ({', '.join(test.column_names)}) can't be measured: they have no completion. Give "
+            "the templates prompt and completion, rows with the columns prompt and completion or messages, or leave "
+            "data.test out."
+        )
+    return found or []
 
 
 def _formatted(rows: "Dataset", templates: dict[str, Any]) -> "Dataset":

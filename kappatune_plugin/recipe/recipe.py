@@ -1,6 +1,7 @@
 """YAML in, the dataclasses of TRL and the blocks of this package out; every mistake of a recipe in one message."""
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from kappatune_plugin.recipe.blocks import (
 )
 from kappatune_plugin.recipe.launch_keys import warn_of_unused
 from kappatune_plugin.recipe.text import BLOCKS, FLAT, apply_overrides, nest_flat_keys, read_yaml
-from kappatune_plugin.recipe.trl_keys import gone_key
+from kappatune_plugin.recipe.trl_keys import gone_key, take_overwrite
 from kappatune_plugin.selection.auto_budget import AUTO, AutoBudget
 from kappatune_plugin.tuner.config import KAPPATUNE_KEYS, KappaTuneConfig
 
@@ -28,8 +29,12 @@ if TYPE_CHECKING:
     from kappatune_plugin.forgetting.config import ForgettingConfig
     from kappatune_plugin.scanning.gain import GainConfig
 
-# what may hold a secret isn't copied: output_dir gets published
-SECRETS = ("token", "key", "secret", "password")
+# names of what may hold a secret; eos_token and max_new_tokens hold none
+SECRET = re.compile(
+    r"(?i)(?<!eos)(?<!pad)(?<!bos)(?<!unk)_token$|^token$|auth|(^|_)key(_id)?$|secret|passw|passphrase|credential"
+    r"|storage_options|headers"
+)
+LOGIN = re.compile(r"://[^/\s@]+@")
 
 # keys of TRL's ModelConfig that ask for another method
 OTHER_METHODS = ("use_peft", "use_rslora", "use_dora")
@@ -49,6 +54,7 @@ class Recipe:
         folder: of the recipe; relative paths that don't lead anywhere from the current folder start here.
         auto: how `k: auto` decides; `kappatune.k` is its largest budget then. None for a fixed k.
         gain: how `rank_by: gain_over_forgetting` is measured; None for its defaults.
+        overwrite: whether an earlier run in `output_dir` may be replaced (`overwrite_output_dir`).
     """
 
     script_args: "ScriptArguments"
@@ -62,6 +68,7 @@ class Recipe:
     folder: Path
     auto: AutoBudget | None = None
     gain: "GainConfig | None" = None
+    overwrite: bool = False
 
     @property
     def replay(self) -> ReplayConfig | None:
@@ -94,6 +101,7 @@ def load_recipe(path: str | os.PathLike, overrides: Iterable[str] = (), launches
     problems += _set_environment(content.get("env"))
     if not launches:
         warn_of_unused(content)
+    overwrite = take_overwrite(content, problems)
     blocks = {name: content.pop(name) for name in BLOCKS if name in content}
     arguments, found = _trl_arguments(content)
     problems += found + _cross_problems(arguments, blocks)
@@ -109,7 +117,7 @@ def load_recipe(path: str | os.PathLike, overrides: Iterable[str] = (), launches
     resolved = {**arguments, **blocks}
     auto = (kappatune.auto or AutoBudget()) if kappatune.k == AUTO else None
     given = data and data.model_dump(exclude_unset=True)
-    return Recipe(*built, kappatune.config(), given, forgetting, resolved, folder, auto, kappatune.gain)
+    return Recipe(*built, kappatune.config(), given, forgetting, resolved, folder, auto, kappatune.gain, overwrite)
 
 
 def _trl_classes() -> tuple[type, ...]:
@@ -123,7 +131,11 @@ def _set_environment(variables: Any) -> list[str]:
         return []
     if not isinstance(variables, Mapping):
         return [f"env: expected a mapping of variables, found {variables!r}."]
-    os.environ.update({str(name): str(value) for name, value in variables.items()})
+    try:
+        os.environ.update({str(name): str(value) for name, value in variables.items()})
+    except ValueError as error:
+        # "=" in a name, NUL in a value
+        return [f"env: {error}: the names of variables have no = in them, and values no NUL."]
     return []
 
 
@@ -138,7 +150,7 @@ def _trl_arguments(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
         if key not in trl_keys():
             if is_launch_key(str(key)):
                 continue
-            gone = gone_key(key)
+            gone = gone_key(key, value)
             problems.append(f"{key}: {gone}." if gone else f"unknown key '{key}'.{did_you_mean(str(key), known)}")
             continue
         try:
@@ -219,13 +231,19 @@ def _no_bf16_here(arguments: Mapping[str, Any]) -> bool:
     return not is_torch_bf16_gpu_available() and not is_torch_xla_available()
 
 
-def public_yaml(resolved: dict[str, Any]) -> str:
-    """The recipe as YAML, without what may hold a secret: tokens, and environment variables named like one."""
+def public_yaml(resolved: Mapping[str, Any]) -> str:
+    """The recipe as YAML, without what may hold a secret: output folders get published.
 
-    def public(content: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-        return {key: value for key, value in content.items() if not str(key).lower().endswith(names)}
+    Left out are the block `env`, at any depth what is named like a secret, and what logs in to a storage; of addresses
+    with a name and a password in them these two are replaced.
+    """
+    kept = _public({key: value for key, value in resolved.items() if key != "env"})
+    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=120)
 
-    resolved = public(resolved, ("hub_token",))
-    if isinstance(resolved.get("env"), dict):
-        resolved["env"] = public(resolved["env"], SECRETS)
-    return yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True, width=120)
+
+def _public(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _public(inner) for key, inner in value.items() if not SECRET.search(str(key))}
+    if isinstance(value, list | tuple):
+        return [_public(each) for each in value]
+    return LOGIN.sub("://...@", value) if isinstance(value, str) else value

@@ -42,13 +42,14 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise KappaTuneError(f"Can't read the recipe {path}: {reason}. Give the path of a YAML file.") from error
     try:
         loader = _Loader(text)
         content = loader.get_single_data()
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # ValueError: a date that is none (2024-02-30), a number of thousands of digits
         raise KappaTuneError(f"Recipe {path} isn't YAML: {error}") from error
     if not isinstance(content, dict):
         found = "nothing" if content is None else f"a {type(content).__name__}"
@@ -142,7 +143,7 @@ def _set(content: dict[str, Any], keys: list[str], text: str) -> list[str]:
         inside = inside[key]
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         value = text
     inside[keys[-1]] = text if keys[-1] in TEXTS and value is not None else value
     return []

@@ -13,9 +13,8 @@ from kappatune_plugin.checks import did_you_mean
 
 # keys of TRL's YAML that came and went between the versions which this package works with, and what to write today
 GONE_KEYS = {
-    "warmup_ratio": "give the share as warmup_steps: 0.1",
+    "warmup_ratio": "give the share as warmup_steps: {value}",
     "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR",
-    "overwrite_output_dir": "delete it, a run writes over what is in output_dir",
     "save_safetensors": "delete it, safetensors is the only format",
     "evaluation_strategy": "it is called eval_strategy",
     "max_seq_length": "it is called max_length",
@@ -23,6 +22,7 @@ GONE_KEYS = {
     "no_cuda": "write use_cpu: true",
 }
 
+OVERWRITE = "overwrite_output_dir"
 YES, NO = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "a mapping"}
 
@@ -66,8 +66,20 @@ def convert(key: str, value: Any) -> Any:
     return value
 
 
+def take_overwrite(content: dict[str, Any], problems: list[str]) -> bool:
+    """Take `overwrite_output_dir` out of a recipe: transformers 5 hasn't got it any more, so it is this package's."""
+    value = content.pop(OVERWRITE, False)
+    try:
+        return _convert(value, (bool,))
+    except ValueError as error:
+        problems.append(f"{OVERWRITE}: {error}.")
+        return False
+
+
 def is_flag(key: str) -> bool:
     """Whether `--key` alone means true."""
+    if key == OVERWRITE:
+        return True
     return key in trl_keys() and bool in _types(trl_keys()[key][1])
 
 
@@ -126,7 +138,7 @@ def _number(value: Any, kind: type) -> int | float | None:
     """`value` as an int or a float, None if that would change it."""
     try:
         number = kind(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return number if number == float(value) else None
 
@@ -161,8 +173,9 @@ def _expected(types: tuple[Any, ...]) -> str:
     return " or ".join(dict.fromkeys(names)) or "nothing a recipe can say"
 
 
-def gone_key(key: str) -> str | None:
+def gone_key(key: str, value: Any = None) -> str | None:
     """What to do about a key that the installed versions of TRL and transformers don't know; None if nobody did."""
     if key not in GONE_KEYS:
         return None
-    return f"transformers {version('transformers')} and TRL {version('trl')} don't have it: {GONE_KEYS[key]}"
+    what_to_do = GONE_KEYS[key].format(value=value)
+    return f"transformers {version('transformers')} and TRL {version('trl')} don't have it: {what_to_do}"

@@ -65,6 +65,8 @@ class AutoBudgetCallback(ForgettingCallback):
             self._decide(state, control, model, kwargs["optimizer"])
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
+        # as it is; once more when it is known whether it stays so
+        self.save_adapter()
         rise = self.report.delta(self.probe.measure(model, quick=True))
         if not rise <= self.max_delta:
             # a run that ends between two measurements

@@ -1,17 +1,15 @@
 """Which checkpoint of a run can be resumed: a save that was killed leaves a folder that looks like one."""
 
 import json
-import re
 import warnings
 import zipfile
 from pathlib import Path
 
 from kappatune_plugin.distributed import ranks
 from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.run.output_dir import checkpoints
 from kappatune_plugin.tuner.adapter_folder import ADAPTER, ADAPTER_CONFIG
 from kappatune_plugin.tuner.saved_selection import SELECTION, SHARDS
-
-NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def checkpoint_to_resume(wanted: str | bool | None, output_dir: Path, save_only_model: bool = False) -> str | None:
@@ -36,7 +34,7 @@ def checkpoint_to_resume(wanted: str | bool | None, output_dir: Path, save_only_
             )
         return wanted
     skipped = []
-    for folder in _newest_first(output_dir):
+    for folder in reversed(checkpoints(output_dir)):
         problems = checkpoint_problems(folder, save_only_model)
         if not problems:
             if skipped:
@@ -97,12 +95,6 @@ def _world_problems(folder: Path) -> list[str]:
         f"DeepSpeed saved it on {saved} ranks and can't load it on {ranks.world()} (run it on {saved}, or start "
         "anew; DDP and FSDP resume on any number)"
     ]
-
-
-def _newest_first(output_dir: Path) -> list[Path]:
-    found = [(NAME.fullmatch(folder.name), folder) for folder in output_dir.glob("checkpoint-*")]
-    steps = [(int(match[1]), folder) for match, folder in found if match]
-    return [folder for _, folder in sorted(steps, reverse=True)]
 
 
 def _check_json(path: Path) -> None:

@@ -1,7 +1,11 @@
 """A recipe in, a trained adapter out: TRL's own SFTTrainer, run as `trl sft` runs it."""
 
+import os
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from traceback import extract_tb
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
@@ -11,17 +15,29 @@ from kappatune_plugin.console import console
 from kappatune_plugin.distributed.lost_ranks import together
 from kappatune_plugin.distributed.unsupported import devices_problem, fsdp_problem
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.files import check_writable, write_text
+from kappatune_plugin.files import alone, write_text
 from kappatune_plugin.recipe.load_model import _tokenizer_error, load_base, load_tokenizer, model_init_kwargs
 from kappatune_plugin.recipe.load_rows import eval_rows, load_data, task_examples
 from kappatune_plugin.recipe.recipe import public_yaml
+from kappatune_plugin.run.finish import save_adapter, train_to_the_end
+from kappatune_plugin.run.output_dir import (
+    RECIPE,
+    REPORT,
+    RESOLVED,
+    SELECTION,
+    check_output_dir,
+    clear,
+    holds_adapter,
+)
 from kappatune_plugin.run.resume import checkpoint_to_resume
+from kappatune_plugin.run.settings import setting_problem
+from kappatune_plugin.tuner.saved_selection import check_selection
 from kappatune_plugin.weights.load_model import cannot_load
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from rich.console import Console
-    from trl import SFTTrainer
+    from trl import SFTConfig, SFTTrainer
 
     from kappatune_plugin.forgetting.probe import ForgettingData, ForgettingProbe
     from kappatune_plugin.forgetting.report import ForgettingReport
@@ -64,29 +80,47 @@ def run_sft(recipe: "Recipe") -> RunResult:
         KappaTuneError: a mistake of the user that shows only now: data, model, checkpoint, or output_dir.
     """
     args = recipe.training_args
-    if problem := devices_problem(args) or fsdp_problem(args):
+    if problem := devices_problem(args) or fsdp_problem(args) or setting_problem(args):
         raise KappaTuneError(problem)
     output_dir = Path(args.output_dir)
-    check_writable(output_dir)
     resume = checkpoint_to_resume(args.resume_from_checkpoint, output_dir, args.save_only_model)
+    model = recipe.model_args.model_name_or_path
+    check_output_dir(output_dir, recipe.folder, model, resume is not None, recipe.overwrite)
+    with alone(output_dir, "run") if args.process_index == 0 else nullcontext():
+        result = _run(recipe, output_dir, resume)
+    if args.push_to_hub:
+        result.trainer.push_to_hub(dataset_name=recipe.script_args.dataset_name)
+    return result
+
+
+def _run(recipe: "Recipe", output_dir: Path, resume: str | None) -> RunResult:
     train, test = load_data(recipe)
     # before the model: what is wrong with it shows at once
     measured = _forgetting_data(recipe, test)
     trainer = _trainer(recipe, train, test)
     out = console(quiet=not trainer.is_world_process_zero())
+    _say_dropped_rows(out, train, trainer)
+    selection = _show_decisions(trainer, out)
+    if resume is not None:
+        check_selection(Path(resume), [unit.name for unit in selection.units])
+    # a finished run that is resumed stays as it is until there is another one to put in its place
+    replaces = resume is not None and holds_adapter(output_dir)
+    if recipe.overwrite and resume is None and trainer.is_world_process_zero():
+        clear(output_dir)
+    if not replaces:
+        _write_decisions(recipe, trainer, output_dir)
     end_token = _finish_rows(recipe, trainer, train, resume, out)
-    selection = _write_decisions(recipe, trainer, output_dir, out)
     forgetting = _measure_forgetting(recipe, measured, trainer, output_dir) if measured else None
     if recipe.auto is not None:
         counts = forgetting.budget["start"], forgetting.budget["most"]
         out.print("k: auto starts with {} of these {} matrices.".format(*counts))
     with together("training", stop_stuck=False):
-        trainer.train(resume_from_checkpoint=resume)
+        train_to_the_end(trainer, resume, out)
         if recipe.auto is not None:
-            selection = _settle_budget(trainer, forgetting, output_dir)
-        _save_adapter(trainer)
-    if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=recipe.script_args.dataset_name)
+            selection = _settle_budget(trainer, forgetting)
+        save_adapter(trainer, output_dir)
+    if replaces or recipe.auto is not None:
+        _write_decisions(recipe, trainer, output_dir)
     if hasattr(trainer, "end"):
         # trackers stay open without it (transformers 5.18 and later)
         trainer.end()
@@ -114,11 +148,18 @@ def _finish_rows(
     return callback
 
 
-def _save_adapter(trainer: "SFTTrainer") -> None:
-    if trainer.is_fsdp_enabled:
-        # with SHARDED_STATE_DICT the Trainer leaves parts for the same number of ranks, and no adapter
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model(trainer.args.output_dir)
+def _say_dropped_rows(out: "Console", train: "Dataset", trainer: "SFTTrainer") -> None:
+    """TRL leaves out rows whose prompt fills max_length, where nothing of the completion would be trained."""
+    args = trainer.args
+    if args.packing or not hasattr(train, "__len__") or not hasattr(trainer.train_dataset, "__len__"):
+        return
+    dropped, limit = len(train) - len(trainer.train_dataset), f"max_length ({args.max_length} tokens)"
+    if dropped == len(train):
+        raise KappaTuneError(f"In all {dropped} training rows the prompt alone fills {limit}. Raise max_length.")
+    if dropped > 0:
+        out.print(
+            f"{dropped} of {len(train)} training rows are left out: their prompt alone fills {limit}.", style="yellow"
+        )
 
 
 def _trainer(recipe: "Recipe", train: "Dataset", test: "Dataset | None") -> "SFTTrainer":
@@ -136,10 +177,16 @@ def _trainer(recipe: "Recipe", train: "Dataset", test: "Dataset | None") -> "SFT
             base = load_base(recipe)
             config = config_with_gain(recipe, base, load_tokenizer(recipe), train)
             args.model_init_kwargs = None
-        return SFTTrainer(model=base, args=args, train_dataset=train, eval_dataset=test, peft_config=config)
+        trainer = SFTTrainer(model=base, args=args, train_dataset=train, eval_dataset=test, peft_config=config)
+        _forget_secrets(args)
+        return trainer
     except KappaTuneError:
         raise
     except (OSError, SafetensorError) as error:
+        if args.push_to_hub and any(frame.name == "create_repo" for frame in extract_tb(error.__traceback__)):
+            raise KappaTuneError(
+                f"push_to_hub: can't make the repository: {error}\nLog in with `hf auth login`, or delete push_to_hub."
+            ) from error
         raise cannot_load(model.model_name_or_path, error) from error
     except RuntimeError as error:
         # transformers: the weights' shapes are not the config's
@@ -153,12 +200,21 @@ def _trainer(recipe: "Recipe", train: "Dataset", test: "Dataset | None") -> "SFT
         raise KappaTuneError(f"Can't load the tokenizer of '{model.model_name_or_path}': {error} {hint}") from error
 
 
+def _forget_secrets(args: "SFTConfig") -> None:
+    """The Trainer writes its arguments beside the adapter (training_args.bin), and pushes them with it."""
+    if args.hub_token:
+        os.environ["HF_TOKEN"] = args.hub_token
+    # the last is transformers 4's
+    args.hub_token = args.model_init_kwargs = args.push_to_hub_token = None
+
+
 def _forgetting_data(recipe: "Recipe", test: "Dataset | None") -> "ForgettingData | None":
     if recipe.forgetting is None:
         return None
     from kappatune_plugin.forgetting.probe import ForgettingData
 
-    return ForgettingData.load(recipe.forgetting, task_examples(recipe.data, test), recipe.folder)
+    task = task_examples(recipe.data, test, evaluated=recipe.training_args.eval_strategy != "no")
+    return ForgettingData.load(recipe.forgetting, task, recipe.folder)
 
 
 def _measure_forgetting(
@@ -176,6 +232,7 @@ def _measure_forgetting(
     else:
         callback = _auto_callback(recipe, probe, trainer, output_dir)
     callback.trainer = trainer
+    callback.save = partial(save_adapter, trainer, output_dir)
     trainer.add_callback(callback)
     return callback.report
 
@@ -208,18 +265,14 @@ def _auto_callback(
     return AutoBudgetCallback(probe, output_dir, *limits)
 
 
-def _settle_budget(trainer: "SFTTrainer", forgetting: "ForgettingReport", output_dir: Path) -> "Selection":
-    """Reduce the adapter and selection.json to what `k: auto` trained in the end."""
+def _settle_budget(trainer: "SFTTrainer", forgetting: "ForgettingReport") -> "Selection":
+    """Reduce the adapter to what `k: auto` trained in the end."""
     tuner = trainer.model.base_model
     tuner.keep_first(forgetting.budget["matrices"])
-    selection = tuner.selections["default"]
-    if trainer.is_world_process_zero():
-        selection.save(output_dir / "selection.json")
-    return selection
+    return tuner.selections["default"]
 
 
-def _write_decisions(recipe: "Recipe", trainer: "SFTTrainer", output_dir: Path, out: "Console") -> "Selection":
-    """Show and write what will be trained, before training: an interrupted run has it too."""
+def _show_decisions(trainer: "SFTTrainer", out: "Console") -> "Selection":
     from kappatune_plugin.selection.table import report_table
 
     tuner = trainer.model.base_model
@@ -230,11 +283,18 @@ def _write_decisions(recipe: "Recipe", trainer: "SFTTrainer", output_dir: Path, 
         out.print(report_table(report, selection))
     if trainer.is_world_process_zero():
         trainer.model.print_trainable_parameters()
-        selection.save(output_dir / "selection.json")
-        if report is not None:
-            report.save(output_dir / "kappa_report.json")
-        write_text(output_dir / "recipe.yaml", public_yaml(recipe.resolved))
     return selection
+
+
+def _write_decisions(recipe: "Recipe", trainer: "SFTTrainer", output_dir: Path) -> None:
+    """Write what is trained, where possible before training: an interrupted run has it too."""
+    if not trainer.is_world_process_zero():
+        return
+    tuner = trainer.model.base_model
+    tuner.selections["default"].save(output_dir / SELECTION)
+    if tuner.reports["default"] is not None:
+        tuner.reports["default"].save(output_dir / REPORT)
+    write_text(output_dir / RECIPE, RESOLVED + public_yaml(recipe.resolved))
 
 
 def _say_the_end(out: "Console", output_dir: Path, forgetting: "ForgettingReport | None") -> None:

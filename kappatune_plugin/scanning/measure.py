@@ -74,7 +74,7 @@ def measure(
 
     On a GPU, in batches of equal shapes. On the CPU, as many matrices at a time as torch has threads, each measured by
     one thread: that is faster than all threads on one matrix. Only a matrix so large that the source's memory limit
-    leaves threads idle gets several.
+    leaves threads idle gets several; the last digits of its numbers depend on how many (1e-11 of them was seen).
 
     Args:
         above: a unit's bound: measuring it stops once its kappa is certainly above. See `condition_number`.

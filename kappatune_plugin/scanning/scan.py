@@ -36,6 +36,7 @@ def scan(
     rank_by: str = "kappa",
     seed: int = 0,
     scan_from: str | os.PathLike | None = None,
+    refuse_more: bool = False,
 ) -> KappaReport:
     """Measure every weight matrix of a model that `include` and `exclude` leave.
 
@@ -57,6 +58,7 @@ def scan(
             "snr" also measures that score.
         scan_from: a folder or hub name of the same model, unquantized, whose values are measured instead. The report's
             `dtype` says so; its `base` stays the model.
+        refuse_more: a number `k` above that of the matrices is an error, before any is measured.
 
     Raises:
         KappaTuneError: the model can't be loaded, a pattern matches nothing, no weight matrix is left, or `rank_by`
@@ -69,6 +71,10 @@ def scan(
     kept, left_out = filter_units(source.units, include, exclude, source.parameters)
     if not kept:
         raise KappaTuneError(_nothing_left(source.units, source.parameters, include, exclude))
+    if refuse_more and budget.kind == "count" and budget.value > len(kept):
+        raise KappaTuneError(
+            f"k = {budget} is more than there is: `include` and `exclude` leave {len(kept)} matrices of the model."
+        )
     store = Cache(cache_folder() if cache else None)
     identity = source.identity() if cache else None
     base = {"name": source.name, "hash": _recall(source, store, identity)}

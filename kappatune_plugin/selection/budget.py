@@ -12,7 +12,7 @@ from kappatune_plugin.errors import KappaTuneError
 DEFAULT_K = 75
 SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 EXAMPLES = "75 (weight matrices), '10%' (of those not excluded), {params: 160M} or {kappa: 30} (all up to that kappa)"
-NUMBER = r"\d+(?:\.\d+)?(?:[eE]\+?\d{1,2})?"
+NUMBER = r"\d{1,99}(?:\.\d{1,99})?(?:[eE]\+?\d{1,2})?"
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ def parse_budget(k: Any) -> Budget:
         if not 0 < share <= 1:
             raise KappaTuneError(f"k: {k!r} is not a share above 0% and up to 100%. Write {EXAMPLES}.")
         return Budget("share", share, k)
-    digits = isinstance(k, str) and re.fullmatch(r"\s*\d+\s*", k)
+    digits = isinstance(k, str) and re.fullmatch(r"\s*\d{1,99}\s*", k)
     if not digits and (isinstance(k, bool) or not isinstance(k, int)):
-        raise KappaTuneError(f"k: {k!r} is no budget. Write {EXAMPLES}.")
+        raise KappaTuneError(f"k: {k!r:.60} is no budget. Write {EXAMPLES}.")
     if int(k) < 1:
         raise KappaTuneError(f"k: {k!r} would train nothing; it is at least 1. Write {EXAMPLES}.")
     return Budget("count", Fraction(int(k)), k)
@@ -95,5 +95,5 @@ def budget(k: str) -> Any:
 
     try:
         return yaml.safe_load(k)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         return k

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.files import check_replaceable
 from kappatune_plugin.selection.names import layer_and_type
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ TYPES_SHOWN = 16
 BINS = 40
 # colour-blind safe: Okabe and Ito (2008); so is the heat map's cividis
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"
+# how pictures begin: PNG, PDF and PostScript, SVG (also packed), JPEG, WebP, TIFF
+PICTURE = "\ufffdPNG|%|<\\?xml|\x1f|\ufffd\ufffd\ufffd|RIFF|II|MM"
 WIDTH, ROW, DEPTH_ROW, MARGIN = 10.0, 0.34, 2.3, 1.9
 
 
@@ -44,6 +47,7 @@ def plot_report(report: "KappaReport", path: str | os.PathLike) -> None:
         raise KappaTuneError("There is nothing to draw: the report has no matrix with a condition number.")
     figure = _figure(report, types)
     path = Path(path)
+    check_replaceable(path, PICTURE)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:

@@ -74,7 +74,7 @@ class UnitReport:
         return cls(name=name, shape=shape, kappa=value, null=null, groups=tuple(sorted(groups)), **numbers)
 
 
-RANKED_BY = ("log_volume", "stable_rank")
+RANKED_BY = ("log_volume", "stable_rank", "frobenius")
 NUMBERS = ("kappa", "lo", "hi", "log_volume", "stable_rank", "sigma_max", "sigma_min", "frobenius")
 
 
@@ -86,9 +86,13 @@ def _selectable(row: UnitReport) -> UnitReport:
     elif row.status == "ok":
         if row.kappa is None or row.kappa < 1:
             problems.append(f"status is ok, but kappa is {row.kappa!r}; it is at least 1.")
+        elif not (row.lo or 1) <= row.kappa <= (row.hi or math.inf):
+            problems.append(f"kappa {row.kappa:g} is not between lo and hi ({row.lo}, {row.hi}).")
         problems += [f"status is ok, but {key} is null." for key in RANKED_BY if getattr(row, key) is None]
     elif row.status == ABOVE and row.lo is None:
         problems.append("status is above, but lo, above which kappa is, is null.")
+    if row.null <= 0:
+        problems.append(f"null: expected a number above 0, found {row.null!r}.")
     if problems:
         raise KappaTuneError("\n".join(problems))
     return row

@@ -15,15 +15,21 @@ from kappatune_plugin.selection.report import KappaReport, UnitReport
 from kappatune_plugin.selection.selection import Selection
 
 ROWS_SHOWN_ONE_BY_ONE = 60
+GROUP_NUMBERS = ("count", "shape", "kappa\nmin", "kappa\nmedian", "kappa\nmax", "kappa\n/null")
 
 
-def report_table(report: "KappaReport", selection: "Selection | None" = None) -> Table:
-    """A row for each unit, lowest kappa first; from 61 units on one for each layer and type, in the model's order."""
+def report_table(report: "KappaReport", selection: "Selection | None" = None, full: bool = False) -> Table:
+    """A row a unit, lowest kappa first; from 61 units on a row a type, in the model's order.
+
+    Args:
+        full: from 61 units on a row for each layer and type.
+    """
     chosen = {unit.name for unit in selection.units} if selection else set()
-    table = Table(title=_title(report, chosen), caption=_caption(report), box=box.SIMPLE_HEAD)
+    many = len(report.units) > ROWS_SHOWN_ONE_BY_ONE
+    table = Table(title=_title(report, chosen), caption=_caption(report, chosen, many), box=box.SIMPLE_HEAD)
     table.padding, table.pad_edge = 0, False
     table.title_justify = table.caption_justify = "left"
-    fill = _fill_by_unit if len(report.units) <= ROWS_SHOWN_ONE_BY_ONE else _fill_by_group
+    fill = _fill_by_unit if not many else _fill_by_layer if full else _fill_by_type
     fill(table, report.units, chosen, *_ranked_by(report, selection))
     return table
 
@@ -57,21 +63,40 @@ def _heading(rank_by: str) -> list[str]:
     return [rank_by.replace("_", "\n", 1)] if rank_by else []
 
 
-def _fill_by_group(
+def _fill_by_type(
     table: Table, units: Sequence["UnitReport"], chosen: set[str], rank_by: str, values: Mapping[str, float]
 ) -> None:
-    numbers = ["count", "shape", "kappa\nmin", "kappa\nmedian", "kappa\nmax", "kappa\n/null", *_heading(rank_by)]
-    _add_columns(table, ["layer", "units"], numbers, bool(chosen))
+    _add_columns(table, ["units"], [*GROUP_NUMBERS, *_heading(rank_by)], bool(chosen))
+    groups: dict[str, list[UnitReport]] = {}
+    for unit in units:
+        groups.setdefault(layer_and_type(unit.name)[1], []).append(unit)
+    for kind, members in groups.items():
+        cells = _group_cells(members, rank_by, values)
+        if chosen:
+            taken = [unit for unit in members if unit.name in chosen]
+            layers, all_layers = (len({layer_and_type(unit.name)[0] for unit in each}) for each in (taken, members))
+            cells.append(f"* {len(taken)} in {layers} of {all_layers} layers" if taken else "")
+        table.add_row(_name(kind, members[0]), *cells)
+
+
+def _group_cells(members: Sequence["UnitReport"], rank_by: str, values: Mapping[str, float]) -> list[str]:
+    cells = [str(len(members)), _shapes(members), *_spread(members)]
+    if rank_by:
+        known = [values[unit.name] for unit in members if unit.name in values]
+        cells.append(short_number(median(known) if known else None))
+    return [*cells, _statuses(members)]
+
+
+def _fill_by_layer(
+    table: Table, units: Sequence["UnitReport"], chosen: set[str], rank_by: str, values: Mapping[str, float]
+) -> None:
+    _add_columns(table, ["layer", "units"], [*GROUP_NUMBERS, *_heading(rank_by)], bool(chosen))
     groups: dict[tuple[str, str], list[UnitReport]] = {}
     for unit in units:
         groups.setdefault(layer_and_type(unit.name), []).append(unit)
     shown = None
     for (layer, kind), members in groups.items():
-        cells = [str(len(members)), _shapes(members), *_spread(members)]
-        if rank_by:
-            known = [values[unit.name] for unit in members if unit.name in values]
-            cells.append(short_number(median(known) if known else None))
-        cells.append(_statuses(members))
+        cells = _group_cells(members, rank_by, values)
         if chosen:
             taken = sum(unit.name in chosen for unit in members)
             cells.append(f"* {taken}" if taken else "")
@@ -133,9 +158,23 @@ def _title(report: "KappaReport", chosen: set[str]) -> Text:
     return Text(title)
 
 
-def _caption(report: "KappaReport") -> Text:
-    """Explains the numbers and names the weights left out."""
+def _only_type(report: "KappaReport", chosen: set[str]) -> str | None:
+    """The one type that all `chosen` are of, where its shape alone makes kappa low: a random one has the lowest too."""
+    kinds = {layer_and_type(name)[1] for name in chosen}
+    shapes = {unit.shape for unit in report.units if unit.name in chosen}
+    nulls = {unit.shape: unit.null for unit in report.units}
+    if len(kinds) != 1 or len(nulls) == 1 or not shapes or max(nulls[shape] for shape in shapes) > min(nulls.values()):
+        return None
+    return kinds.pop()
+
+
+def _caption(report: "KappaReport", chosen: set[str], many: bool) -> Text:
+    """What the numbers and the selection mean, and which weights aren't shown."""
     lines = ["kappa/null: kappa relative to a Gaussian matrix of the same shape."]
+    if many and (kind := _only_type(report, chosen)):
+        lines.append(f"All {len(chosen)} trained are {kind}: kappa follows the matrix's shape here (see kappa/null).")
+    if many:
+        lines.append("A row for each layer: `kappatune scan` and `kappatune select` with --table full.")
     above = sum(unit.status == "above" for unit in report.units)
     if above:
         lines.append(f"{above} matrices were measured only until it was certain that they are above (>) the lowest.")

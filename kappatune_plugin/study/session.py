@@ -1,5 +1,6 @@
 """The commands `kappatune compare` and `kappatune sweep`: load, run, write, show."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from kappatune_plugin.console import console, number
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.files import check_writable, write_json
 from kappatune_plugin.recipe.recipe import load_recipe
+from kappatune_plugin.run.settings import setting_problem
 from kappatune_plugin.selection.budget import budget, parse_budget
 from kappatune_plugin.study.bench import Bench
 from kappatune_plugin.study.compare import compare
@@ -100,6 +102,8 @@ def sweep_session(asked: Asked, budgets: str) -> dict[str, Any]:
 
 def _prepare(asked: Asked, grid: Sequence[float], what: str, ranks: Sequence[str] = ()) -> tuple[Bench, Settings, Path]:
     args = load_recipe(asked.config, asked.overrides).training_args
+    if problem := setting_problem(args):
+        raise KappaTuneError(problem)
     rates = _rates(asked.learning_rates, args.learning_rate, grid)
     seeds = tuple(range(args.seed, args.seed + asked.seeds))
     every = 1 if asked.every is None else asked.every
@@ -135,9 +139,12 @@ def _rates(text: str | None, recipes: float, grid: Sequence[float]) -> tuple[flo
     if text is None:
         return tuple(recipes if factor == 1 else float(f"{factor * recipes:.2g}") for factor in grid)
     try:
-        return tuple(sorted({float(each) for each in text.split(",")}))
+        rates = sorted({float(each) for each in text.split(",")})
     except ValueError as error:
         raise KappaTuneError(f"learning_rates: '{text}' are not numbers. Write 3e-4,1e-3,3e-3.") from error
+    if not all(math.isfinite(rate) and rate > 0 for rate in rates):
+        raise KappaTuneError(f"learning_rates: '{text}' are not all above 0 and finite. Write 3e-4,1e-3,3e-3.")
+    return tuple(rates)
 
 
 def _has_controls(content: Mapping[str, Any]) -> bool:

@@ -2,7 +2,6 @@
 
 import difflib
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,11 +75,20 @@ class Conversion:
         target = Path(path or self.path)
         kept = self.path.with_suffix(f".lora{self.path.suffix}")
         new = target if path else kept
-        if new.exists():
+        if os.path.lexists(new):
             raise KappaTuneError(f"{new} is there already. Move it away, or give another place with --output.")
-        if not path:
-            shutil.copy2(self.path, kept)
-        write_text(target, self.after)
+        if target.is_symlink():
+            raise KappaTuneError(f"{target} is a link, which would be replaced. Give the file that it leads to.")
+        if path:
+            write_text(target, self.after)
+            return target
+        write_text(kept, self.before)
+        try:
+            write_text(target, self.after)
+        except KappaTuneError:
+            # the recipe is still there, and its copy would refuse the next try
+            kept.unlink()
+            raise
         return target
 
 
@@ -107,6 +115,8 @@ def convert_recipe(
     content, problems = read_yaml(path)
     if problems:
         raise KappaTuneError("\n  - ".join([f"Recipe {path} has keys twice:", *problems]))
+    if numbers := [key for key in content if not isinstance(key, str)]:
+        raise KappaTuneError(f"Recipe {path} has the key {numbers[0]!r}; keys are names. Delete it.")
     if content.get("adapter") == NAME or any(str(key).startswith(NAME) for key in content):
         raise KappaTuneError(f"{path} is a KappaTune recipe already.")
     kind = toolkit_of(content, toolkit)
@@ -258,10 +268,11 @@ def _restriction(options: Mapping[str, Any]) -> list[str]:
 
 def _other_trainer(content: Mapping[str, Any]) -> list[str]:
     from kappatune_plugin.recipe.text import BLOCKS
-    from kappatune_plugin.recipe.trl_keys import trl_keys
+    from kappatune_plugin.recipe.trl_keys import OVERWRITE, trl_keys
 
-    unknown = [key for key in content if key not in trl_keys() and key not in BLOCKS and TRL.reason(key) is None]
-    notes = [f"{key}: {gone}." for key in unknown if (gone := gone_key(key))]
+    known = {*trl_keys(), *BLOCKS, OVERWRITE}
+    unknown = [key for key in content if key not in known and TRL.reason(key) is None]
+    notes = [f"{key}: {gone}." for key in unknown if (gone := gone_key(key, content[key]))]
     unknown = [key for key in unknown if gone_key(key) is None]
     if unknown:
         notes.append(

@@ -7,6 +7,7 @@ layer's experts into one parameter, none of them can train one expert's matrix a
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -73,7 +74,23 @@ def plan(
         from kappatune_plugin.scanning.scan import scan
 
         report = scan(model, trust_remote_code=trust_remote_code)
+    else:
+        _check_base(report, model, trust_remote_code)
     return stock_plan(select(report, k=k), lambda: empty_model(model, trust_remote_code), toolkit, widen)
+
+
+def _check_base(report: KappaReport, model: str, trust_remote_code: bool) -> None:
+    """Refuse a report of other weights. A name on the hub isn't downloaded for it: there the toolkit will."""
+    if not list(Path(model).glob("*.safetensors")):
+        return
+    from kappatune_plugin.weights.open_source import open_source
+
+    found = open_source(model, trust_remote_code).base_hash()
+    if found != report.base["hash"]:
+        raise KappaTuneError(
+            f"The kappa report is of '{report.base['name']}' (fingerprint {report.base['hash']}), and the fingerprint "
+            f"of '{model}' is {found}. Make one with `kappatune scan`, or leave --report out."
+        )
 
 
 def stock_plan(selection: Selection, build: Callable[[], nn.Module], toolkit: str, widen: bool = False) -> Plan:

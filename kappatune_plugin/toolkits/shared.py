@@ -1,5 +1,6 @@
 """Shared by the integrations: a toolkit's model in, the PEFT model to train or a trained one out."""
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -90,11 +91,18 @@ class WriteDecisions(TrainerCallback):
 
 
 def remove_models_with_adapters(folder: str | os.PathLike) -> None:
-    """Delete the weights in `folder` that hold a whole model and an adapter inside: nothing loads them as they are."""
-    files = sorted(Path(folder).glob("model*.safetensors"))
-    if any(f".{PREFIX}" in name for path in files for name in _tensor_names(path)):
-        for path in [*files, *Path(folder).glob("model.safetensors.index.json")]:
-            path.unlink()
+    """Delete the weights in `folder` that hold a whole model and an adapter inside: nothing loads them as they are.
+
+    Those are model.safetensors, or the parts that model.safetensors.index.json names with it; other files stay.
+    """
+    index, whole = Path(folder) / "model.safetensors.index.json", Path(folder) / "model.safetensors"
+    if index.is_file():
+        content = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if any(f".{PREFIX}" in name for name in content):
+            for path in [*(Path(folder) / name for name in set(content.values())), index]:
+                path.unlink()
+    if whole.is_file() and any(f".{PREFIX}" in name for name in _tensor_names(whole)):
+        whole.unlink()
 
 
 def _tensor_names(path: Path) -> list[str]:

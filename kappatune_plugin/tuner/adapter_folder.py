@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.tuner.register import NAME
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from torch import nn
 
+FLOATING = ("F64", "F32", "F16", "BF16")
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -20,7 +22,10 @@ def adapter_config(adapter: Path) -> "PeftConfig":
     if not (adapter / ADAPTER_CONFIG).is_file():
         raise KappaTuneError(f"'{adapter}' holds no {ADAPTER_CONFIG}. Give the output_dir of a run.")
     try:
-        return PeftConfig.from_pretrained(str(adapter))
+        config = PeftConfig.from_pretrained(str(adapter))
+        if not isinstance(config.base_model_name_or_path, str | None):
+            raise TypeError(f"base_model_name_or_path is {config.base_model_name_or_path!r}, expected a text")
+        return config
     except KeyError as error:
         raise KappaTuneError(f"{adapter / ADAPTER_CONFIG}: peft_type {error} is no method of PEFT.") from error
     except (ValueError, TypeError, OSError) as error:
@@ -43,13 +48,25 @@ def check_adapter(adapter: Path) -> None:
     try:
         with safe_open(weights, "pt") as file:
             empty = not list(file.keys())
+            dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys() if _holds_values(name)}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise KappaTuneError(
             f"Can't load the adapter '{adapter}': {ADAPTER} is damaged or cut off ({error}). Copy it again, or give "
             "another checkpoint of the run."
         ) from error
+    wrong = next((name for name, dtype in dtypes.items() if dtype not in FLOATING), None)
+    if wrong is not None:
+        raise KappaTuneError(
+            f"Can't load the adapter '{adapter}': {wrong} is {dtypes[wrong]}, expected one of {', '.join(FLOATING)}. "
+            "Such values were never trained: give another adapter."
+        )
     if empty:
         raise KappaTuneError(f"Can't load the adapter '{adapter}': {ADAPTER} holds no values. Copy it again.")
+
+
+def _holds_values(name: str) -> bool:
+    """Whether a tensor of an adapter holds trained values of this method; beside them are fingerprints."""
+    return "kappatune_master" in name
 
 
 def load_adapter(model: "nn.Module", adapter: Path) -> "PeftModel":
@@ -57,12 +74,32 @@ def load_adapter(model: "nn.Module", adapter: Path) -> "PeftModel":
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(model, str(adapter))
+        tuned = PeftModel.from_pretrained(model, str(adapter))
     except KappaTuneError:
         raise
     except Exception as error:
         # a damaged adapter_model.safetensors raises SafetensorError, RuntimeError or OSError
         raise KappaTuneError(f"Can't load the adapter '{adapter}': {error}") from error
+    _check_that_it_fits(tuned, adapter)
+    return tuned
+
+
+def _check_that_it_fits(tuned: "PeftModel", adapter: Path) -> None:
+    """PEFT only warns of an adapter none of whose tensors is the model's, and goes on with the base."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    if tuned.active_peft_config.peft_type.value == NAME.upper():
+        # checked when it was loaded
+        return
+    with safe_open(adapter / ADAPTER, "pt") as file:
+        there = set(file.keys())
+    here = set(get_peft_model_state_dict(tuned))
+    if not there & here:
+        raise KappaTuneError(
+            f"The adapter '{adapter}' is of another model: none of its {len(there)} tensors, such as {min(there)}, has "
+            f"a place in this one ({min(here, default='it has no adapter')}). Give the base it was trained on."
+        )
 
 
 def is_adapter(folder: str | os.PathLike) -> bool:

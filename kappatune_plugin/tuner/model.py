@@ -25,7 +25,13 @@ from kappatune_plugin.tuner.register import PREFIX, register
 from kappatune_plugin.tuner.saved_selection import check_selection, keep_selection, other_selection
 from kappatune_plugin.tuner.slice_gradients import BINDINGS, bind, bound, unbind
 from kappatune_plugin.tuner.trainer_hooks import follow
-from kappatune_plugin.tuner.what_to_train import given_selection, report_for_selection, selected_units, selection_from
+from kappatune_plugin.tuner.what_to_train import (
+    check_modules_to_save,
+    given_selection,
+    report_for_selection,
+    selected_units,
+    selection_from,
+)
 from kappatune_plugin.weights.model_source import ModelSource
 from kappatune_plugin.weights.quantized import keep_unpacked, make_whole, quantization_of, quantized_form
 from kappatune_plugin.weights.units import WeightUnit, find_units
@@ -72,6 +78,7 @@ class KappaTuneModel(BaseTuner):
             ]
         # a config may be used for several models: what it settles to here is this model's
         config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        check_modules_to_save(config, model)
         selection, units = self._settle(model, adapter_name, config)
         config.base_quantization = quantization_of(model)
         keep_unpacked(model)

@@ -41,6 +41,7 @@ def other_selection(there: Iterable[str], here: Iterable[str]) -> KappaTuneError
     there, here = sorted(there), sorted(here)
     return KappaTuneError(
         f"The checkpoint trains another selection than this run: {len(there)} weights only in the checkpoint "
-        f"({', '.join(there[:3])}), {len(here)} only here ({', '.join(here[:3])}). Resume with the settings it was "
-        "made with (selection.json beside it), or start anew without resume_from_checkpoint."
+        f"({', '.join(there[:3])}), {len(here)} only here ({', '.join(here[:3])}). To resume, use the settings it was "
+        "made with (selection.json beside it), or start anew without resume_from_checkpoint. An adapter whose own "
+        "files disagree was damaged or edited: copy it again."
     )

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from kappatune_plugin.checks import did_you_mean
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.scanning.scan import scan
 from kappatune_plugin.selection.budget import parse_budget
@@ -13,6 +14,9 @@ from kappatune_plugin.selection.selection import Selection, select
 from kappatune_plugin.tuner.config import KappaTuneConfig
 from kappatune_plugin.weights.patterns import DEFAULT_EXCLUDE
 from kappatune_plugin.weights.units import WeightUnit
+
+# to modules_to_save, by the task and not by the model
+ADDED_BY_PEFT = {"classifier", "score", "qa_outputs"}
 
 
 def given_report(config: KappaTuneConfig, base_hash: str | None = None) -> KappaReport | None:
@@ -55,7 +59,7 @@ def full_report(
 def report_for_selection(config: KappaTuneConfig, model: nn.Module, base_hash: str) -> KappaReport:
     """The given report, or a scan that finds out as much as the config's selection needs."""
     wanted = {key: getattr(config, key) for key in ("order", "rank_by", "seed", "scan_from")}
-    return given_report(config, base_hash) or scan_for(config, model, k=config.budget, **wanted)
+    return given_report(config, base_hash) or scan_for(config, model, k=config.budget, refuse_more=True, **wanted)
 
 
 def selection_from(report: KappaReport, config: KappaTuneConfig) -> Selection:
@@ -77,6 +81,17 @@ def given_selection(config: KappaTuneConfig) -> Selection | None:
     if config.k is not None and config.budget != parse_budget(given.k):
         raise KappaTuneError(f"k is {config.k!r} but the selection was made with k = {given.k!r}: remove one of them.")
     return given
+
+
+def check_modules_to_save(config: KappaTuneConfig, model: nn.Module) -> None:
+    """Raise KappaTuneError if `modules_to_save` names what isn't in `model`: PEFT ignores it."""
+    names = [name for name, _ in model.named_modules()]
+    wanted = set(config.modules_to_save or ()) - ADDED_BY_PEFT
+    missing = sorted(each for each in wanted if not any(f".{name}".endswith(f".{each}") for name in names))
+    if missing:
+        known = sorted({name.rpartition(".")[2] for name in names} - {""})
+        hint = did_you_mean(missing[0], known)
+        raise KappaTuneError(f"modules_to_save: the model has no module {', '.join(missing)}.{hint}")
 
 
 def selected_units(

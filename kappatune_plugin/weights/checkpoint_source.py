@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kappatune_plugin.distributed import ranks, shards
 from kappatune_plugin.distributed.work import deal
+from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.weights.checkpoint_names import CheckpointNames
 from kappatune_plugin.weights.fingerprint import fingerprint, sample
 from kappatune_plugin.weights.quantized import FLOAT8_BLOCK, SCALES, dequantize_float8
@@ -96,6 +97,7 @@ class _Finder:
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
         self._names = CheckpointNames(model)
         self._prefix = getattr(model, "base_model_prefix", "")
+        self._quantized = bool(getattr(model.config, "quantization_config", None))
         self._aliases: dict[int, list[str]] = {}
         for name, parameter in self._parameters.items():
             self._aliases.setdefault(id(parameter), []).append(name)
@@ -131,5 +133,9 @@ class _Finder:
             raise _Unusable(f"{name} is stored as {stored.dtype}")
         scales = next((name + ending for ending in SCALES if name + ending in self._tensors), None)
         if scales is None:
-            raise _Unusable(f"{name} is stored as {stored.dtype} without scales ({name}{SCALES[0]} or {SCALES[1]})")
+            problem = f"{name} is stored as {stored.dtype} without scales ({name}{SCALES[0]} or {SCALES[1]})"
+            if self._quantized:
+                # transformers may know where that kind of checkpoint keeps them
+                raise _Unusable(problem)
+            raise KappaTuneError(f"{problem}: what it stands for can't be told. Scan the unquantized checkpoint.")
         return _Place(name, index, scales)

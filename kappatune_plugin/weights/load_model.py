@@ -1,7 +1,7 @@
 """Load a model from a folder or the hub, with or without its values."""
 
+import os
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,7 +90,7 @@ def cannot_load(path: str, error: Exception) -> KappaTuneError:
     """The error for a model that transformers can't load."""
     # transformers takes a path that doesn't exist for a wrong hub name
     is_path = path.startswith(("/", ".", "~")) or path.count("/") > 1
-    reason = f"{type(error).__name__}: {error}" if Path(path).exists() or not is_path else "there is no such folder."
+    reason = f"{type(error).__name__}: {error}" if os.path.exists(path) or not is_path else "there is no such folder."
     return KappaTuneError(
         f"Can't load a model from '{path}': {reason}\nGive a folder that `save_pretrained` wrote, or a model's name on "
         "the hub."

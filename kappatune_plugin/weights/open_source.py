@@ -1,8 +1,9 @@
 """Open a model, a folder or a hub name as a Source of weights."""
 
 import os
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
@@ -17,6 +18,9 @@ from kappatune_plugin.weights.safetensors_files import TensorFiles, checkpoint_f
 from kappatune_plugin.weights.source import Source
 from kappatune_plugin.weights.units import WeightUnit
 
+# "model.layers.3.mlp.up_proj.weight" -> "model.layers", "3"
+LAYER = re.compile(r"(.*?)\.(\d+)\.")
+
 
 def checkpoint_source(path: str, trust_remote_code: bool = False) -> Source:
     """The checkpoint in a folder or of a hub name: its safetensors files if they can be used, else the loaded model.
@@ -26,12 +30,35 @@ def checkpoint_source(path: str, trust_remote_code: bool = False) -> Source:
     """
     model_config(path, trust_remote_code)
     try:
-        files = TensorFiles(_files(path))
-        return SafetensorsSource(path, files, _empty(path, trust_remote_code))
+        files, model = TensorFiles(_files(path)), _empty(path, trust_remote_code)
+        _warn_of_more_layers(path, files.tensors, model)
+        return SafetensorsSource(path, files, model)
     except _Unusable as reason:
         model = load_model(path, trust_remote_code)
         warnings.warn(f"'{path}' is loaded whole, since {reason}.", stacklevel=2)
         return ModelSource(model)
+
+
+def _warn_of_more_layers(path: str, stored: Iterable[str], model: nn.Module) -> None:
+    """Say it where the files hold layers that config.json doesn't know: transformers leaves them out."""
+    known: dict[str, set[str]] = {}
+    for name, _ in model.named_parameters():
+        if match := LAYER.match(name):
+            known.setdefault(match[1], set()).add(match[2])
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    more = {
+        f"{match[1]}.{match[2]}"
+        for name in stored
+        if (match := LAYER.match(name)) and match[2] not in known.get(match[1], {match[2]})
+        # a model's own way to say it: layers that predict several tokens, which training doesn't use
+        if not any(re.search(pattern, name) for pattern in ignored)
+    }
+    if more:
+        warnings.warn(
+            f"The files of '{path}' hold {len(more)} layers that its config.json doesn't name, such as {min(more)}: "
+            "they are left out, in training too. Check num_hidden_layers.",
+            stacklevel=3,
+        )
 
 
 def same_on_disk(model: nn.Module, source: ModelSource) -> Source | None:

@@ -118,7 +118,9 @@ def checkpoint_files(folder_or_name: str) -> list[Path]:
         return []
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError(f"its weight_map names {names[0]!r} as a file")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise KappaTuneError(
             f"Can't load a model: {index} is not an index of safetensors files ({type(error).__name__}: {error}). "
             "Download or save it again."

@@ -16,6 +16,7 @@ from helpers.command import kappatune
 from helpers.recipes import tiny_recipe, write_recipe
 from helpers.tiny import tiny_model
 from kappatune_plugin import KappaReport, Selection
+from kappatune_plugin.scanning import scan as scanning
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +94,11 @@ def test_scans_that_cannot_be(saved_olmoe, tmp_path, monkeypatch, words, message
     assert code == 2 and message in errors and not list(tmp_path.iterdir())
 
 
-def test_a_scan_is_kept_when_k_turns_out_too_large(saved_olmoe, tmp_path):
+def test_a_k_that_is_too_large_is_refused_before_anything_is_measured(saved_olmoe, tmp_path, monkeypatch):
+    monkeypatch.setattr(scanning, "measure", lambda *_, **__: pytest.fail("it measured"))
     code, _, errors = kappatune("scan", saved_olmoe, "--k", "1000", "--output", tmp_path / "report.json")
     assert code == 2 and "1000" in errors and "58" in errors
-    assert len(KappaReport.load(tmp_path / "report.json").units) == 58
+    assert not (tmp_path / "report.json").exists()
 
 
 def test_select_chooses_from_a_report(run, tmp_path):
@@ -143,8 +145,14 @@ def test_merge_replaces_only_when_told_to(run, tmp_path):
     (target / "mine.txt").write_text("keep")
     code, _, errors = kappatune("merge", run, "--output_dir", target)
     assert code == 2 and "--overwrite" in errors and (target / "mine.txt").read_text() == "keep"
-    code, _, _ = kappatune("merge", run, "--output_dir", target, "--overwrite")
-    assert code == 0 and not (target / "mine.txt").exists() and (target / "config.json").exists()
+    code, _, errors = kappatune("merge", run, "--output_dir", target, "--overwrite")
+    assert code == 2 and "such as mine.txt" in errors and (target / "mine.txt").read_text() == "keep"
+    (target / "mine.txt").unlink()
+    assert kappatune("merge", run, "--output_dir", target)[0] == 0
+    (target / "config.json").write_text("{}")
+    (target / "model-00009-of-00009.safetensors").write_text("of an older one")
+    assert kappatune("merge", run, "--output_dir", target, "--overwrite")[0] == 0
+    assert "olmoe" in (target / "config.json").read_text() and not list(target.glob("model-0*"))
 
 
 def test_a_merge_that_fails_leaves_what_was_there(run, tmp_path):
@@ -230,3 +238,26 @@ def test_merging_into_another_base_is_an_error(run, saved_olmoe, tmp_path):
     other.save_pretrained(tmp_path / "other")
     code, _, errors = kappatune("merge", run, "--model", tmp_path / "other", "--output_dir", tmp_path / "merged")
     assert code == 2 and "base" in errors and not (tmp_path / "merged").exists()
+
+
+def test_a_selection_never_replaces_the_report_it_was_made_from(run, tmp_path):
+    report = tmp_path / "report.json"
+    shutil.copy(run / "kappa_report.json", report)
+    before = report.read_bytes()
+    code, _, errors = kappatune("select", report, "--k", "3", "--output", report)
+    assert code == 2 and "is no such file" in errors and report.read_bytes() == before
+
+
+def test_the_home_folder_is_found_behind_an_equals_sign(saved_olmoe, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(saved_olmoe)
+    code, out, _ = kappatune("scan", "~/model", "--k", "4", "--output=~/report.json", "--table", "full")
+    assert code == 0 and sorted(path.name for path in tmp_path.iterdir()) == ["model", "report.json"]
+
+
+def test_what_of_weights_is_no_report_stays(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    code, _, errors = kappatune("scan", tmp_path, "--k", "4", "--output", tmp_path / "model.safetensors")
+    assert code == 2 and "is no such file" in errors and (tmp_path / "model.safetensors").read_bytes() == before

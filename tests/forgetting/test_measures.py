@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from peft import get_peft_model
+from tokenizers.processors import TemplateProcessing
 
 from helpers.tiny import tiny_model, tiny_tokenizer
 from kappatune_plugin import KappaTuneConfig, KappaTuneError
@@ -237,3 +238,26 @@ def test_nothing_to_measure_is_an_error():
 def test_bfloat16_models_are_measured():
     found = token_loss(tuned_model(torch.bfloat16), PIECES).nats_per_token
     assert found == pytest.approx(token_loss(tuned_model(), PIECES).nats_per_token, abs=0.1)
+
+
+def test_every_piece_begins_with_the_start_token_that_the_tokenizer_adds():
+    """Gemma's does, and a model that leans on it is measured out of its element without it."""
+    tokenizer, text = tiny_tokenizer(), "the cat sat on the mat, yes. " * 4
+    plain = tokenizer(text).input_ids
+    start = tokenizer.bos_token_id
+    adding = TemplateProcessing(single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, start)])
+    tokenizer.backend_tokenizer.post_processor = adding
+    pieces = blocks(tokenizer, [text], max_length=12)
+    assert all(piece[0] == start and len(piece) <= 12 for piece in pieces) and len(pieces) > 3
+    assert [token for piece in pieces for token in piece[1:]] == plain
+    assert blocks(tokenizer, [text], max_length=12, truncate=True) == pieces[:1]
+
+
+def test_a_model_of_nan_knows_nothing():
+    """Nothing is greater than NaN, so the first label would win: 50% of two."""
+    model, tokenizer = tiny_model("llama", vocab_size=300), tiny_tokenizer()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(math.nan)
+    examples = [ChoiceExample("the cat", (" yes", " no"), answer) for answer in (0, 1)]
+    assert math.isnan(label_accuracy(model, tokenizer, examples))
+    assert math.isnan(exact_recall(model, tokenizer, [("the cat", " yes")]))

@@ -16,8 +16,9 @@ from kappatune_plugin import KappaTuneConfig, KappaTuneError
 from kappatune_plugin.data.examples import ChoiceExample
 from kappatune_plugin.forgetting.callback import ForgettingCallback
 from kappatune_plugin.forgetting.config import ForgettingConfig
-from kappatune_plugin.forgetting.measures import completion_kl, kl_to_base, token_loss
+from kappatune_plugin.forgetting.measures import completion_kl, completion_loss, kl_to_base, token_loss
 from kappatune_plugin.forgetting.probe import ForgettingData, ForgettingProbe
+from kappatune_plugin.recipe.load_rows import task_examples
 
 TEXTS = [f"the cat {i} sat on the mat {j} times" for i in range(4) for j in range(4)]
 TASK = [ChoiceExample("the cat", (" yes", " no"), answer) for answer in (0, 1, 0)]
@@ -231,3 +232,41 @@ def test_nothing_to_measure_and_missing_columns_are_errors(tmp_path):
     recall = {"path": path, "prompt": "{question}", "completion": "{answer}"}
     with pytest.raises(KappaTuneError, match="question"):
         ForgettingData.load(ForgettingConfig(recall=recall))
+
+
+CHAT = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+CHAT += "{% if add_generation_prompt %}assistant: {% endif %}"
+
+
+def test_conversations_are_measured_by_their_last_answer(saved_olmoe, tmp_path):
+    question, answer = {"role": "user", "content": "the cat"}, {"role": "assistant", "content": "yes"}
+    rows = Dataset.from_list([{"messages": [question, answer]}] * 2)
+    model = AutoModelForCausalLM.from_pretrained(saved_olmoe, dtype=torch.float32)
+    config, tokenizer = ForgettingConfig(), tiny_tokenizer()
+    data = ForgettingData.load(config, task_examples({"train": "x"}, rows))
+    with pytest.raises(KappaTuneError, match="no chat template"):
+        ForgettingProbe.build(config, data, model, tokenizer)
+    tokenizer.chat_template = CHAT
+    found = ForgettingProbe.build(config, data, model, tokenizer)
+    assert found.metric == "loss" and found.task == [("user: the cat\nassistant: ", "yes\n")] * 2
+    expected = completion_loss(model, tokenizer, [("user: the cat\nassistant: ", "yes\n")])
+    assert found.measure(model)["task_loss"] == pytest.approx(expected)
+
+
+def test_test_rows_that_cannot_be_measured_are_refused():
+    data = {"train": "x"}
+    assert task_examples(data, Dataset.from_list([{"prompt": "a", "completion": " b"}])) == [("a", " b")]
+    with pytest.raises(KappaTuneError, match="they have no completion"):
+        task_examples(data, Dataset.from_list([{"text": "a b"}]))
+    assert task_examples(data, Dataset.from_list([{"text": "a b"}]), evaluated=True) == []
+    with pytest.raises(KappaTuneError, match="row 0 doesn't end with an answer"):
+        task_examples(data, Dataset.from_list([{"messages": [{"role": "user", "content": "a"}] * 2}]))
+
+
+def test_control_texts_have_to_be_texts(tmp_path):
+    rows = str(write_rows(tmp_path / "numbers.jsonl", [{"text": 1}, {"text": 2}]))
+    with pytest.raises(KappaTuneError, match="'text' holds 1, which is no text"):
+        ForgettingData.load(ForgettingConfig(control={"path": rows}))
+    (tmp_path / "latin.txt").write_bytes("caf\xe9 and more".encode("latin-1"))
+    with pytest.raises(KappaTuneError, match="latin.txt' isn't UTF-8 text"):
+        ForgettingData.load(ForgettingConfig(control={"path": str(tmp_path / "latin.txt")}))

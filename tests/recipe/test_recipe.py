@@ -7,6 +7,7 @@ from helpers.recipes import tiny_recipe, write_recipe
 from kappatune_plugin import KappaTuneError
 from kappatune_plugin.recipe.recipe import load_recipe
 from kappatune_plugin.recipe.trl_keys import GONE_KEYS, trl_keys
+from kappatune_plugin.selection.budget import parse_budget
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
 
@@ -147,7 +148,11 @@ def test_keys_that_came_and_went_between_versions(load, key):
         assert load(**{key: value}).resolved[key] is not None
     else:
         message = refused(load, **{key: value})
-        assert "1 problem" in message and f"{key}: transformers " in message and GONE_KEYS[key] in message
+        assert (
+            "1 problem" in message
+            and f"{key}: transformers " in message
+            and GONE_KEYS[key].format(value=value) in message
+        )
 
 
 @pytest.mark.parametrize(
@@ -251,10 +256,35 @@ def test_env_is_set_and_secrets_are_not_written(load, monkeypatch):
     from kappatune_plugin.recipe.recipe import public_yaml
 
     monkeypatch.setenv("KT_TEST_PLAIN", "")
-    monkeypatch.setenv("KT_TEST_API_KEY", "")
+    monkeypatch.setenv("DATABASE_URL", "")
     import os
 
-    recipe = load(env={"KT_TEST_PLAIN": 1, "KT_TEST_API_KEY": "abc"}, hub_token="abc")
-    assert os.environ["KT_TEST_PLAIN"] == "1" and os.environ["KT_TEST_API_KEY"] == "abc"
-    written = public_yaml(recipe.resolved)
-    assert "abc" not in written and yaml.safe_load(written)["env"] == {"KT_TEST_PLAIN": 1}
+    recipe = load(
+        env={"KT_TEST_PLAIN": 1, "DATABASE_URL": "postgres://u:abc@h/db"},
+        hub_token="abc",
+        push_to_hub=False,
+        eos_token="<eos>",
+        model_init_kwargs={"token": "abc", "max_memory": {"cpu": "1GB"}},
+        report_to="none",
+        data={
+            "train": {"path": "rows", "token": "abc", "storage_options": {"key": "abc"}},
+            "test": {"path": "https://user:abc@example.org/rows.jsonl"},
+        },
+    )
+    assert os.environ["KT_TEST_PLAIN"] == "1" and "abc" in os.environ["DATABASE_URL"]
+    written = yaml.safe_load(public_yaml(recipe.resolved))
+    assert "abc" not in str(written) and "env" not in written and "hub_token" not in written
+    assert written["eos_token"] == "<eos>" and written["model_init_kwargs"] == {"max_memory": {"cpu": "1GB"}}
+    assert written["data"] == {"train": {"path": "rows"}, "test": {"path": "https://...@example.org/rows.jsonl"}}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("run_name: 2024-02-30", "isn't YAML"), ("max_steps: .inf", "max_steps: expected a whole number, found inf")],
+)
+def test_values_that_no_python_object_holds(tmp_path, text, words):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(KappaTuneError, match=words):
+        load_recipe(tmp_path / "recipe.yaml")
+    with pytest.raises(KappaTuneError, match="is no budget"):
+        parse_budget("9" * 5000)

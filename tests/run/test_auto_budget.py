@@ -203,7 +203,8 @@ def test_a_limit_passed_at_the_end_or_at_once_is_kept_too(saved_olmoe, tmp_path)
     assert [step["action"] for step in result.forgetting.budget["steps"]] == ["stop"]
     # nothing was measured within the limit but the base itself
     assert result.forgetting.delta(result.forgetting.after) == 0
-    again = train(tmp_path, saved_olmoe, "--forgetting.every", "99", max_delta=1e-6)
+    more = ["--forgetting.every", "99", "--overwrite_output_dir"]
+    again = train(tmp_path, saved_olmoe, *more, max_delta=1e-6)
     assert again.trainer.state.global_step == 14
     assert [(step["step"], step["action"]) for step in again.forgetting.budget["steps"]] == [(14, "stop")]
     assert again.forgetting.delta(again.forgetting.after) == 0

@@ -151,3 +151,13 @@ def test_the_command(trained, lora, tmp_path):
     assert done.exit_code == 0 and list(content["models"]) == [str(trained / "out"), str(lora)]
     assert content["models"][str(lora)]["recall"]["facts"] == 1
     assert f" {lora.name} " in done.stdout
+
+
+def test_an_adapter_of_which_nothing_fits_is_refused(trained, tmp_path):
+    other = get_peft_model(tiny_model("gpt2", vocab_size=300), LoraConfig(r=2, target_modules=["c_attn"]))
+    other.save_pretrained(tmp_path / "gpt2")
+    config = json.loads((tmp_path / "gpt2" / "adapter_config.json").read_text())
+    config |= {"target_modules": ["q_proj"], "fan_in_fan_out": False}
+    (tmp_path / "gpt2" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(KappaTuneError, match="is of another model: none of its 4 tensors"):
+        evaluate(load_recipe(trained / "recipe.yaml"), [str(tmp_path / "gpt2")])

@@ -80,7 +80,7 @@ def test_report_and_selection_of_an_earlier_run_are_taken(saved_olmoe, tmp_path)
     other = ["--output_dir", str(tmp_path / "other")]
     by_report = train(tmp_path, saved_olmoe, *other, "--kappatune.report", str(out / "kappa_report.json"))
     given = ["--kappatune", f"{{selection: {out / 'selection.json'}}}"]
-    by_selection = train(tmp_path, saved_olmoe, *other, *given)
+    by_selection = train(tmp_path, saved_olmoe, *other, *given, "--overwrite_output_dir")
     assert by_report.selection.units == by_selection.selection.units == Selection.load(out / "selection.json").units
 
 

@@ -22,11 +22,11 @@ from kappatune_plugin.selection.table import report_table
 from kappatune_plugin.version import __version__
 
 
-def printed(shown: KappaReport, *selected: str) -> str:
+def printed(shown: KappaReport, *selected: str, full: bool = False) -> str:
     console = Console(width=100, record=True, file=io.StringIO())
     units = [SimpleNamespace(name=name) for name in selected]
     selection = SimpleNamespace(rank_by="kappa", units=units) if selected else None
-    console.print(report_table(shown, selection))
+    console.print(report_table(shown, selection, full))
     return console.export_text()
 
 
@@ -176,7 +176,8 @@ def test_few_units_are_shown_one_by_one():
 
 def test_many_units_are_grouped_by_layer_and_type():
     assert len(mixture(3).units) == 54 and "model.layers.0.mlp.experts.3.up_proj" in printed(mixture(3))
-    text = printed(mixture(4), "model.layers.0.mlp.gate.weight", "model.layers.2.mlp.experts.0.up_proj.weight")
+    selected = "model.layers.0.mlp.gate.weight", "model.layers.2.mlp.experts.0.up_proj.weight"
+    text = printed(mixture(4), *selected, full=True)
     rows = [line.split() for line in text.splitlines() if "_proj" in line or "mlp.gate" in line]
     assert len(rows) == 4 * 4
     assert rows[0] == ["layers.0", "self_attn.q_proj", "1", "64x64", "3,457", *rows[0][5:6], "ok"]
@@ -186,9 +187,43 @@ def test_many_units_are_grouped_by_layer_and_type():
     assert rows[10][-3:] == ["ok", "*", "1"] and rows[3][-1] == "ok"
 
 
+def test_the_summary_has_a_row_a_type_and_says_what_was_taken():
+    selected = "model.layers.0.mlp.gate.weight", "model.layers.2.mlp.experts.0.up_proj.weight"
+    text = printed(mixture(12), *selected, "model.layers.2.mlp.experts.1.up_proj.weight")
+    rows = [line.split() for line in text.splitlines() if "_proj" in line or "mlp.gate" in line]
+    assert [cells[0] for cells in rows] == [
+        "self_attn.q_proj",
+        "mlp.gate",
+        "mlp.experts.*.up_proj",
+        "mlp.experts.*.gate_proj",
+    ]
+    assert rows[1][-6:] == ["1", "in", "1", "of", "12", "layers"]
+    assert rows[2][1:6] == ["96", "32x64", "10.0", "14.0", "17.0"]
+    assert rows[2][-9:] == ["1", "zero", "*", "2", "in", "1", "of", "12", "layers"]
+    assert "trained are" not in text
+    routers = [f"model.layers.{layer}.mlp.gate.weight" for layer in range(12)]
+    assert "All 12 trained are mlp.gate: kappa follows the matrix's shape" in printed(mixture(12), *routers)
+
+
 def test_tables_fit_in_100_columns():
     for shown in (twelve_units(), mixture(3), mixture(12, 64)):
-        assert Console(width=1000).measure(report_table(shown)).maximum <= 100
+        for full in (False, True):
+            assert Console(width=1000).measure(report_table(shown, full=full)).maximum <= 100
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"kappa": 99.0}, "kappa 99 is not between lo and hi"),
+        ({"kappa": 10**400}, "kappa is 1000"),
+        ({"null": 0}, "null: expected a number above 0"),
+        ({"frobenius": None}, "frobenius is null"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(tmp_path, change, words):
+    path = broken(tmp_path, lambda content: content["units"][0].update(change))
+    with pytest.raises(KappaTuneError, match=words):
+        KappaReport.load(path)
 
 
 def test_table_says_what_was_left_out():

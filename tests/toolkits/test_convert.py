@@ -9,6 +9,8 @@ from helpers.command import kappatune
 from helpers.tiny import tiny_model
 from kappatune_plugin import KappaTuneError
 from kappatune_plugin.recipe.recipe import load_recipe
+from kappatune_plugin.recipe.trl_keys import trl_keys
+from kappatune_plugin.toolkits import convert
 from kappatune_plugin.toolkits.convert import PLUGIN, convert_recipe
 from kappatune_plugin.toolkits.lora_recipes import TOOLKITS
 from kappatune_plugin.toolkits.yaml_edit import YamlText
@@ -238,3 +240,19 @@ def test_lists_and_values_are_changed_in_place():
     edit.set("c", "5")
     edit.append("d", "new")
     assert edit.text() == "a:  # first\n  - x\n  # two\n  - y  # z\n  - new\nb: [1, 2, new]\nc: 5  # four\nd: [new]\n"
+
+
+def test_a_full_disk_leaves_the_recipe_and_nothing_beside_it(configs, tmp_path, monkeypatch):
+    def full(path: Path, text: str) -> None:
+        if Path(path).name == "lora.yaml":
+            raise KappaTuneError("No space left on device")
+        Path(path).write_text(text, encoding="utf-8")
+
+    lines = f"model_name_or_path: {configs / 'dense'}\nuse_peft: true\nlora_r: 8\nwarmup_ratio: 0.03\noutput_dir: o\n"
+    path = written(tmp_path / "lora.yaml", lines)
+    conversion = convert_recipe(path)
+    assert any("warmup_steps: 0.03" in note for note in conversion.notes) or "warmup_ratio" in trl_keys()
+    monkeypatch.setattr(convert, "write_text", full)
+    with pytest.raises(KappaTuneError, match="No space left"):
+        conversion.write()
+    assert [each.name for each in tmp_path.iterdir()] == ["lora.yaml"] and path.read_text(encoding="utf-8") == lines

@@ -139,3 +139,9 @@ def test_a_report_of_another_model_is_refused():
     report = scan(tiny_model("llama"), progress=False)
     with pytest.raises(KappaTuneError, match="is of another model"):
         stock_plan(select(report, k=3), lambda: tiny_model("llama", hidden_size=64), "axolotl")
+
+
+def test_a_report_of_another_base_with_the_same_names_is_refused(saved_olmoe, tmp_path):
+    report = scan(tiny_model("olmoe", vocab_size=300, seed=5), progress=False)
+    with pytest.raises(KappaTuneError, match="and the fingerprint of"):
+        plan(str(saved_olmoe), "axolotl", 3, report)

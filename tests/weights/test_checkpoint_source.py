@@ -305,3 +305,30 @@ def test_what_loads_a_model_whole(installed, said, monkeypatch):
 
     monkeypatch.setattr(versions, "version", version)
     assert re.search(said, versions.how_to_load_whole())
+
+
+def test_float8_without_scales_is_refused(tmp_path):
+    """transformers would cast them, and what they stand for would be ranked a thousandfold off."""
+    tiny_model("llama").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(KappaTuneError, match="without scales .*can't be told"):
+        scan(str(tmp_path), progress=False)
+
+
+def test_an_index_that_names_no_files_is_refused(tmp_path):
+    tiny_model("llama").config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": 3}}')
+    with pytest.raises(KappaTuneError, match="names 3 as a file"):
+        scan(str(tmp_path), progress=False)
+
+
+def test_layers_that_the_config_does_not_name_are_said(tmp_path):
+    model = tiny_model("llama", num_hidden_layers=3)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    with pytest.warns(UserWarning, match="hold 1 layers that its config.json doesn't name, such as model.layers.2"):
+        assert len(scan(str(tmp_path), progress=False).units) == 14
