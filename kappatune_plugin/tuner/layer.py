@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from kappatune_plugin.distributed import ranks, shards
 from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.tuner.values import VALUES, Original, Values
 from kappatune_plugin.weights.fingerprint import unit_hash
 from kappatune_plugin.weights.units import WeightUnit, unit_block
 
@@ -23,18 +23,18 @@ NOT_WRITTEN = (
 class KappaTuneLayer(nn.Module, BaseTunerLayer):
     """The trainable values of one unit, a child of the module that owns the base parameter.
 
-    `kappatune_master[adapter]` holds the values being trained (float32 by default), `original` those of the base
+    `kappatune_values[adapter]` holds the values being trained (float32 by default), `original` those of the base
     model. The base parameter's slice always holds the truth: the active adapter's values, or the original ones while
     adapters are disabled or none of the active ones trains this unit.
 
-    `kappatune_base[adapter]` is a fingerprint of `original`, saved with the adapter, so that values trained on one
-    base are never written into another.
+    A fingerprint of `original` is saved with the adapter, so that values trained on one base are never written into
+    another.
 
     `resting` takes it out of training for a time: no gradient, no optimizer state, its values stay.
     """
 
-    adapter_layer_names = ("kappatune_master",)
-    other_param_names = ("kappatune_base",)
+    adapter_layer_names = (VALUES,)
+    other_param_names = ()
 
     def __init__(self, owner: nn.Module, attribute: str, unit: WeightUnit) -> None:
         super().__init__()
@@ -42,14 +42,13 @@ class KappaTuneLayer(nn.Module, BaseTunerLayer):
         self.__dict__["owner"] = owner
         self.attribute = attribute
         self.unit = unit
-        self.kappatune_master = nn.ParameterDict()
+        self.kappatune_values = nn.ModuleDict()
         self.fingerprint = unit_hash(self.parameter, unit)
-        self.kappatune_base = Fingerprints(self)
         self.original = Original(self.parameter, unit)
         self.merged_adapters = []
         self._active_adapter = []
-        self._written_version: int | None = None
-        self.resting = False
+        self._written: tuple[int, int] | str | None = None
+        self.resting = self.ran = self.reached = False
         self.register_state_dict_pre_hook(_check_written)
         self.register_load_state_dict_post_hook(_take_over_loaded)
 
@@ -67,17 +66,17 @@ class KappaTuneLayer(nn.Module, BaseTunerLayer):
     def master(self) -> Tensor | None:
         """The active adapter's values of this unit; None where it has none."""
         name = self.active_adapters[0] if self.active_adapters else None
-        return self.kappatune_master[name] if name in self.kappatune_master else None
+        return self.kappatune_values[name].weight if name in self.kappatune_values else None
 
     @property
     def moved(self) -> bool:
         """Whether the active values may have changed in place since they were last written into the base."""
         master = self.master
-        return master is not None and (self.original.divided or master._version != self._written_version)
+        return master is not None and (self.original.divided or self._state() != self._written)
 
     @property
     def trained(self) -> Tensor | None:
-        """See `binding.Bindable`.
+        """See `slice_gradients.Bindable`.
 
         Raises:
             KappaTuneError: an optimizer step moved the values and nobody wrote them into the base.
@@ -95,8 +94,21 @@ class KappaTuneLayer(nn.Module, BaseTunerLayer):
 
     def add(self, adapter: str) -> None:
         """Start `adapter` at the base model's values."""
-        self.kappatune_master[adapter] = nn.Parameter(self.original.whole(self.parameter))
-        self.kappatune_base[adapter] = torch.tensor([self.fingerprint])
+        self.kappatune_values[adapter] = Values(self)
+
+    def take_over(self) -> None:
+        """Write values that were loaded into the base.
+
+        Raises:
+            KappaTuneError: they were trained on another base.
+        """
+        for adapter, values in self.kappatune_values.items():
+            if values.base.item() != self.fingerprint:
+                raise KappaTuneError(
+                    f"Adapter '{adapter}' was trained on another base model: {self.unit.name} differs from the weights "
+                    "it started from. Load the base that adapter_config.json names, in the dtype it was trained in."
+                )
+        self.write()
 
     @torch.no_grad()
     def write(self, adapter: str | None = None) -> None:
@@ -104,7 +116,7 @@ class KappaTuneLayer(nn.Module, BaseTunerLayer):
 
         Collective where the base or the values are divided over ranks.
         """
-        master = self.kappatune_master[adapter] if adapter else self.master
+        master = self.kappatune_values[adapter].weight if adapter else self.master
         if self.parameter.is_meta or (master is not None and master.is_meta):
             return
         self.original.divide(self.parameter)
@@ -114,7 +126,20 @@ class KappaTuneLayer(nn.Module, BaseTunerLayer):
             wanted = shards.block_ranges(self.parameter, self.unit.index)
             values = shards.redistribute(_held(master), shards.block_ranges(master, ()), wanted)
             shards.write_block(self.parameter, self.unit.index, values)
-        self._written_version = None if master is None else master._version
+        self._written = self._state()
+
+    def _state(self) -> tuple[int, int]:
+        """Another one for other active values, and for the same ones changed in place (but for `.data`)."""
+        return (0, 0) if self.master is None else (id(self.master), self.master._version)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy is another tensor, and begins with another version
+        return {**self.__dict__, "_written": None if self.moved else "as copied"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._written is not None:
+            self._written = self._state()
 
     def _switch(self) -> None:
         """`write`, unseen by autograd: DPO runs the reference between the policy's forward and its backward.
@@ -164,7 +189,7 @@ class KappaTuneLayer(nn.Module, BaseTunerLayer):
         Raises:
             KappaTuneError: `safe_merge` found a value that isn't finite.
         """
-        names = [name for name in adapter_names or self.active_adapters if name in self.kappatune_master]
+        names = [name for name in adapter_names or self.active_adapters if name in self.kappatune_values]
         if safe_merge:
             check_finite([self], names)
         for name in names:
@@ -177,71 +202,11 @@ class KappaTuneLayer(nn.Module, BaseTunerLayer):
         self.write()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        if adapter_name in self.kappatune_master:
-            master = self.kappatune_master[adapter_name]
+        if adapter_name in self.kappatune_values:
+            master = self.kappatune_values[adapter_name].weight
             if not self.parameter.is_meta and not shards.is_partitioned(master):
                 master.data = master.data.to(device or self.parameter.device)
             self.write()
-
-
-class Original:
-    """The base model's own values of one unit, as this process holds them.
-
-    Attributes:
-        values: all of them in the parameter's shape, or flat this process's range.
-        divided: whether it is a range.
-    """
-
-    def __init__(self, parameter: Tensor, unit: WeightUnit) -> None:
-        self._index = unit.index
-        self.divided = shards.is_partitioned(parameter)
-        self.values = None if parameter.is_meta else shards.read_block(parameter, unit.index)
-
-    def whole(self, parameter: Tensor) -> Tensor:
-        """All of them, on every rank; zeros for a `parameter` that isn't here yet. Collective if divided."""
-        shape = shards.block_shape(parameter, self._index)
-        if self.values is None:
-            return torch.zeros(shape, dtype=parameter.dtype)
-        if not self.divided:
-            return self.values.clone()
-        everything = [(0, shape.numel())] * ranks.world()
-        held = shards.block_ranges(parameter, self._index)
-        return shards.redistribute(self.values, held, everything).clone().view(shape)
-
-    def divide(self, parameter: Tensor) -> None:
-        """Once FSDP2 has divided `parameter` keep only this process's range. Collective that once."""
-        if self.divided or not shards.is_partitioned(parameter):
-            return
-        count = shards.block_shape(parameter, self._index).numel()
-        first_only = shards.first_rank_loads()
-        held = [(0, 0) if first_only and each else (0, count) for each in range(ranks.world())]
-        values = torch.empty(0, dtype=parameter.dtype) if held[ranks.rank()] == (0, 0) else self.values
-        wanted = shards.block_ranges(parameter, self._index)
-        self.values = shards.redistribute(values.to(parameter.device), held, wanted).clone()
-        self.divided = True
-
-
-class Fingerprints(BufferDict):
-    """What `kappatune_base` holds. It stays where it is and as it is when the model is moved.
-
-    FSDP2 by accelerate moves a model to the meta device and takes everything in its state dict for a divided
-    parameter: there the fingerprints, which every rank has, are left out.
-    """
-
-    def __init__(self, layer: KappaTuneLayer) -> None:
-        super().__init__(persistent=True)
-        self.__dict__["layer"] = layer
-
-    def _apply(self, *args: Any, **kwargs: Any) -> "Fingerprints":
-        return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if not self.layer.parameter.is_meta:
-            super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if any(prefix + adapter in state_dict for adapter in self):
-            super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def check_finite(layers: Sequence[KappaTuneLayer], adapter_names: list[str] | None = None) -> None:
@@ -252,8 +217,8 @@ def check_finite(layers: Sequence[KappaTuneLayer], adapter_names: list[str] | No
     wrong, divided = [], False
     for layer in layers:
         for name in adapter_names or layer.active_adapters:
-            if name in layer.kappatune_master:
-                master = layer.kappatune_master[name]
+            if name in layer.kappatune_values:
+                master = layer.kappatune_values[name].weight
                 divided = divided or shards.is_partitioned(master)
                 if not torch.isfinite(_held(master)).all():
                     wrong.append(f"{layer.unit.name} of adapter '{name}'")
@@ -285,11 +250,4 @@ def _check_written(layer: KappaTuneLayer, prefix: str, keep_vars: bool) -> None:
 
 
 def _take_over_loaded(layer: KappaTuneLayer, incompatible_keys: Any) -> None:
-    """After values are loaded: refuse those of another base, write the rest."""
-    for adapter, found in layer.kappatune_base.items():
-        if found.item() != layer.fingerprint:
-            raise KappaTuneError(
-                f"Adapter '{adapter}' was trained on another base model: {layer.unit.name} differs from the weights "
-                "it started from. Load the base that adapter_config.json names, in the dtype it was trained in."
-            )
-    layer.write()
+    layer.take_over()

@@ -1,6 +1,6 @@
 """The PEFT method: `get_peft_model(model, KappaTuneConfig(k=75))`.
 
-Everything that relies on the inside of PEFT is here, in layer.py and in peft_method.py.
+Everything that relies on the inside of PEFT is here, in layer.py, values.py and register.py.
 """
 
 import copy
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
-from torch import Tensor, nn
+from torch import nn
 
 from kappatune_plugin.distributed import shards
 from kappatune_plugin.distributed.lost_ranks import together
@@ -23,8 +23,9 @@ from kappatune_plugin.tuner.config import KappaTuneConfig
 from kappatune_plugin.tuner.layer import NOT_WRITTEN, KappaTuneLayer, check_finite
 from kappatune_plugin.tuner.register import PREFIX, register
 from kappatune_plugin.tuner.saved_selection import check_selection, keep_selection, other_selection
-from kappatune_plugin.tuner.slice_gradients import BINDINGS, bind, bound, unbind
-from kappatune_plugin.tuner.trainer_hooks import follow
+from kappatune_plugin.tuner.slice_gradients import BINDINGS, bind, bound, parameter_readers, unbind
+from kappatune_plugin.tuner.trainer_hooks import follow, in_step
+from kappatune_plugin.tuner.values import VALUES, renamed
 from kappatune_plugin.tuner.what_to_train import (
     check_modules_to_save,
     given_selection,
@@ -34,9 +35,9 @@ from kappatune_plugin.tuner.what_to_train import (
 )
 from kappatune_plugin.weights.model_source import ModelSource
 from kappatune_plugin.weights.quantized import keep_unpacked, make_whole, quantization_of, quantized_form
-from kappatune_plugin.weights.units import WeightUnit, find_units
+from kappatune_plugin.weights.units import OWN, WeightUnit, find_units
 
-MASTER = ".kappatune_master"
+SAVE_AGAIN = "`PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)` and load that."
 UNQUANTIZED = (
     " The base was quantized in training, and this model isn't: quantize it in the same way, or make a plain "
     "checkpoint with `kappatune merge`."
@@ -87,8 +88,10 @@ class KappaTuneModel(BaseTuner):
         self._targets: dict[str, list[WeightUnit]] = {}
         for unit in units:
             self._targets.setdefault(unit.parameter.rpartition(".")[0], []).append(unit)
+        self._readers = parameter_readers(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        attached = [layer for layer in self.layers() if adapter_name in layer.kappatune_master]
+        del self._readers
+        attached = [layer for layer in self.layers() if adapter_name in layer.kappatune_values]
         if len(attached) != len(units):
             missing = {unit.name for unit in units} - {layer.unit.name for layer in attached}
             raise KappaTuneError(f"Can't train {sorted(missing)}: PEFT doesn't reach parameters of the model itself.")
@@ -106,6 +109,8 @@ class KappaTuneModel(BaseTuner):
         """
         if self._late and torch.is_grad_enabled():
             raise KappaTuneError(f"What is trained {NOT_WRITTEN}")
+        if in_step():
+            self.write_through(everything=True)
         stack = ExitStack()
         getter = getattr(model, "get_output_embeddings", None)
         head = getter() if getter else None
@@ -150,8 +155,8 @@ class KappaTuneModel(BaseTuner):
         It is meant for LoRA's matrices, which begin at zero. Most updates of a weight are below bfloat16's resolution.
         """
         for layer in self.layers():
-            for name in self._float32 & set(layer.kappatune_master):
-                master = layer.kappatune_master[name]
+            for name in self._float32 & set(layer.kappatune_values):
+                master = layer.kappatune_values[name].weight
                 master.data = master.data.float()
         if self._float32:
             self.write_through(everything=True)
@@ -160,7 +165,7 @@ class KappaTuneModel(BaseTuner):
         """Train the first `count` units of the selection; the others rest where they are (see `KappaTuneLayer`)."""
         trained = {unit.name for unit in self.selections[adapter_name].units[:count]}
         for layer in self.layers():
-            if adapter_name in layer.kappatune_master:
+            if adapter_name in layer.kappatune_values:
                 layer.resting = layer.unit.name not in trained
 
     def keep_first(self, count: int, adapter_name: str = "default") -> None:
@@ -168,21 +173,42 @@ class KappaTuneModel(BaseTuner):
         selection = self.selections[adapter_name]
         kept = {unit.name for unit in selection.units[:count]}
         for layer in self.layers():
-            if adapter_name in layer.kappatune_master and layer.unit.name not in kept:
+            if adapter_name in layer.kappatune_values and layer.unit.name not in kept:
                 layer.delete_adapter(adapter_name)
-                if not layer.kappatune_master:
-                    self._detach(layer)
+        self._detach([layer for layer in self.layers() if not layer.kappatune_values])
         selection = self.selections[adapter_name] = replace(selection, units=selection.units[:count], k=count)
         config = self.peft_config[adapter_name]
         config.k, config.selection = selection.k, selection.to_dict()
 
-    def stepped(self) -> None:
-        """Called after a step of any optimizer: write what it moved, unless that is not there yet."""
-        masters = [layer.master for layer in self._layers_cached() if layer.master is not None]
-        if any(shards.is_stepped_elsewhere(master) for master in masters):
+    def stepped(self, held: Set[int]) -> None:
+        """Called after a step of any optimizer: write what it moved, unless that is not there yet.
+
+        Args:
+            held: the `id` of each tensor that the optimizer holds.
+        """
+        layers = [layer for layer in self._layers_cached() if layer.master is not None]
+        if any(shards.is_stepped_elsewhere(layer.master) for layer in layers):
             self._late = True
-        else:
-            self.write_through()
+            return
+        for layer in layers:
+            if id(layer.master) in held or layer.moved:
+                layer.write()
+
+    def take_over(self, missing: Set[str]) -> None:
+        """Write values that transformers' loader has put in place into the base model.
+
+        Args:
+            missing: names of parameters that it found no values for.
+
+        Raises:
+            KappaTuneError: values of ours are among them, or were trained on another base.
+        """
+        if any(f".{VALUES}." in name for name in missing):
+            raise KappaTuneError(
+                f"An earlier version saved the adapter, under names that transformers can't load. Write {SAVE_AGAIN}"
+            )
+        for layer in self.layers():
+            layer.take_over()
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As PEFT's, but `safe_merge` refuses before anything is merged.
@@ -200,11 +226,7 @@ class KappaTuneModel(BaseTuner):
             self.set_adapter(others[0])
         active = self.active_adapters
         super().delete_adapter(adapter_name)
-        # PEFT passes over layers that have the method's prefix in their own name, as all of ours do
-        for layer in self.layers():
-            layer.delete_adapter(adapter_name)
-            if not layer.kappatune_master:
-                self._detach(layer)
+        self._detach([layer for layer in self.layers() if not layer.kappatune_values])
         self.active_adapter = [name for name in active if name != adapter_name]
         del self.selections[adapter_name], self.reports[adapter_name]
 
@@ -238,6 +260,11 @@ class KappaTuneModel(BaseTuner):
             for layer in active:
                 layer.write()
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, *, state_dict: dict[str, Any], **given: Any) -> dict[str, Any]:
+        # PEFT 0.21 and later; before, it adds the adapter's name to whatever has the prefix
+        return super()._remap_adapter_state_dict_for_load(state_dict=renamed(state_dict), **given)
+
     def _check_target_module_exists(self, peft_config: KappaTuneConfig, key: str) -> bool:
         return key in self._targets
 
@@ -260,8 +287,9 @@ class KappaTuneModel(BaseTuner):
                 attribute = unit.parameter.rpartition(".")[2]
                 layer = KappaTuneLayer(target, attribute, unit)
                 target.add_module(name, layer)
-                for owner, its_attribute in _owners(self.model, target._parameters[attribute]):
-                    bind(owner, its_attribute, layer)
+                for owner, its_attribute, readers in self._readers[id(target._parameters[attribute])]:
+                    for reader in readers:
+                        bind(reader, owner, its_attribute, layer)
             target._modules[name].add(adapter_name)
         self.__dict__.pop("_layers", None)
 
@@ -286,8 +314,7 @@ class KappaTuneModel(BaseTuner):
                 layer.merge(adapter_names=adapter_names)
             else:
                 layer.write_original()
-        for layer in self.layers():
-            self._detach(layer)
+        self._detach(self.layers())
         for hook in self._hooks:
             hook.remove()
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
@@ -296,10 +323,10 @@ class KappaTuneModel(BaseTuner):
         # only PEFT's own wrappers are replaced here, and what they unwrap to is complete
         setattr(parent, child_name, new_module)
 
-    def _detach(self, layer: KappaTuneLayer) -> None:
-        for owner, attribute in _owners(self.model, layer.owner._parameters[layer.attribute]):
-            unbind(owner, attribute, layer)
-        del layer.owner._modules[_child_name(layer.unit)]
+    def _detach(self, layers: list[KappaTuneLayer]) -> None:
+        unbind(self.model, layers)
+        for layer in layers:
+            del layer.owner._modules[_child_name(layer.unit)]
         self.__dict__.pop("_layers", None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -333,30 +360,24 @@ def _quantized_owners(model: nn.Module, units: Iterable[WeightUnit]) -> list[str
 
 
 def _child_name(unit: WeightUnit) -> str:
-    """`kappatune_weight` for a whole parameter, `kappatune_17_gate_proj` for a slice."""
+    """`kappatuned_weight` for a whole parameter, `kappatuned_17_gate_proj` for a slice."""
     if not unit.index:
-        return PREFIX + unit.parameter.rpartition(".")[2]
-    return PREFIX + "_".join(unit.name.removesuffix(".weight").split(".")[-2:])
-
-
-def _owners(model: nn.Module, parameter: Tensor) -> list[tuple[nn.Module, str]]:
-    """Every (module, attribute) that holds `parameter`: tied weights have several."""
-    return [
-        (module, attribute)
-        for module in model.modules()
-        for attribute, held in module._parameters.items()
-        if held is parameter
-    ]
+        return OWN + unit.parameter.rpartition(".")[2]
+    return OWN + "_".join(unit.name.removesuffix(".weight").split(".")[-2:])
 
 
 def _check_loaded_keys(tuner: KappaTuneModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Refuse a checkpoint whose selection isn't this model's: PEFT would load what fits and ignore the rest."""
-    found = {key for key in state_dict if key.startswith(prefix) and MASTER in key}
-    own = {f"{prefix}{name}": name for name, _ in tuner.named_parameters() if MASTER in name}
-    adapters = {key.rpartition(f"{MASTER}.")[2] for key in found & set(own)}
-    expected = {key for key in own if key.rpartition(f"{MASTER}.")[2] in adapters}
-    if found - set(own) or expected - found:
-        here, there = ({key.partition(MASTER)[0] for key in keys} for keys in (expected - found, found - set(own)))
+    named = renamed(state_dict)
+    state_dict.clear()
+    state_dict.update(named)
+    mark = f".{VALUES}."
+    found = {key for key in state_dict if key.startswith(prefix) and mark in key and key.endswith(".weight")}
+    own = {f"{prefix}{name}" for name, _ in tuner.named_parameters() if mark in name}
+    adapters = {key.partition(mark)[2] for key in found & own}
+    expected = {key for key in own if key.partition(mark)[2] in adapters}
+    if found - own or expected - found:
+        here, there = ({key.partition(mark)[0] for key in keys} for keys in (expected - found, found - own))
         raise other_selection(there, here)
 
 

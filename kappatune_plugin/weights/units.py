@@ -19,7 +19,7 @@ from kappatune_plugin.weights.quantized import is_scale, quantized_form
 
 FUSED_PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj")}
 # children that the tuner adds to the modules it trains
-OWN = "kappatune_"
+OWN = "kappatuned_"
 HEAD_NAMES = ("lm_head", "embed_out", "score", "classifier", "qa_outputs")
 ROUTER_NAMES = ("gate", "router")
 

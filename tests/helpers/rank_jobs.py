@@ -35,7 +35,7 @@ from kappatune_plugin.distributed import lost_ranks as watch
 from kappatune_plugin.distributed import ranks, shards
 from kappatune_plugin.run import replay
 from kappatune_plugin.scanning import measure
-from kappatune_plugin.tuner.model import MASTER
+from kappatune_plugin.tuner.values import VALUES
 from kappatune_plugin.weights import model_source as sources
 from kappatune_plugin.weights import open_source
 
@@ -199,7 +199,7 @@ def merge_not_finite(mode: str, model: str, output: str, config: dict[str, Any])
     one = make_trainer(mode, model, output, config, max_steps=1)
     one.train()
     tuned = one.accelerator.unwrap_model(one.model)
-    masters = [value for name, value in tuned.named_parameters() if MASTER in name]
+    masters = [value for name, value in tuned.named_parameters() if VALUES in name]
     assert all(shards.is_partitioned(value) for value in masters)
     held = masters[0].ds_tensor if mode == "zero3" else masters[0].to_local()
     if ranks.rank() == ranks.world() - 1:

@@ -198,7 +198,7 @@ def test_other_methods_are_left_alone(installed):
 
 def test_trains_exactly_the_selected(installed):
     model = attach(installed(), finetuning_type="kappatune", kappatune_k=5)
-    assert len(trainable(model)) == len([name for name in trainable(model) if "kappatune_master" in name]) == 5
+    assert len(trainable(model)) == len([name for name in trainable(model) if "kappatune_values" in name]) == 5
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 

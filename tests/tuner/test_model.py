@@ -163,7 +163,7 @@ def test_saved_adapter_reproduces_the_logits(kind, low_cpu_mem_usage, tmp_path):
     steps(peft_model, random_batches(3))
     peft_model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
-    values = {name: tensor for name, tensor in saved.items() if name.endswith("kappatune_master")}
+    values = {name: tensor for name, tensor in saved.items() if name.endswith("kappatune_values.weight")}
     assert len(values) == 7 and all(tensor.dtype == torch.float32 for tensor in values.values())
     loaded = PeftModel.from_pretrained(tiny_model(kind, torch.bfloat16), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     assert torch.equal(logits(loaded), logits(peft_model))
@@ -242,7 +242,7 @@ def test_the_base_may_run_between_forward_and_backward():
     tokens = random_batches(1)[0][0]
     peft_model = get_peft_model(tiny_model("olmoe"), KappaTuneConfig(k=7))
     steps(peft_model, random_batches(1))
-    masters = [layer.kappatune_master["default"] for layer in peft_model.base_model.layers()]
+    masters = [layer.master for layer in peft_model.base_model.layers()]
     peft_model.zero_grad()
     peft_model(input_ids=tokens, labels=tokens).loss.backward()
     expected = [master.grad.clone() for master in masters]

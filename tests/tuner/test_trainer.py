@@ -134,7 +134,7 @@ def test_best_model_is_loaded_at_the_end(saved_olmoe, tmp_path):
     one.train()
     best = load_file(Path(one.state.best_model_checkpoint) / "adapter_model.safetensors")
     last = load_file(tmp_path / "checkpoint-4" / "adapter_model.safetensors")
-    masters = [name for name in best if name.endswith("kappatune_master")]
+    masters = [name for name in best if name.endswith("kappatune_values.weight")]
     assert any(not torch.equal(best[name], last[name]) for name in masters)
     loaded = AutoModelForCausalLM.from_pretrained(saved_olmoe, dtype=torch.float32)
     expected = unit_values(PeftModel.from_pretrained(loaded, one.state.best_model_checkpoint).get_base_model())
