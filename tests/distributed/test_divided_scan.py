@@ -61,7 +61,7 @@ def test_a_part_that_was_not_loaded_is_not_trained(mode, saved_olmoe):
 
 def test_other_ways_to_divide_are_an_error(monkeypatch):
     for error in run_ranks(placed_by_columns):
-        assert "only FSDP2's own, along their first axis, is supported" in error
+        assert "only FSDP2's own sharding along the first axis is supported" in error
     parameter = torch.empty(0)
     parameter.ds_tensor = torch.ones(4)
     parameter.ds_secondary_tensor = torch.ones(2)

@@ -18,7 +18,8 @@ PACKED = {"packing": True, "max_length": 64, "packing_strategy": "bfd"}
 
 def run(folder, model, *overrides, data=(), **changes):
     given = {**tiny_recipe(folder, model)["data"], **dict(data)}
-    return train(folder, model, *overrides, **{"forgetting": None, "max_steps": 2, "data": given, **changes})
+    settings = {"forgetting": None, "max_steps": 2, "overwrite_output_dir": True, "data": given, **changes}
+    return train(folder, model, *overrides, **settings)
 
 
 def learned(trainer, name: str = "train_dataset") -> list[int]:
@@ -102,5 +103,5 @@ def test_a_run_says_it(saved_olmoe, tmp_path, capsys):
 def test_only_true_and_false(saved_olmoe, tmp_path):
     recipe = tiny_recipe(tmp_path, saved_olmoe)
     recipe["data"]["end_token"] = "no"
-    with pytest.raises(KappaTuneError, match="data.end_token: expected true or false, found 'no'"):
+    with pytest.raises(KappaTuneError, match="data.end_token: 'no' is not true or false"):
         load_recipe(write_recipe(tmp_path / "recipe.yaml", recipe))

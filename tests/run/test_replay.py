@@ -30,7 +30,8 @@ TEXTS = [{"text": f"yes {i} good no bad"} for i in range(9)]
 
 def run(folder, model, *overrides, replay=REPLAY, data=None, **changes):
     given = {**(data or tiny_recipe(folder, model)["data"]), **({"replay": replay} if replay else {})}
-    return train(folder, model, *overrides, **{"forgetting": None, "max_steps": 2, "data": given, **changes})
+    settings = {"forgetting": None, "max_steps": 2, "overwrite_output_dir": True, "data": given, **changes}
+    return train(folder, model, *overrides, **settings)
 
 
 def no_writing(monkeypatch):

@@ -134,12 +134,12 @@ def test_a_grid_is_widened_until_the_best_rate_is_inside(bench, tmp_path, monkey
     real = train_run(bench, METHODS[0], 1e-3, 0, every=6)
     monkeypatch.setattr(compare_module, "train_run", made_up)
     for widen, expected, chosen in ((0, [1e-3, 3e-3], 3e-3), (1, [1e-3, 3e-3, 9e-3], 9e-3)):
-        (found,) = compare(bench, METHODS[:1], replace(SETTINGS, learning_rates=(1e-3, 3e-3), widen=widen), tmp_path)[
-            "methods"
-        ]
+        (found,) = compare(
+            bench, METHODS[:1], SETTINGS.model_copy(update={"learning_rates": (1e-3, 3e-3), "widen": widen}), tmp_path
+        )["methods"]
         assert [float(rate) for rate in found["grid"]] == expected and found["learning_rate"] == chosen
         assert found["at_edge_of_grid"]
-    wide = replace(SETTINGS, learning_rates=(1e-3, 3e-3), widen=9)
+    wide = SETTINGS.model_copy(update={"learning_rates": (1e-3, 3e-3), "widen": 9})
     (found,) = compare(bench, METHODS[:1], wide, tmp_path)["methods"]
     assert [float(rate) for rate in found["grid"]] == [1e-3, 3e-3, 9e-3, 2.7e-2, 8.1e-2]
     assert found["learning_rate"] == 2.7e-2 and not found["at_edge_of_grid"]
@@ -291,7 +291,7 @@ def test_sweep_as_typed(recipe, tmp_path):
         (["--learning_rates", "0"], ["learning_rates", "above 0"]),
         (["--every", "0", "--smooth", "0"], ["every", "smooth"]),
         (["--smooth", "7"], ["mean over 7 steps", "a run has 6", "--smooth 6"]),
-        (["--target_loss", "-1"], ["target_loss: -1 is no loss"]),
+        (["--target_loss", "-1"], ["target_loss: -1.0 is not a number above 0"]),
         (["--widen", "1", "--learning_rates", "1e-3"], ["widen", "2 learning_rates"]),
         (["--methods", "lora:r=x"], ["'lora:r=x': r is 'x', and takes a whole number."]),
         (["--validation", "1.5"], ["validation", "1.5"]),
