@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from kappatune_plugin.study.summary import interval
+from kappatune_plugin.study.summary import over_seeds
 from kappatune_plugin.study.tables import shown
 
 
@@ -62,9 +62,9 @@ def against(found: Mapping[str, Any], reference: Mapping[str, Any] | None) -> st
     differences = [a - b for a, b in pairs if a is not None and b is not None]
     if not differences:
         return ""
-    each = interval(differences)
-    text = shown({"mean": each.mean, "half": each.half}, "{:+.3f}")
-    return f"**{text}**" if each.half is not None and abs(each.mean) > each.half else text
+    each = over_seeds(differences)
+    text = shown(each, "{:+.3f}")
+    return f"**{text}**" if each["half"] is not None and abs(each["mean"]) > each["half"] else text
 
 
 def times_a_third(content: Mapping[str, Any]) -> list[float]:

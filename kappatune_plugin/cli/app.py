@@ -18,21 +18,14 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    # --rank-by is --rank_by, of every option
+    context_settings={"token_normalize_func": lambda word: word.replace("-", "_")},
 )
 K_HELP = "How much to train: 75 (matrices), 10%, '{params: 160M}' or '{kappa: 30}'."
-RankBy = Annotated[
-    str,
-    typer.Option(
-        "--rank_by",
-        "--rank-by",
-        help=rank_help(),
-    ),
-]
+RankBy = Annotated[str, typer.Option("--rank_by", help=rank_help())]
 # of a command that hands on what it doesn't know
 TAKES_MORE = {"allow_extra_args": True, "ignore_unknown_options": True}
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust_remote_code", "--trust-remote-code", help="Run code that comes with the model.")
-]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust_remote_code", help="Run code that comes with the model.")]
 
 
 def at_home(path: Any) -> Any:

@@ -79,23 +79,21 @@ def _requirements() -> Iterator[tuple[str, str]]:
 
 def examine() -> Table:
     """Everything as a table of one screen."""
-    needed, others = findings()
     table = Table(title=f"{PACKAGE} {version(PACKAGE)}, Python {platform.python_version()}, {_device()}")
     for header in ("package", "found", "works", "for", "to do"):
         table.add_column(header)
-    for finding in needed:
-        table.add_row(finding.name, finding.found or "-", finding.wanted or "any", *_verdict(finding))
-    table.add_section()
-    for finding in others:
-        table.add_row(finding.name, finding.found or "-", finding.wanted or "any", *_verdict(finding))
+    for group in findings():
+        for finding in group:
+            table.add_row(finding.name, finding.found or "-", finding.wanted or "any", finding.what, _to_do(finding))
+        table.add_section()
     return table
 
 
-def _verdict(finding: Finding) -> tuple[str, str]:
+def _to_do(finding: Finding) -> str:
     if finding.fits:
-        return finding.what, "[green]nothing[/green]"
+        return "[green]nothing[/green]"
     color = "red" if finding.found or finding.name in SHOWN else "yellow"
-    return finding.what, f"[{color}]{escape(finding.cure)}[/{color}]"
+    return f"[{color}]{escape(finding.cure)}[/{color}]"
 
 
 def _device() -> str:

@@ -30,9 +30,7 @@ def scan(
         bool, typer.Option("--full", help="Every kappa, not only what the selection of the K lowest needs.")
     ] = False,
     table: TableRows = "summary",
-    no_cache: Annotated[
-        bool, typer.Option("--no-cache", "--no_cache", help="Measure again what earlier scans have measured.")
-    ] = False,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Measure again what earlier scans measured.")] = False,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw kappa by layer and type into this file.")] = None,
     output: Annotated[Path, typer.Option("--output", help="Where to write the report.")] = Path("kappa_report.json"),
     trust_remote_code: TrustRemoteCode = False,

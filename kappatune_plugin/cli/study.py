@@ -1,5 +1,6 @@
 """Commands that compare methods and budgets on a recipe."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -20,14 +21,10 @@ Every = Annotated[int | None, typer.Option(help="Steps between measurements. Def
 Smooth = Annotated[int, typer.Option(help="Steps that the smoothed training loss is the mean of.")]
 TargetLoss = Annotated[
     float | None,
-    typer.Option(
-        "--target_loss", "--target-loss", help="Smoothed training loss to compare at. Default: the worst run's best."
-    ),
+    typer.Option("--target_loss", help="Smoothed training loss to compare at. Default: the worst run's best."),
 ]
 Validation = Annotated[float, typer.Option(help="Share of the training rows held out to choose learning rates on.")]
-OutputDir = Annotated[
-    Path | None, typer.Option("--output_dir", "--output-dir", help="Default: the recipe's with -compare or -sweep.")
-]
+OutputDir = Annotated[Path | None, typer.Option("--output_dir", help="Default: the recipe's with -compare or -sweep.")]
 
 
 @app.command(context_settings=TAKES_MORE)
@@ -39,9 +36,7 @@ def compare(
     seeds: Seeds = 3,
     learning_rates: Annotated[
         str | None,
-        typer.Option(
-            "--learning_rates", "--learning-rates", help=f"{RATES_HELP} Default: the recipe's times 0.3, 1 and 3."
-        ),
+        typer.Option("--learning_rates", help=f"{RATES_HELP} Default: the recipe's times 0.3, 1 and 3."),
     ] = None,
     widen: Annotated[
         int, typer.Option(help="Rates to add at most, one at a time, where a method's best is at an edge of the grid.")
@@ -49,9 +44,7 @@ def compare(
     target_loss: TargetLoss = None,
     every: Every = None,
     smooth: Smooth = 10,
-    stop_at_target: Annotated[
-        bool, typer.Option("--stop_at_target", "--stop-at-target", help="End every run at --target_loss.")
-    ] = False,
+    stop_at_target: Annotated[bool, typer.Option("--stop_at_target", help="End every run at --target_loss.")] = False,
     validation: Validation = 0.1,
     output_dir: OutputDir = None,
 ) -> None:
@@ -61,20 +54,8 @@ def compare(
     """
     from kappatune_plugin.study.session import Asked, compare_session
 
-    asked = Asked(
-        config,
-        context.args,
-        seeds,
-        learning_rates,
-        every,
-        smooth,
-        target_loss,
-        validation,
-        output_dir,
-        stop_at_target,
-        widen,
-    )
-    compare_session(asked, methods)
+    asked = Asked(config, context.args, seeds, learning_rates, every, smooth, target_loss, validation, output_dir)
+    compare_session(replace(asked, stop_at_target=stop_at_target, widen=widen), methods)
 
 
 @app.command(context_settings=TAKES_MORE)
@@ -85,8 +66,7 @@ def sweep(
     k: Annotated[str, typer.Option("--k", help="Budgets, separated by commas.")] = "10%,25%,50%,100%",
     seeds: Seeds = 3,
     learning_rates: Annotated[
-        str | None,
-        typer.Option("--learning_rates", "--learning-rates", help=f"{RATES_HELP} Default: the recipe's alone."),
+        str | None, typer.Option("--learning_rates", help=f"{RATES_HELP} Default: the recipe's alone.")
     ] = None,
     target_loss: TargetLoss = None,
     every: Every = None,

@@ -41,7 +41,7 @@ def sft(
 @clean_errors
 def merge(
     adapter: Annotated[Path, typer.Argument(help="The output_dir of a run, or one of its checkpoints.")],
-    output_dir: Annotated[Path, typer.Option("--output_dir", "--output-dir", help="The folder to write.")],
+    output_dir: Annotated[Path, typer.Option("--output_dir", help="The folder to write.")],
     model: Annotated[str | None, typer.Option(help="The base model; default: the one that the adapter names.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in output_dir.")] = False,
     dtype: Annotated[

@@ -7,7 +7,11 @@ import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from datasets import Dataset
+from torch import nn
+from trl import SFTConfig, SFTTrainer
 
 from kappatune_plugin.data.examples import ChoiceExample
 from kappatune_plugin.data.replay import ReplayConfig
@@ -27,11 +31,6 @@ from kappatune_plugin.study.methods import Method
 from kappatune_plugin.tuner.what_to_train import full_report
 from kappatune_plugin.weights.fingerprint import base_hash
 from kappatune_plugin.weights.quantized import quantization_of
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from torch import nn
-    from trl import SFTConfig
 
 # one run a process, no files of its own, a loss after every step
 SETTINGS = {
@@ -67,10 +66,10 @@ class Bench:
     path: Path
     overrides: list[str]
     recipe: Recipe
-    base: "nn.Module"
+    base: nn.Module
     tokenizer: Any
-    train: "Dataset"
-    validation: "Dataset"
+    train: Dataset
+    validation: Dataset
     probe: ForgettingProbe
     task_text: list[list[int]]
     pool: Pool
@@ -125,7 +124,7 @@ class Bench:
             len(learned),
         )
 
-    def arguments(self, learning_rate: float, seed: int, output_dir: Path) -> "SFTConfig":
+    def arguments(self, learning_rate: float, seed: int, output_dir: Path) -> SFTConfig:
         """The recipe's training arguments, with those that a run sets."""
         changes = {"learning_rate": learning_rate, "seed": seed, "data_seed": seed, "output_dir": output_dir}
         args = load_recipe(self.path, [*self.overrides, *_flags({**SETTINGS, **changes})]).training_args
@@ -138,7 +137,7 @@ class Bench:
             return ReplayConfig(share=method.replay) if method.replay else self.recipe.replay
         return self.recipe.replay.model_copy(update={"share": method.replay}) if method.replay else None
 
-    def replayed(self, replay: ReplayConfig) -> tuple["Dataset", "Dataset"]:
+    def replayed(self, replay: ReplayConfig) -> tuple[Dataset, Dataset]:
         """The training rows with the texts of `replay` between them, and those texts alone, prepared likewise."""
         args, moves, here = self.recipe.training_args, quantization_of(self.base) is None, self.base.device
         if moves:
@@ -149,7 +148,7 @@ class Bench:
             self.base.to(here)
         return mixed(self.train, texts, args)
 
-    def measure(self, model: "nn.Module", quick: bool = False) -> dict[str, float]:
+    def measure(self, model: nn.Module, quick: bool = False) -> dict[str, float]:
         """`ForgettingProbe.measure`, and KL(base || model) per token on each control and on the task's text.
 
         `task_text_kl` is over the whole text of at most 64 test examples, the prompt as well as the answer.
@@ -199,9 +198,7 @@ def _check(recipe: Recipe) -> None:
         raise KappaTuneError("\n  - ".join(["compare:", *problems]))
 
 
-def _split(rows: "Dataset", share: float) -> tuple["Dataset", "Dataset"]:
-    from datasets import Dataset
-
+def _split(rows: Dataset, share: float) -> tuple[Dataset, Dataset]:
     if not isinstance(rows, Dataset):
         raise KappaTuneError("compare: data that is streamed can't be held out: delete dataset_streaming.")
     if not 0 < share < 1:
@@ -213,12 +210,8 @@ def _split(rows: "Dataset", share: float) -> tuple["Dataset", "Dataset"]:
     return parts["train"], parts["test"]
 
 
-def _prepared(
-    recipe: Recipe, base: "nn.Module", train: "Dataset", held_out: "Dataset"
-) -> tuple[Any, "Dataset", "Dataset"]:
+def _prepared(recipe: Recipe, base: nn.Module, train: Dataset, held_out: Dataset) -> tuple[Any, Dataset, Dataset]:
     """The tokenizer, and the rows tokenized as SFTTrainer does it."""
-    from trl import SFTTrainer
-
     # a copy: TRL wraps the forward of the model that it gets, and the wrapping would follow the copies of the base
     trainer = SFTTrainer(copy.deepcopy(base), recipe.training_args, train_dataset=train, eval_dataset=held_out)
     if not recipe.end_token:
@@ -232,7 +225,7 @@ def _right_text(example: ChoiceExample | tuple[str, str]) -> str:
     return "".join(example)
 
 
-def _rows(rows: "Dataset") -> list[Any]:
+def _rows(rows: Dataset) -> list[Any]:
     return [rows[name][:] for name in sorted(rows.column_names) if name in ("input_ids", "labels")]
 
 

@@ -67,9 +67,8 @@ class _Runner:
 
     def before(self) -> dict[str, float]:
         """The measurements of the base."""
-        return self.store.get(
-            "before", {**self._identity, "what": "before"}, lambda: self.bench.measure(self.bench.base)
-        )
+        identity = {**self._identity, "what": "before"}
+        return self.store.get("before", identity, lambda: self.bench.measure(self.bench.base))
 
     def trains(self, tried: Tried) -> dict[str, int] | None:
         """Type of matrix -> how many a KappaTune method trains with the first seed; None for other methods."""
@@ -153,8 +152,7 @@ def rate_beyond(losses: Mapping[float, float | None]) -> float | None:
 def _common_target(tried: Iterable[Tried], window: int) -> float | None:
     """The highest of the runs' lowest smoothed losses; None if no run has one."""
     lowest = [min(smoothed(run["losses"], window)) for each in tried for run in each.runs]
-    finite = [loss for loss in lowest if loss < float("inf")]
-    return max(finite, default=None)
+    return max(filter(math.isfinite, lowest), default=None)
 
 
 def _check_order(bench: Bench, tried: Sequence[Tried]) -> None:

@@ -4,11 +4,14 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from traceback import walk_tb
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftConfig
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.selection.names import layer_and_type
@@ -19,9 +22,6 @@ from kappatune_plugin.tuner.config import KappaTuneConfig
 from kappatune_plugin.weights.load_model import trained_without_values
 from kappatune_plugin.weights.patterns import filter_units, module_type
 from kappatune_plugin.weights.units import WeightUnit, find_units
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,11 @@ class Pool:
     @classmethod
     def of(cls, report: KappaReport, k: Any, rank_by: str = "kappa") -> "Pool":
         """The pool whose reference is the selection of `k` lowest by `rank_by` in `report`."""
-        return cls(report, k, rank_by, _values(select(report, k=k, rank_by=rank_by).units))
+        chosen = select(report, k=k, rank_by=rank_by).units
+        return cls(report, k, rank_by, sum(math.prod(unit.shape) for unit in chosen))
 
 
-def arm_config(method: Method, pool: Pool, base: nn.Module, seed: int) -> "PeftConfig | None":
+def arm_config(method: Method, pool: Pool, base: nn.Module, seed: int) -> PeftConfig | None:
     """SFTTrainer's `peft_config` for `method`; None for full fine-tuning.
 
     Raises:
@@ -85,12 +86,8 @@ def choose(method: Method, pool: Pool, units: Sequence[WeightUnit], seed: int) -
 
 def nearest_count(sizes: Sequence[int], wanted: int) -> int:
     """How many of the first `sizes` have the sum nearest to `wanted`; at least 1, and the smaller number in a tie."""
-    total, best, count = 0, math.inf, 1
-    for taken, size in enumerate(sizes, start=1):
-        total += size
-        if abs(total - wanted) < best:
-            best, count = abs(total - wanted), taken
-    return count
+    distances = [abs(total - wanted) for total in accumulate(sizes)]
+    return distances.index(min(distances)) + 1
 
 
 def _allowed(method: Method, report: KappaReport, units: Sequence[WeightUnit]) -> KappaReport:
@@ -123,7 +120,7 @@ def _per_type(method: Method, report: KappaReport, k: Any, rank_by: str, seed: i
     return Selection(taken, len(taken), method.base, rank_by, seed, dict(report.base))
 
 
-def _peft_config(method: Method, pool: Pool, base: nn.Module) -> "PeftConfig":
+def _peft_config(method: Method, pool: Pool, base: nn.Module) -> PeftConfig:
     """The method's config on every linear weight of the pool, and on fused experts where the method can."""
     names = {unit.name for unit in pool.report.units if _in_part(unit, method.part)}
     parameters = list(dict.fromkeys(unit.parameter for unit in find_units(base) if unit.name in names))
@@ -150,12 +147,10 @@ def _peft_config(method: Method, pool: Pool, base: nn.Module) -> "PeftConfig":
 
 
 def _is_linear(base: nn.Module, parameter: str) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
     return isinstance(base.get_submodule(parameter.rpartition(".")[0]), nn.Linear | Conv1D)
 
 
-def _built(method: Method, known: type, settings: dict[str, Any]) -> "PeftConfig":
+def _built(method: Method, known: type, settings: dict[str, Any]) -> PeftConfig:
     try:
         return known(**settings)
     except (TypeError, ValueError, ImportError) as error:
@@ -175,7 +170,7 @@ def peft_refusals(name: str) -> Iterator[None]:
         raise KappaTuneError(f"{name}: PEFT can't apply it to this model: {error}") from error
 
 
-def _trainable(name: str, base: nn.Module, config: "PeftConfig") -> int:
+def _trainable(name: str, base: nn.Module, config: PeftConfig) -> int:
     """How many parameters `config` would train on `base`, counted on a copy without values."""
     with peft_refusals(name):
         with torch.device("meta"):
@@ -189,7 +184,3 @@ def _preserved_share(weights: Sequence[torch.Tensor], values: int) -> float:
     # OSF has to preserve at least one direction of the smallest matrix
     least = (1 + 1e-6) / min(min(weight.shape) for weight in weights)
     return max(least, 1 - values / everything)
-
-
-def _values(units: Sequence[SelectedUnit]) -> int:
-    return sum(math.prod(unit.shape) for unit in units)

@@ -84,8 +84,10 @@ def peft_methods() -> dict[str, type]:
 
 
 def _parse(word: str) -> Method:
-    name, *assignments = word.split(":")
-    settings = dict(_setting(word, each) for each in _joined(assignments))
+    name, colon, rest = word.partition(":")
+    # colons inside a value, as in {params: 1M}, don't start another setting
+    assignments = re.split(r":(?=[^:]*=)", rest) if colon else ()
+    settings = dict(_setting(word, each) for each in assignments)
     replay = settings.pop("replay", None)
     if replay is not None and not (is_number(replay) and 0 <= replay < 1):
         raise KappaTuneError(f"{word}: replay is {replay!r}, and takes a share of the rows, from 0 to below 1.")
@@ -105,17 +107,6 @@ def _parse(word: str) -> Method:
         f"PEFT's own: {', '.join(sorted(known))}."
     )
     raise KappaTuneError(f"'{name}' is no method.{did_you_mean(name, names) or there_are}")
-
-
-def _joined(assignments: Iterable[str]) -> list[str]:
-    """Colons inside a value, as in {params: 1M}, don't start another setting."""
-    joined: list[str] = []
-    for each in assignments:
-        if "=" in each or not joined:
-            joined.append(each)
-        else:
-            joined[-1] += f":{each}"
-    return joined
 
 
 def _setting(word: str, assignment: str) -> tuple[str, Any]:

@@ -4,6 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
 # colour-blind safe (Okabe and Ito); from the ninth curve on the line style differs too
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = "osD^vPX*<>hp"
@@ -35,7 +39,8 @@ def frontier_plot(content: Mapping[str, Any], path: Path) -> None:
     axes.set_title(
         _title(content, f"One curve a method, a mark every {content['settings']['every']} steps"), loc="left"
     )
-    _save(figure, axes, path)
+    axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=9)
+    _save(figure, path)
 
 
 def matched_plot(content: Mapping[str, Any], path: Path) -> None:
@@ -64,7 +69,7 @@ def matched_plot(content: Mapping[str, Any], path: Path) -> None:
         _title(content, f"Forgotten when the training loss first reaches {content['target_loss']:.3g}"), loc="left"
     )
     _limit_to_means(axes, [measure for _, measure in found if measure])
-    _save(figure, axes, path, legend=False)
+    _save(figure, path)
 
 
 def budget_plot(content: Mapping[str, Any], path: Path, recommended: str | None) -> None:
@@ -83,13 +88,12 @@ def budget_plot(content: Mapping[str, Any], path: Path, recommended: str | None)
         halves = [(measure["half"] or 0) * factor for _, measure in there]
         axes.errorbar([place for place, _ in there], means, yerr=halves, fmt="o-", color=colour, capsize=3)
         axes.set_ylabel(title)
-        _tidy(axes)
     ticks = [_budget_label(content, method, method["name"] == recommended) for method in methods]
     below.set_xticks(range(len(methods)), ticks)
     below.set_xlim(-0.5, len(methods) - 0.5)
     below.set_xlabel("k (share of the model's parameters trained)")
     above.set_title(_title(content, f"After {content['steps']} steps"), loc="left")
-    _save(figure, above, path, legend=False)
+    _save(figure, path)
 
 
 def _budget_label(content: Mapping[str, Any], method: Mapping[str, Any], recommended: bool) -> str:
@@ -102,14 +106,13 @@ def task_measure(content: Mapping[str, Any]) -> str | None:
     return next((key for key in TASKS if key in content["before"]), None)
 
 
-def _figure(height: float, width: float = WIDTH, rows: int = 1) -> tuple[Any, Any]:
-    import matplotlib
-
-    # never open a window
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(rows, 1, figsize=(width, height), dpi=DPI, sharex=True)
+def _figure(height: float, width: float = WIDTH, rows: int = 1) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height), dpi=DPI)
+    with rc_context({"axes.grid": True, "grid.color": "0.9", "axes.axisbelow": True}):
+        axes = figure.subplots(rows, 1, sharex=True)
+    for each in figure.axes:
+        each.spines[["top", "right"]].set_visible(False)
+    return figure, axes
 
 
 def _style(i: int) -> dict[str, Any]:
@@ -128,7 +131,7 @@ def _title(content: Mapping[str, Any], text: str) -> str:
     return f"{text}\n{name}, {seeds} seed{'s' if seeds > 1 else ''}"
 
 
-def _limit_to_means(axes: Any, measures: Sequence[Mapping[str, Any]]) -> None:
+def _limit_to_means(axes: Axes, measures: Sequence[Mapping[str, Any]]) -> None:
     """Limit the x axis by the measured values: an interval of two or three seeds may be many times wider."""
     values = [value for measure in measures for value in measure["values"] if value is not None]
     if values:
@@ -140,17 +143,15 @@ def _limit_to_means(axes: Any, measures: Sequence[Mapping[str, Any]]) -> None:
             axes.set_xlim(low - margin, high + margin)
 
 
-def _scale(axes: Any, values: Sequence[float]) -> bool:
+def _scale(axes: Axes, values: Sequence[float]) -> bool:
     """Make the x axis logarithmic beyond `LINEAR` nats if one method forgets so much that the others would coincide.
     Returns whether it did."""
-    from matplotlib.ticker import FuncFormatter
-
     if not values or max(values) < 10 * LINEAR:
         return False
     axes.set_xscale("symlog", linthresh=LINEAR, linscale=0.5, subs=(2, 5))
     axes.set_xlabel(f"{axes.get_xlabel()}\n(logarithmic from {LINEAR:g} on)")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     return True
 
 
@@ -159,18 +160,6 @@ def _broken(name: str) -> str:
     return name if len(name) <= LONGEST else name.replace(":", "\n:")
 
 
-def _tidy(axes: Any) -> None:
-    axes.grid(True, color="0.9", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _save(figure: Any, axes: Any, path: Path, legend: bool = True) -> None:
-    import matplotlib.pyplot as plt
-
-    _tidy(axes)
-    if legend:
-        axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=9)
+def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, bbox_inches="tight")
-    plt.close(figure)

@@ -61,14 +61,14 @@ def compare_session(asked: Asked, methods: str) -> dict[str, Any]:
     content = compare(bench, chosen, settings, folder)
     write_json(folder / "compare.json", content)
     _show(comparison_tables(content))
-    pictures = []
+    left = ["compare.json"]
     if task_measure(content) and _has_controls(content) and not settings.stop_at_target:
         frontier_plot(content, folder / "frontier.png")
-        pictures.append("frontier.png")
+        left.append("frontier.png")
     if content["target_loss"] is not None and _has_controls(content):
         matched_plot(content, folder / "matched.png")
-        pictures.append("matched.png")
-    _say_where(folder, "compare.json", pictures)
+        left.append("matched.png")
+    _say_where(folder, left)
     return content
 
 
@@ -92,11 +92,11 @@ def sweep_session(asked: Asked, budgets: str) -> dict[str, Any]:
     content["recommendation"] = {"method": name, "why": why}
     write_json(folder / "sweep.json", content)
     _show([*comparison_tables(content), why])
-    pictures = []
+    left = ["sweep.json"]
     if task_measure(content) and _has_controls(content):
         budget_plot(content, folder / "budgets.png", name)
-        pictures.append("budgets.png")
-    _say_where(folder, "sweep.json", pictures)
+        left.append("budgets.png")
+    _say_where(folder, left)
     return content
 
 
@@ -107,16 +107,9 @@ def _prepare(asked: Asked, grid: Sequence[float], what: str, ranks: Sequence[str
     rates = _rates(asked.learning_rates, args.learning_rate, grid)
     seeds = tuple(range(args.seed, args.seed + asked.seeds))
     every = 1 if asked.every is None else asked.every
+    as_asked = {key: getattr(asked, key) for key in ("smooth", "target_loss", "stop_at_target", "widen")}
     # before the model is loaded, so that mistakes show at once
-    settings = Settings(
-        seeds=seeds,
-        learning_rates=rates,
-        every=every,
-        smooth=asked.smooth,
-        target_loss=asked.target_loss,
-        stop_at_target=asked.stop_at_target,
-        widen=asked.widen,
-    )
+    settings = Settings(seeds=seeds, learning_rates=rates, every=every, **as_asked)
     if args.max_steps > 0:
         _check_smooth(settings.smooth, args.max_steps)
     folder = asked.output_dir or Path(f"{args.output_dir}-{what}")
@@ -157,9 +150,8 @@ def _show(parts: Sequence[Any]) -> None:
         out.print(part, highlight=False)
 
 
-def _say_where(folder: Path, file: str, pictures: Sequence[str]) -> None:
-    names = " and ".join([file, *pictures])
-    console().print(f"Left in {folder}: {names}.", highlight=False, soft_wrap=True)
+def _say_where(folder: Path, left: Sequence[str]) -> None:
+    console().print(f"Left in {folder}: {' and '.join(left)}.", highlight=False, soft_wrap=True)
 
 
 # what counts as equal where one seed gives no interval: a point of accuracy, a hundredth of a nat

@@ -12,16 +12,10 @@ from kappatune_plugin.files import read_json, write_json
 
 
 class RunStore:
-    """A folder with a file for each finished run, named by its title and a digest of all that decides its result.
-
-    Attributes:
-        folder: of the files.
-        made, found: how many runs were made, and how many were found there.
-    """
+    """A folder with a file for each finished run, named by its title and a digest of all that decides its result."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.made = self.found = 0
 
     def get(self, title: str, identity: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The run with this `identity`: from its file if that exists, else made and written.
@@ -37,11 +31,9 @@ class RunStore:
             content = read_json(path, "a run of a comparison")
             if content.get("identity") != json.loads(json.dumps(identity)):
                 raise KappaTuneError(f"{path} holds a different run than its name says: delete it.")
-            self.found += 1
             return content["run"]
         run = make()
         write_json(path, {"identity": identity, "run": run})
-        self.made += 1
         # the same as read from the file, where tuples are lists
         return json.loads(json.dumps(run))
 

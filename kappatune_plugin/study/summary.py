@@ -3,24 +3,24 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from kappatune_plugin.forgetting.report import HARNESS
+from scipy.stats import t
 
-if TYPE_CHECKING:
-    from kappatune_plugin.study.settings import Settings, Tried
+from kappatune_plugin.forgetting.report import HARNESS, finite_or_none
+from kappatune_plugin.study.settings import Settings, Tried
 
 MIB = 2**20
 
 
-def summarize(tried: "Tried", before: Mapping[str, float], settings: "Settings") -> dict[str, Any]:
+def summarize(tried: Tried, before: Mapping[str, float], settings: Settings) -> dict[str, Any]:
     """An entry of compare.json's `methods`: what was trained, at which rate, and every measure over the seeds.
 
     A measure over seeds is {"mean", "half" (of the 95% interval; null for one value), "values" (one a seed; null where
     the run has none)}.
     """
     rates = sorted(tried.grid)
+    lowest = [min(smoothed(run["losses"], settings.smooth)) for run in tried.runs]
     return {
         "name": tried.method.name,
         "learning_rate": tried.learning_rate,
@@ -30,7 +30,7 @@ def summarize(tried: "Tried", before: Mapping[str, float], settings: "Settings")
         "seconds": over_seeds([run["seconds"] for run in tried.runs]),
         "training_mib": over_seeds([run["training_bytes"] / MIB for run in tried.runs]),
         "peak_mib": over_seeds([run["peak_bytes"] and run["peak_bytes"] / MIB for run in tried.runs]),
-        "lowest_loss": over_seeds([_lowest(run, settings.smooth) for run in tried.runs]),
+        "lowest_loss": over_seeds([finite_or_none(loss) for loss in lowest]),
         "matched": _at(tried.matched, before),
         # runs that end at the target have no last step in common
         "final": None if settings.stop_at_target else _at([run["points"][-1] for run in tried.runs], before),
@@ -62,8 +62,8 @@ def over_seeds(values: Sequence[float | None]) -> dict[str, Any] | None:
     there = [value for value in values if value is not None]
     if not there:
         return None
-    found = interval(there)
-    return {"mean": found.mean, "half": found.half, "values": list(values)}
+    mean, half = interval(there)
+    return {"mean": mean, "half": half, "values": list(values)}
 
 
 def _at(points: Sequence[Mapping[str, Any] | None], before: Mapping[str, float]) -> dict[str, Any] | None:
@@ -75,7 +75,7 @@ def _at(points: Sequence[Mapping[str, Any] | None], before: Mapping[str, float])
     return {key: over_seeds([None if row is None else row[key] for row in rows]) for key in keys}
 
 
-def _try(run: Mapping[str, Any], before: Mapping[str, float], settings: "Settings") -> dict[str, Any]:
+def _try(run: Mapping[str, Any], before: Mapping[str, float], settings: Settings) -> dict[str, Any]:
     """One learning rate with the first seed; "at_target" only for a target given beforehand, "final" only if runs don't
     end there."""
     point, target = run["at_target"], settings.target_loss
@@ -89,44 +89,16 @@ def _try(run: Mapping[str, Any], before: Mapping[str, float], settings: "Setting
     }
 
 
-def _lowest(run: Mapping[str, Any], window: int) -> float | None:
-    lowest = min(smoothed(run["losses"], window))
-    return lowest if math.isfinite(lowest) else None
-
-
-LEVEL = 0.95
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean over seeds.
-
-    Attributes:
-        mean: of the values.
-        half: half the width of the mean's 95% interval; None for fewer than two values.
-        values: as given.
-    """
-
-    mean: float
-    half: float | None
-    values: tuple[float, ...]
-
-
-def interval(values: Sequence[float]) -> Interval:
-    """Mean and Student's t interval: mean ± t(n - 1) s / sqrt(n), s with n - 1 in its denominator.
+def interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean of `values`, and half the width of its 95% interval by Student's t; None for a single value.
 
     Raises:
         ValueError: no values.
     """
-    from scipy.stats import t
-
-    if not values:
-        raise ValueError("no values to average")
     mean, count = statistics.fmean(values), len(values)
     if count < 2:
-        return Interval(mean, None, tuple(values))
-    error = statistics.stdev(values) / math.sqrt(count)
-    return Interval(mean, float(t.ppf((1 + LEVEL) / 2, count - 1)) * error, tuple(values))
+        return mean, None
+    return mean, float(t.ppf(0.975, count - 1)) * statistics.stdev(values) / math.sqrt(count)
 
 
 def smoothed(losses: Sequence[float | None], window: int) -> list[float]:

@@ -93,13 +93,14 @@ def _notes(content: Mapping[str, Any]) -> list[Text]:
     notes = []
     if any(method["at_edge_of_grid"] for method in content["methods"]):
         notes.append("* at an edge of the grid: a wider one (--learning_rates, --widen 2) may find a better rate.")
-    missed = [method["name"] for method in content["methods"] if _missed(method)]
+    matched = {method["name"]: method["matched"] for method in content["methods"]}
+    missed = [name for name, at in matched.items() if at is None or None in at["step"]["values"]]
     if missed:
         notes.append(
             f"Not all runs of {', '.join(missed)} reach the target: what they would have forgotten there isn't known. "
             "Train longer (--max_steps), or choose a higher --target_loss."
         )
-    errors = [max(_there(each["matched"]["replay_error"])) for each in content["methods"] if each["matched"]]
+    errors = [max(_there(at["replay_error"])) for at in matched.values() if at]
     if errors and max(errors) > 0:
         notes.append(
             f"Runs repeated up to the target departed by up to {max(errors):.2g} from their training loss: this "
@@ -110,15 +111,9 @@ def _notes(content: Mapping[str, Any]) -> list[Text]:
     return [Text(note) for note in notes]
 
 
-def _missed(method: Mapping[str, Any]) -> bool:
-    return method["matched"] is None or None in method["matched"]["step"]["values"]
-
-
 def _there(measure: Mapping[str, Any]) -> Sequence[float]:
     return [value for value in measure["values"] if value is not None]
 
 
 def _table(title: str) -> Table:
-    table = Table(title=Text(title), box=box.SIMPLE_HEAD)
-    table.padding, table.pad_edge, table.title_justify = (0, 1), False, "left"
-    return table
+    return Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)

@@ -10,29 +10,26 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
+from trl import SFTTrainer
 
 from kappatune_plugin.forgetting.measures import base_in_place
 from kappatune_plugin.forgetting.report import finite_or_none
 from kappatune_plugin.run.end_token import IGNORED
+from kappatune_plugin.study.bench import Bench
 from kappatune_plugin.study.method_configs import arm_config, peft_refusals
 from kappatune_plugin.study.methods import Method
 from kappatune_plugin.study.summary import first_crossing, smoothed
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from trl import SFTTrainer
-
-    from kappatune_plugin.study.bench import Bench
-
 
 def train_run(
-    bench: "Bench",
+    bench: Bench,
     method: Method,
     learning_rate: float,
     seed: int,
@@ -93,12 +90,7 @@ def train_run(
     return record
 
 
-def _trainer(
-    bench: "Bench", rows: "Dataset", method: Method, learning_rate: float, seed: int, folder: Path
-) -> "SFTTrainer":
-    from trl import SFTTrainer
-
-    args = bench.arguments(learning_rate, seed, folder)
+def _trainer(bench: Bench, rows: Dataset, method: Method, learning_rate: float, seed: int, folder: Path) -> SFTTrainer:
     model = copy.deepcopy(bench.base)
     config = arm_config(method, bench.pool, bench.base, seed)
     if config is None:
@@ -108,7 +100,7 @@ def _trainer(
     with peft_refusals(method.name) if method.kind == "peft" else nullcontext():
         trainer = SFTTrainer(
             model=model,
-            args=args,
+            args=bench.arguments(learning_rate, seed, folder),
             train_dataset=rows,
             eval_dataset=bench.validation,
             processing_class=bench.tokenizer,
@@ -134,7 +126,7 @@ class _Course(TrainerCallback):
 
     def __init__(
         self,
-        bench: "Bench",
+        bench: Bench,
         every: int,
         stop_at: int | None,
         crossing: tuple[int, float] | None,
@@ -151,7 +143,7 @@ class _Course(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._started = time.perf_counter()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
         self.seconds += time.perf_counter() - self._started
         step, last = state.global_step, self.stop_at or state.max_steps
         if step == last or (self.stop_at is None and step % self.every == 0):
@@ -159,17 +151,9 @@ class _Course(TrainerCallback):
         if step == last:
             control.should_training_stop = True
 
-    def on_log(
-        self,
-        args: Any,
-        state: Any,
-        control: Any,
-        logs: dict[str, Any] | None = None,
-        model: nn.Module | None = None,
-        **_: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], model: nn.Module, **_: Any) -> None:
         """Called after `on_step_end`, before the next step."""
-        if "loss" not in (logs or {}):
+        if "loss" not in logs:
             return
         loss = float(logs["loss"])
         self.losses.append(finite_or_none(loss if self.task_loss is None else self.task_loss.of_step(loss)))
@@ -190,7 +174,7 @@ class _TaskLoss:
     Each batch carries the labels of its task rows beside all labels; hooks on the model take both means.
     """
 
-    def __init__(self, trainer: "SFTTrainer", texts: "Dataset") -> None:
+    def __init__(self, trainer: SFTTrainer, texts: Dataset) -> None:
         self.texts = {tuple(ids) for ids in texts["input_ids"]}
         self._collator, self._labels = trainer.data_collator, None
         self._all, self._task = [0.0, 0], [0.0, 0]
@@ -252,7 +236,7 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def _training_bytes(trainer: "SFTTrainer") -> int:
+def _training_bytes(trainer: SFTTrainer) -> int:
     gradients = sum(parameter.numel() * parameter.element_size() for parameter in _trained(trainer.model))
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]

@@ -87,9 +87,8 @@ class KappaTunePlugin(BasePlugin):
         if cfg.merge_lora:
             # `merge-lora` writes plain checkpoints
             model = whole_model(model)
-        options = {}
-        if cfg.peft_autocast_adapter_dtype is not None:
-            options["autocast_adapter_dtype"] = cfg.peft_autocast_adapter_dtype
+        dtype = cfg.peft_autocast_adapter_dtype
+        options = {} if dtype is None else {"autocast_adapter_dtype": dtype}
         if folder:
             model = trained_adapter(model, folder, given, trainable=not inference, **options)
         else:

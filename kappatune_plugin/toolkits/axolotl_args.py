@@ -17,8 +17,7 @@ QUANTIZED = ("load_in_4bit", "load_in_8bit", "gptq", "quantize_moe_experts")
 
 
 def _given(block: Any) -> dict[str, Any]:
-    found = KappaTuneSettings.given(block)
-    return {key: value for key, value in found.items() if value is not None}
+    return {key: value for key, value in KappaTuneSettings.given(block).items() if value is not None}
 
 
 class KappaTuneArgs(BaseModel):

@@ -9,10 +9,11 @@ from typing import Any
 
 import yaml
 
+from kappatune_plugin.data.rows import find_local
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.files import write_text
-from kappatune_plugin.recipe.text import read_yaml
-from kappatune_plugin.recipe.trl_keys import gone_key
+from kappatune_plugin.recipe.text import BLOCKS, read_yaml
+from kappatune_plugin.recipe.trl_keys import OVERWRITE, gone_key, trl_keys
 from kappatune_plugin.selection.budget import parse_budget
 from kappatune_plugin.toolkits.lora_recipes import (
     AXOLOTL,
@@ -117,11 +118,10 @@ def convert_recipe(
         raise KappaTuneError("\n  - ".join([f"Recipe {path} has keys twice:", *problems]))
     if numbers := [key for key in content if not isinstance(key, str)]:
         raise KappaTuneError(f"Recipe {path} has the key {numbers[0]!r}; keys are names. Delete it.")
-    if content.get("adapter") == NAME or any(str(key).startswith(NAME) for key in content):
+    if content.get("adapter") == NAME or any(key.startswith(NAME) for key in content):
         raise KappaTuneError(f"{path} is a KappaTune recipe already.")
     kind = toolkit_of(content, toolkit)
-    refusal = kind.refusal(content)
-    if refusal:
+    if refusal := kind.refusal(content):
         raise KappaTuneError(f"{path} is no LoRA recipe of {kind.title}: {refusal}.")
     size, found = _size(path, content, kind, trust_remote_code)
     budget, comment = _budget(size, match, k)
@@ -138,8 +138,6 @@ def _size(
     path: Path, content: Mapping[str, Any], kind: Toolkit, trust_remote_code: bool
 ) -> tuple[LoraSize | None, list[str]]:
     """The LoRA's size; or None and the reason why it isn't known."""
-    from kappatune_plugin.data.rows import find_local
-
     model = content.get(kind.model)
     if not isinstance(model, str):
         return None, [f"{kind.model} names no model, so LoRA's size is unknown; k is {DEFAULT_SHARE} of the matrices."]
@@ -267,9 +265,6 @@ def _restriction(options: Mapping[str, Any]) -> list[str]:
 
 
 def _other_trainer(content: Mapping[str, Any]) -> list[str]:
-    from kappatune_plugin.recipe.text import BLOCKS
-    from kappatune_plugin.recipe.trl_keys import OVERWRITE, trl_keys
-
     known = {*trl_keys(), *BLOCKS, OVERWRITE}
     unknown = [key for key in content if key not in known and TRL.reason(key) is None]
     notes = [f"{key}: {gone}." for key in unknown if (gone := gone_key(key, content[key]))]

@@ -77,7 +77,9 @@ def _post_init(base: type) -> Callable[[Any], None]:
         if asked:
             self.finetuning_type = STAND_IN
         base.__post_init__(self)
-        self.kappatune = _with_target(given, self.additional_target) if asked else None
+        if self.additional_target:
+            given["modules_to_save"] = list(self.additional_target)
+        self.kappatune = given if asked else None
 
     return __post_init__
 
@@ -96,7 +98,3 @@ def _problems(base: type, values: Any, given: dict[str, Any]) -> list[str]:
 
 def _default(each: Field) -> Any:
     return each.default if each.default_factory is MISSING else each.default_factory()
-
-
-def _with_target(given: dict[str, Any], additional_target: list[str] | None) -> dict[str, Any]:
-    return {**given, "modules_to_save": list(additional_target)} if additional_target else given

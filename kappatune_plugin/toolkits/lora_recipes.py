@@ -32,12 +32,12 @@ class Toolkit:
         model: the key that names the base model.
         marks: keys by which this toolkit's files are recognized.
         switch: the key that turns LoRA on.
-        gone: key -> why it is removed.
+        gone: why it is removed -> keys.
+        refusal: content -> why it isn't a LoRA recipe; "" if it is one.
+        options: content -> the keywords of the peft.LoraConfig.
         prefixes: other keys with these prefixes are removed too.
         kept: keys with such a prefix that mean the same for KappaTune.
         saved: the key of modules trained whole, which becomes KappaTune's; None if it stays.
-        refusal: content -> why it isn't a LoRA recipe; "" if it is one.
-        options: content -> the keywords of the peft.LoraConfig.
     """
 
     name: str
@@ -46,18 +46,19 @@ class Toolkit:
     model: str
     marks: tuple[str, ...]
     switch: str
-    gone: dict[str, str]
-    prefixes: tuple[str, ...]
-    kept: tuple[str, ...]
-    saved: str | None
+    gone: dict[str, list[str]]
     refusal: Callable[[Mapping[str, Any]], str]
     options: Callable[[Mapping[str, Any]], dict[str, Any]]
+    prefixes: tuple[str, ...] = ("lora_",)
+    kept: tuple[str, ...] = ()
+    saved: str | None = None
 
     def reason(self, key: str) -> str | None:
         """Why `key` is removed; None if it stays."""
         if key in self.kept:
             return None
-        return self.gone.get(key) or (OTHER if key.startswith(self.prefixes) else None)
+        named = (reason for reason, keys in self.gone.items() if key in keys)
+        return next(named, OTHER if key.startswith(self.prefixes) else None)
 
     def saved_modules(self, content: Mapping[str, Any]) -> list[str]:
         """The modules that are trained whole beside LoRA."""
@@ -124,10 +125,6 @@ def _llamafactory_options(content: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _all(reason: str, *keys: str) -> dict[str, str]:
-    return dict.fromkeys(keys, reason)
-
-
 TRL = Toolkit(
     name="trl",
     title="TRL",
@@ -136,18 +133,16 @@ TRL = Toolkit(
     marks=("use_peft", "lora_r", "lora_target_modules", "dataset_name", "dataset_config", "model_revision"),
     switch="use_peft",
     gone={
-        **_all(SIZE, "lora_r"),
-        **_all(SCALE, "lora_alpha", "use_rslora"),
-        **_all(DROPOUT, "lora_dropout"),
-        **_all(WHERE, "lora_target_modules", "lora_target_parameters"),
-        **_all(SAVED, "lora_modules_to_save"),
-        **_all(DORA, "use_dora"),
+        SIZE: ["lora_r"],
+        SCALE: ["lora_alpha", "use_rslora"],
+        DROPOUT: ["lora_dropout"],
+        WHERE: ["lora_target_modules", "lora_target_parameters"],
+        SAVED: ["lora_modules_to_save"],
+        DORA: ["use_dora"],
     },
-    prefixes=("lora_",),
-    kept=(),
-    saved="lora_modules_to_save",
     refusal=_trl_refusal,
     options=_trl_options,
+    saved="lora_modules_to_save",
 )
 AXOLOTL = Toolkit(
     name="axolotl",
@@ -157,26 +152,29 @@ AXOLOTL = Toolkit(
     marks=("base_model", "adapter", "micro_batch_size", "sequence_len", "val_set_size", "dataset_prepared_path"),
     switch="adapter",
     gone={
-        **_all(SIZE, "lora_r", "lora_rank_pattern"),
-        **_all(SCALE, "lora_alpha", "lora_alpha_pattern", "peft_use_rslora"),
-        **_all(DROPOUT, "lora_dropout"),
-        **_all(WHERE, "lora_target_linear", "lora_target_modules", "lora_target_parameters", "lora_fan_in_fan_out"),
-        **_all(WHERE, "peft_layers_to_transform", "peft_layers_pattern", "peft_layer_replication"),
-        **_all(DORA, "peft_use_dora"),
-        **_all(QUANTIZED, "load_in_4bit", "load_in_8bit", "gptq", "bnb_config_kwargs", "quantize_moe_experts"),
-        **_all(QUANTIZED, "qlora_sharded_model_loading"),
-        **_all(TRAINED, "lora_model_dir"),
-        **_all(INIT, "peft", "peft_init_lora_weights"),
-        **_all(RATES, "loraplus_lr_ratio", "loraplus_lr_embedding"),
-        **_all(KERNELS, "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel"),
-        **_all(UNSLOTH, "unsloth_lora_mlp", "unsloth_lora_qkv", "unsloth_lora_o"),
+        SIZE: ["lora_r", "lora_rank_pattern"],
+        SCALE: ["lora_alpha", "lora_alpha_pattern", "peft_use_rslora"],
+        DROPOUT: ["lora_dropout"],
+        WHERE: [
+            *("lora_target_linear", "lora_target_modules", "lora_target_parameters", "lora_fan_in_fan_out"),
+            *("peft_layers_to_transform", "peft_layers_pattern", "peft_layer_replication"),
+        ],
+        DORA: ["peft_use_dora"],
+        QUANTIZED: [
+            *("load_in_4bit", "load_in_8bit", "gptq", "bnb_config_kwargs", "quantize_moe_experts"),
+            "qlora_sharded_model_loading",
+        ],
+        TRAINED: ["lora_model_dir"],
+        INIT: ["peft", "peft_init_lora_weights"],
+        RATES: ["loraplus_lr_ratio", "loraplus_lr_embedding"],
+        KERNELS: ["lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel"],
+        UNSLOTH: ["unsloth_lora_mlp", "unsloth_lora_qkv", "unsloth_lora_o"],
     },
+    refusal=_axolotl_refusal,
+    options=_axolotl_options,
     prefixes=("lora_", "peft_", "qlora_", "relora", "unsloth_"),
     # Axolotl itself requires lora_modules_to_save when tokens are added
     kept=("lora_on_cpu", "peft_autocast_adapter_dtype", "lora_modules_to_save"),
-    saved=None,
-    refusal=_axolotl_refusal,
-    options=_axolotl_options,
 )
 LLAMAFACTORY = Toolkit(
     name="llamafactory",
@@ -186,22 +184,20 @@ LLAMAFACTORY = Toolkit(
     marks=("stage", "finetuning_type", "template", "cutoff_len", "lora_rank", "lora_target", "dataset_dir", "do_train"),
     switch="finetuning_type",
     gone={
-        **_all(SIZE, "lora_rank"),
-        **_all(SCALE, "lora_alpha", "use_rslora"),
-        **_all(DROPOUT, "lora_dropout"),
-        **_all(WHERE, "lora_target"),
-        **_all(SAVED, "additional_target"),
-        **_all(DORA, "use_dora"),
-        **_all(TRAINED, "adapter_name_or_path", "create_new_adapter"),
-        **_all(INIT, "pissa_init", "pissa_iter", "pissa_convert"),
-        **_all(RATES, "loraplus_lr_ratio", "loraplus_lr_embedding"),
-        **_all(UNSLOTH, "use_unsloth"),
+        SIZE: ["lora_rank"],
+        SCALE: ["lora_alpha", "use_rslora"],
+        DROPOUT: ["lora_dropout"],
+        WHERE: ["lora_target"],
+        SAVED: ["additional_target"],
+        DORA: ["use_dora"],
+        TRAINED: ["adapter_name_or_path", "create_new_adapter"],
+        INIT: ["pissa_init", "pissa_iter", "pissa_convert"],
+        RATES: ["loraplus_lr_ratio", "loraplus_lr_embedding"],
+        UNSLOTH: ["use_unsloth"],
     },
-    prefixes=("lora_",),
-    kept=(),
-    saved="additional_target",
     refusal=_llamafactory_refusal,
     options=_llamafactory_options,
+    saved="additional_target",
 )
 TOOLKITS = {toolkit.name: toolkit for toolkit in (TRL, AXOLOTL, LLAMAFACTORY)}
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from peft import LoraConfig
 
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.weights.load_model import empty_model, trained_without_values
@@ -51,7 +51,12 @@ def lora_size(model: str, options: dict[str, Any], trust_remote_code: bool = Fal
     if not sizes:
         raise KappaTuneError(f"'{model}' has no weight matrix to train.")
     total = sum(parameter.numel() for parameter in empty.parameters())
-    return LoraSize(_trained(empty, options), total, min(sizes), max(sizes))
+    try:
+        config = LoraConfig(**{key: value for key, value in options.items() if value is not None})
+        lora = trained_without_values(empty, config)[1]
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise KappaTuneError(f"PEFT can't attach this LoRA to the model: {error}") from error
+    return LoraSize(lora, total, min(sizes), max(sizes))
 
 
 def matching_budget(size: LoraSize) -> tuple[Any, str]:
@@ -60,13 +65,3 @@ def matching_budget(size: LoraSize) -> tuple[Any, str]:
         return {"params": size.lora}, f"LoRA trained {size.lora:,} parameters"
     sizes = f"{size.smallest:,}" if size.smallest == size.largest else f"{size.smallest:,} to {size.largest:,}"
     return 1, f"LoRA trained {size.lora:,} parameters, one matrix has {sizes}"
-
-
-def _trained(model: nn.Module, options: dict[str, Any]) -> int:
-    from peft import LoraConfig
-
-    try:
-        config = LoraConfig(**{key: value for key, value in options.items() if value is not None})
-        return trained_without_values(model, config)[1]
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise KappaTuneError(f"PEFT can't attach this LoRA to the model: {error}") from error

@@ -10,13 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.scanning.scan import scan
 from kappatune_plugin.selection.budget import DEFAULT_K
 from kappatune_plugin.selection.report import KappaReport
 from kappatune_plugin.selection.selection import Selection, select
 from kappatune_plugin.weights.load_model import empty_model, trained_without_values
+from kappatune_plugin.weights.open_source import open_source
 from kappatune_plugin.weights.units import WeightUnit, find_units
 
 STOCK = ("axolotl", "llamafactory", "trl", "ms-swift", "torchtune")
@@ -71,8 +75,6 @@ def plan(
             "ms-swift."
         )
     if report is None:
-        from kappatune_plugin.scanning.scan import scan
-
         report = scan(model, trust_remote_code=trust_remote_code)
     else:
         _check_base(report, model, trust_remote_code)
@@ -83,8 +85,6 @@ def _check_base(report: KappaReport, model: str, trust_remote_code: bool) -> Non
     """Refuse a report of other weights. A name on the hub isn't downloaded for it: there the toolkit will."""
     if not list(Path(model).glob("*.safetensors")):
         return
-    from kappatune_plugin.weights.open_source import open_source
-
     found = open_source(model, trust_remote_code).base_hash()
     if found != report.base["hash"]:
         raise KappaTuneError(
@@ -116,7 +116,7 @@ def stock_plan(selection: Selection, build: Callable[[], nn.Module], toolkit: st
     if not able:
         raise KappaTuneError(f"{toolkit} can choose none of the {len(chosen)} matrices. {_why(toolkit, chosen, widen)}")
     parameters = list(dict.fromkeys(unit.parameter for unit in able))
-    named = [name for name in parameters if _owner(name) not in modules]
+    named = [name for name in parameters if name.rpartition(".")[0] not in modules]
     lines = {
         "axolotl": lambda: _axolotl(able),
         "ms-swift": lambda: _ms_swift(parameters),
@@ -141,9 +141,6 @@ def lora_places(model: nn.Module, modules: Sequence[str], parameters: Sequence[s
     Raises:
         ValueError: PEFT can't put LoRA there.
     """
-    from peft import LoraConfig
-    from peft.tuners.lora import LoraLayer
-
     config = LoraConfig(target_modules=list(modules) or None, target_parameters=list(parameters) or None)
     places = set()
     for name, module in trained_without_values(model, config)[0].base_model.model.named_modules():
@@ -170,7 +167,7 @@ def _lora_able(
     modules: list[str] = []
     for alike in kinds.values():
         names = list(dict.fromkeys(unit.parameter for unit in alike))
-        owners = [_owner(name) for name in names]
+        owners = [name.rpartition(".")[0] for name in names]
         if not alike[0].index and _puts_lora(build, owners, [], names):
             modules += owners
         elif not (parameters and _puts_lora(build, [], names, names)):
@@ -210,10 +207,6 @@ def _trl(modules: Sequence[str], parameters: Sequence[str]) -> list[str]:
         # TRL turns a list of one into a string, which PEFT reads as a regular expression
         modules = [*modules, *modules]
     return lines + (["lora_target_modules:", *(f"  - {name}" for name in modules)] if modules else [])
-
-
-def _owner(parameter: str) -> str:
-    return parameter.rpartition(".")[0]
 
 
 def _notes(toolkit: str, able: Sequence[WeightUnit], units: dict[str, WeightUnit], named: Sequence[str]) -> list[str]:

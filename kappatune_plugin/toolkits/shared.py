@@ -101,10 +101,8 @@ def remove_models_with_adapters(folder: str | os.PathLike) -> None:
         if any(f".{PREFIX}" in name for name in content):
             for path in [*(Path(folder) / name for name in set(content.values())), index]:
                 path.unlink()
-    if whole.is_file() and any(f".{PREFIX}" in name for name in _tensor_names(whole)):
-        whole.unlink()
-
-
-def _tensor_names(path: Path) -> list[str]:
-    with safe_open(path, "pt") as file:
-        return list(file.keys())
+    if whole.is_file():
+        with safe_open(whole, "pt") as file:
+            names = list(file.keys())
+        if any(f".{PREFIX}" in name for name in names):
+            whole.unlink()
