@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from kappatune_plugin.data.examples import ChoiceExample
@@ -224,9 +225,9 @@ def completion_loss(
     """
     if not pairs:
         raise KappaTuneError("There are no test examples to measure the task's loss on.")
-    found = _completion_losses(model, [completion_ids(tokenizer, *pair) for pair in pairs], batch_size)
-    tokens = sum(len(completion_ids(tokenizer, *pair)[1]) for pair in pairs)
-    return sum(nats for nats, _ in found) / tokens
+    divided = [completion_ids(tokenizer, *pair) for pair in pairs]
+    nats = sum(nats for nats, _ in _completion_losses(model, divided, batch_size))
+    return nats / sum(len(completion) for _, completion in divided)
 
 
 def exact_recall(
@@ -324,7 +325,6 @@ def _completion_losses(model: nn.Module, pairs: Sequence[Pair], batch_size: int)
 
 def padded(batch: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids (batch, length) padded on the right by 0, and the mask of the real ones."""
-    length = max(len(piece) for piece in batch)
-    ids = torch.tensor([[*piece, *[0] * (length - len(piece))] for piece in batch], device=device)
-    mask = torch.tensor([[True] * len(piece) + [False] * (length - len(piece)) for piece in batch], device=device)
-    return ids, mask
+    ids = pad_sequence([torch.tensor(piece) for piece in batch], batch_first=True).to(device)
+    lengths = torch.tensor([len(piece) for piece in batch], device=device)
+    return ids, torch.arange(ids.shape[1], device=device) < lengths[:, None]

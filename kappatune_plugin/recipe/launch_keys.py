@@ -10,6 +10,8 @@ from typing import Any
 
 from kappatune_plugin.distributed.ranks import LAUNCHED, is_launched
 from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.recipe.text import BLOCKS
+from kappatune_plugin.recipe.trl_keys import trl_keys
 
 CONFIG = "accelerate_config"
 
@@ -24,9 +26,6 @@ def warn_of_unused(content: Mapping[str, Any]) -> None:
 
 def is_launch_key(key: str) -> bool:
     """Whether `key` speaks to `accelerate launch` (num_processes, main_process_port, ...) and not to TRL."""
-    from kappatune_plugin.recipe.text import BLOCKS
-    from kappatune_plugin.recipe.trl_keys import trl_keys
-
     # a recipe's `env` is a block, accelerate's an option
     return key not in trl_keys() and key not in BLOCKS and (key == CONFIG or key in _launch_options())
 

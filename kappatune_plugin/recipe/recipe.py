@@ -13,13 +13,10 @@ from kappatune_plugin.checks import did_you_mean
 from kappatune_plugin.data.replay import ReplayConfig
 from kappatune_plugin.data.rows import find_local, local_spec
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.recipe.blocks import (
-    auto_problems,
-    read_blocks,
-)
-from kappatune_plugin.recipe.launch_keys import warn_of_unused
+from kappatune_plugin.recipe.blocks import auto_problems, read_blocks
+from kappatune_plugin.recipe.launch_keys import is_launch_key, warn_of_unused
 from kappatune_plugin.recipe.text import BLOCKS, FLAT, apply_overrides, nest_flat_keys, read_yaml
-from kappatune_plugin.recipe.trl_keys import gone_key, take_overwrite
+from kappatune_plugin.recipe.trl_keys import convert, gone_key, take_overwrite, trl_classes, trl_keys
 from kappatune_plugin.selection.auto_budget import AUTO, AutoBudget
 from kappatune_plugin.tuner.config import KAPPATUNE_KEYS, KappaTuneConfig
 
@@ -107,7 +104,7 @@ def load_recipe(path: str | os.PathLike, overrides: Iterable[str] = (), launches
     problems += found + _cross_problems(arguments, blocks)
     folder = path.resolve().parent
     _find_local_paths(arguments, blocks, folder)
-    built = [_build(owner, arguments, problems) for owner in _trl_classes()]
+    built = [_build(owner, arguments, problems) for owner in trl_classes()]
     kappatune, data, forgetting = read_blocks(blocks, problems)
     if kappatune is not None:
         problems += auto_problems(kappatune, blocks.get("forgetting"), built[1])
@@ -118,12 +115,6 @@ def load_recipe(path: str | os.PathLike, overrides: Iterable[str] = (), launches
     auto = (kappatune.auto or AutoBudget()) if kappatune.k == AUTO else None
     given = data and data.model_dump(exclude_unset=True)
     return Recipe(*built, kappatune.config(), given, forgetting, resolved, folder, auto, kappatune.gain, overwrite)
-
-
-def _trl_classes() -> tuple[type, ...]:
-    from kappatune_plugin.recipe.trl_keys import trl_classes
-
-    return trl_classes()
 
 
 def _set_environment(variables: Any) -> list[str]:
@@ -141,9 +132,6 @@ def _set_environment(variables: Any) -> list[str]:
 
 def _trl_arguments(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The top level's values in the types that TRL declares, and what is wrong with them."""
-    from kappatune_plugin.recipe.launch_keys import is_launch_key
-    from kappatune_plugin.recipe.trl_keys import convert, trl_keys
-
     known = [*trl_keys(), *BLOCKS, *(FLAT + key for key in KAPPATUNE_KEYS)]
     arguments, problems = {}, []
     for key, value in content.items():
@@ -209,8 +197,6 @@ def _find_local_paths(arguments: dict[str, Any], blocks: Mapping[str, Any], fold
 
 def _build(owner: type, arguments: dict[str, Any], problems: list[str]) -> Any:
     """TRL's dataclass `owner` from those of `arguments` that are its; what it refuses is added to `problems`."""
-    from kappatune_plugin.recipe.trl_keys import trl_keys
-
     keys = trl_keys()
     mine = {key: value for key, value in arguments.items() if keys[key][0] is owner}
     if "bf16" in keys and keys["bf16"][0] is owner and _no_bf16_here(mine):

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.recipe.trl_keys import is_flag, takes_list
 
 BLOCKS = ("kappatune", "data", "forgetting", "env")
 # `kappatune_k: 75` at the top level says `kappatune: {k: 75}`, the spelling of a LoRA recipe's `lora_r`
@@ -107,10 +108,10 @@ def _split(overrides: list[str]) -> tuple[dict[str, list[str]], list[str]]:
     problems, name = [], ""
     for word in overrides:
         if not word.startswith("--"):
-            if not name:
-                problems.append(f"'{word}' belongs to no flag. Write --key {word}.")
-            else:
+            if name:
                 flags[name].append(word)
+            else:
+                problems.append(f"'{word}' belongs to no flag. Write --key {word}.")
             continue
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
@@ -123,8 +124,6 @@ def _split(overrides: list[str]) -> tuple[dict[str, list[str]], list[str]]:
 
 
 def _top_level(name: str, values: list[str]) -> tuple[str, Any]:
-    from kappatune_plugin.recipe.trl_keys import is_flag, takes_list
-
     if not values:
         negated = name.removeprefix("no_")
         return (negated, False) if negated != name and is_flag(negated) else (name, True if is_flag(name) else None)

@@ -56,11 +56,10 @@ def convert(key: str, value: Any) -> Any:
     Raises:
         ValueError: no such type can be made of it; the message says what was expected.
     """
-    _, hint, choices = trl_keys()[key]
-    types = _types(hint)
     if key == "resume_from_checkpoint":
         return _resume(value)
-    value = _convert(value, types)
+    _, hint, choices = trl_keys()[key]
+    value = _convert(value, _types(hint))
     if choices and value is not None and value not in choices:
         raise ValueError(f"expected one of {', '.join(choices)}, found {value!r}.{did_you_mean(str(value), choices)}")
     return value
@@ -78,9 +77,7 @@ def take_overwrite(content: dict[str, Any], problems: list[str]) -> bool:
 
 def is_flag(key: str) -> bool:
     """Whether `--key` alone means true."""
-    if key == OVERWRITE:
-        return True
-    return key in trl_keys() and bool in _types(trl_keys()[key][1])
+    return key == OVERWRITE or key in trl_keys() and bool in _types(trl_keys()[key][1])
 
 
 def takes_list(key: str) -> bool:
@@ -162,14 +159,9 @@ def _resume(value: Any) -> str | bool | None:
 
 
 def _expected(types: tuple[Any, ...]) -> str:
+    others = {list: "a list", dict: NAMES[dict], NoneType: "null"}
     names = [NAMES[each] for each in types if each in NAMES]
-    for each in types:
-        if get_origin(each) is list:
-            names.append("a list")
-        elif get_origin(each) is dict:
-            names.append(NAMES[dict])
-        elif each is NoneType:
-            names.append("null")
+    names += [others[kind] for each in types if (kind := get_origin(each) or each) in others]
     return " or ".join(dict.fromkeys(names)) or "nothing a recipe can say"
 
 

@@ -12,8 +12,6 @@ FILE = ConfigDict(extra="forbid", allow_inf_nan=False)
 Finite = Annotated[float, Strict()]
 Name = Annotated[str, Field(min_length=1)]
 Side = Annotated[int, Strict(), Field(gt=0)]
-
-
 Shape = tuple[Side, Side]
 
 

@@ -12,8 +12,6 @@ from kappatune_plugin.selection.report import ABOVE, UnitReport
 
 RANDOM = ("random", "shape_matched_random")
 ORDERS = ("lowest", "highest", *RANDOM)
-
-
 Criterion = Callable[[UnitReport], float]
 RANKS: dict[str, Criterion] = {}
 

@@ -216,7 +216,6 @@ def _numbers(report: KappaReport) -> str:
 
 
 def _what_to_do(report: KappaReport) -> str:
-    less = (
-        "Choose a smaller k" if any(unit.status in ("ok", ABOVE) for unit in report.units) else "Check the base weights"
-    )
+    some = any(unit.status in ("ok", ABOVE) for unit in report.units)
+    less = "Choose a smaller k" if some else "Check the base weights"
     return f"{less}, or scan with a wider `include` or a shorter `exclude`."

@@ -1,5 +1,6 @@
 """What decides a selection, checked: the keys that a recipe, a file and `select` have in common."""
 
+from collections.abc import Collection
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, model_validator
@@ -10,16 +11,13 @@ from kappatune_plugin.selection.budget import DEFAULT_K, parse_budget
 from kappatune_plugin.selection.ranking import ORDERS, RANKS, rank_help
 
 
-def _order(value: Any) -> Any:
-    if not isinstance(value, str) or value not in ORDERS:
-        raise KappaTuneError(not_one_of(value, ORDERS))
-    return value
+def _one_of(choices: Collection[str]) -> AfterValidator:
+    def check(value: Any) -> Any:
+        if not isinstance(value, str) or value not in choices:
+            raise KappaTuneError(not_one_of(value, choices))
+        return value
 
-
-def _rank_by(value: Any) -> Any:
-    if not isinstance(value, str) or value not in RANKS:
-        raise KappaTuneError(not_one_of(value, RANKS))
-    return value
+    return AfterValidator(check)
 
 
 def check_budget(k: Any) -> Any:
@@ -32,8 +30,8 @@ def check_budget(k: Any) -> Any:
 
 
 BudgetText = Annotated[Any, AfterValidator(check_budget)]
-Order = Annotated[Any, AfterValidator(_order)]
-RankBy = Annotated[Any, AfterValidator(_rank_by)]
+Order = Annotated[Any, _one_of(ORDERS)]
+RankBy = Annotated[Any, _one_of(RANKS)]
 
 
 class SelectSettings(Block):
@@ -53,7 +51,8 @@ class SelectSettings(Block):
 
     @model_validator(mode="after")
     def _threshold_of_kappa(self) -> "SelectSettings":
-        if self.k not in (None, "auto") and parse_budget(self.k).kind == "kappa" and self.rank_by != "kappa":
-            budget = parse_budget(self.k)
+        if self.k in (None, "auto") or self.rank_by == "kappa":
+            return self
+        if (budget := parse_budget(self.k)).kind == "kappa":
             raise KappaTuneError(f"k: {budget} goes with rank_by kappa, not {self.rank_by}. Give a number of matrices.")
         return self

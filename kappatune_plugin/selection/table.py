@@ -44,7 +44,7 @@ def _ranked_by(report: "KappaReport", selection: "Selection | None") -> tuple[st
 def _fill_by_unit(
     table: Table, units: Sequence["UnitReport"], chosen: set[str], rank_by: str, values: Mapping[str, float]
 ) -> None:
-    _add_columns(table, ["unit"], ["shape", "kappa", "kappa\n/null", *_heading(rank_by)], bool(chosen))
+    _add_columns(table, ["unit"], ["shape", "kappa", "kappa\n/null"], rank_by, bool(chosen))
 
     def place(unit: "UnitReport") -> tuple:
         return unit.status != "ok", values.get(unit.name, unit.kappa or unit.lo or 0), unit.name
@@ -59,14 +59,10 @@ def _fill_by_unit(
         table.add_row(_name(unit.name.removesuffix(".weight"), unit), *cells)
 
 
-def _heading(rank_by: str) -> list[str]:
-    return [rank_by.replace("_", "\n", 1)] if rank_by else []
-
-
 def _fill_by_type(
     table: Table, units: Sequence["UnitReport"], chosen: set[str], rank_by: str, values: Mapping[str, float]
 ) -> None:
-    _add_columns(table, ["units"], [*GROUP_NUMBERS, *_heading(rank_by)], bool(chosen))
+    _add_columns(table, ["units"], GROUP_NUMBERS, rank_by, bool(chosen))
     groups: dict[str, list[UnitReport]] = {}
     for unit in units:
         groups.setdefault(layer_and_type(unit.name)[1], []).append(unit)
@@ -90,7 +86,7 @@ def _group_cells(members: Sequence["UnitReport"], rank_by: str, values: Mapping[
 def _fill_by_layer(
     table: Table, units: Sequence["UnitReport"], chosen: set[str], rank_by: str, values: Mapping[str, float]
 ) -> None:
-    _add_columns(table, ["layer", "units"], [*GROUP_NUMBERS, *_heading(rank_by)], bool(chosen))
+    _add_columns(table, ["layer", "units"], GROUP_NUMBERS, rank_by, bool(chosen))
     groups: dict[tuple[str, str], list[UnitReport]] = {}
     for unit in units:
         groups.setdefault(layer_and_type(unit.name), []).append(unit)
@@ -106,10 +102,10 @@ def _fill_by_layer(
         shown = layer
 
 
-def _add_columns(table: Table, names: Sequence[str], numbers: Sequence[str], with_trained: bool) -> None:
+def _add_columns(table: Table, names: Sequence[str], numbers: Sequence[str], rank_by: str, with_trained: bool) -> None:
     for heading in names:
         table.add_column(heading, overflow="fold")
-    for heading in numbers:
+    for heading in [*numbers, rank_by.replace("_", "\n", 1)] if rank_by else numbers:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("status", overflow="fold")
     if with_trained:
