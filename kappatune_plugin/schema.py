@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Strict, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Strict, TypeAdapter, ValidationError, model_validator
 
 from kappatune_plugin.checks import did_you_mean
 from kappatune_plugin.errors import KappaTuneError
@@ -57,6 +57,17 @@ class Block(BaseModel):
 
     # pydantic's own mark of an __init__ that blocks inside of others are made without: their errors are gathered
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    def contradictions(self) -> list[str]:
+        """What can't be together in keys that are each right, a line each."""
+        return []
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> "Block":
+        problems = self.contradictions()
+        if problems:
+            raise KappaTuneError("\n".join(problems))
+        return self
 
     @classmethod
     def given(cls, values: Any) -> dict[str, Any]:

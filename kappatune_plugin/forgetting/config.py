@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, TypeAdapter, field_validator, model_validator
+from pydantic import AfterValidator, Field, TypeAdapter, field_validator
 
 from kappatune_plugin.checks import did_you_mean
 from kappatune_plugin.data.rows import DataSet
@@ -126,13 +126,10 @@ class ForgettingConfig(Block):
             raise KappaTuneError(f"{tasks!r} is not a list of tasks. Write {HARNESS_EXAMPLE}.")
         return {"tasks": tasks} if isinstance(tasks, list) else tasks
 
-    @model_validator(mode="after")
-    def _no_control_is_the_task(self) -> "ForgettingConfig":
-        if TASK in self.controls():
-            raise KappaTuneError(
-                f"control: the name '{TASK}' stands for the task: write {{NAME: {self.controls()[TASK]}}}."
-            )
-        return self
+    def contradictions(self) -> list[str]:
+        """A control that is called as the task is."""
+        named = self.controls().get(TASK)
+        return [f"control: the name '{TASK}' stands for the task: write {{NAME: {named}}}."] if named else []
 
     def controls(self) -> dict[str, Any]:
         """Name -> data set, or -> "self"."""

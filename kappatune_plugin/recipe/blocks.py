@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, StrictBool, model_validator
+from pydantic import AfterValidator, Field, StrictBool, ValidationInfo, field_validator, model_validator
 
 from kappatune_plugin.data.replay import ReplayConfig
 from kappatune_plugin.data.rows import TEMPLATES, DataSet, DataSets, one_or_more
@@ -19,42 +19,34 @@ from kappatune_plugin.selection.settings import check_budget
 from kappatune_plugin.tuner.config import KAPPATUNE_KEYS, KappaTuneConfig, KappaTuneSettings
 
 
-def _budget_or_auto(k: Any) -> Any:
-    return k if k is None or k == AUTO else check_budget(k)
-
-
-def _readable(load: Callable[[str], Any]) -> Callable[[Any], Any]:
-    """Reads the file at once: the mistake would otherwise show after the model is loaded."""
-
-    def check(path: Any) -> Any:
-        if path is not None and not isinstance(path, str):
-            raise KappaTuneError(f"{path!r} is not the path of a file.")
-        if path is not None:
-            load(path)
-        return path
-
-    return check
-
-
 class KappaTuneBlock(KappaTuneSettings):
     """The block `kappatune:` of a recipe: what to train, and what a run decides by and no model needs."""
 
-    k: Annotated[Any, AfterValidator(_budget_or_auto)] = Field(
+    k: Any = Field(
         default=None,
         description=f"{KappaTuneSettings.model_fields['k'].description} auto decides it during training.",
-    )
-    report: Annotated[Any, AfterValidator(_readable(KappaReport.load))] = Field(
-        default=None, description=KappaTuneSettings.model_fields["report"].description
-    )
-    selection: Annotated[Any, AfterValidator(_readable(Selection.load))] = Field(
-        default=None, description=KappaTuneSettings.model_fields["selection"].description
     )
     auto: AutoBudget | None = Field(default=None, description="How `k: auto` decides.")
     gain: GainConfig | None = Field(default=None, description=f"How `rank_by: {GAIN}` is measured.")
 
-    @model_validator(mode="after")
-    def _belongs_together(self) -> "KappaTuneBlock":
-        problems = []
+    @field_validator("k")
+    @classmethod
+    def _budget_or_auto(cls, k: Any) -> Any:
+        return k if k is None or k == AUTO else check_budget(k)
+
+    @field_validator("report", "selection")
+    @classmethod
+    def _readable(cls, path: Any, key: ValidationInfo) -> Any:
+        """Reads the file at once: the mistake would otherwise show after the model is loaded."""
+        if path is not None and not isinstance(path, str):
+            raise KappaTuneError(f"{path!r} is not the path of a file.")
+        if path is not None:
+            (KappaReport if key.field_name == "report" else Selection).load(path)
+        return path
+
+    def contradictions(self) -> list[str]:
+        """Between what is trained and how a run decides it, and what `KappaTuneSettings` names."""
+        problems = super().contradictions()
         if self.auto is not None and self.k != AUTO:
             problems.append(f"auto is given, but k is {self.k!r}: write `k: auto`, or delete auto.")
         if self.k == AUTO and self.modules_to_save:
@@ -66,9 +58,7 @@ class KappaTuneBlock(KappaTuneSettings):
             )
         if self.rank_by == GAIN and self.scan_from is not None:
             problems.append(f"scan_from: {GAIN} is measured on the model that is trained: delete it.")
-        if problems:
-            raise KappaTuneError("\n".join(problems))
-        return self
+        return problems
 
     def config(self) -> KappaTuneConfig:
         """For PEFT, with the largest budget for `k: auto`."""
@@ -144,11 +134,13 @@ class DataBlock(Block):
     @model_validator(mode="before")
     @classmethod
     def _something_to_train_on(cls, block: Any) -> Any:
+        if not isinstance(block, Mapping):
+            return block
         # an empty `train:` is none
-        return {key: value for key, value in block.items() if key != "train" or value} if block else block
+        return {key: value for key, value in block.items() if key != "train" or value}
 
-    @model_validator(mode="after")
-    def _belongs_together(self) -> "DataBlock":
+    def contradictions(self) -> list[str]:
+        """Keys that only say something beside templates."""
         problems, given = [], [key for key in TEMPLATES if getattr(self, key) is not None]
         own = [key for key in TEMPLATES if isinstance(self.test, dict) and key in self.test]
         if len(given) == 1:
@@ -160,9 +152,7 @@ class DataBlock(Block):
             problems.append("max_chars counts the characters of prompt and completion, which are missing.")
         if self.labels is not None and not given:
             problems.append("labels is given without prompt and completion, which would show them.")
-        if problems:
-            raise KappaTuneError("\n".join(problems))
-        return self
+        return problems
 
 
 def auto_problems(block: KappaTuneBlock, forgetting: Any, args: Any) -> list[str]:

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field
 
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.schema import Block, Whole, not_one_of
@@ -49,10 +49,9 @@ class SelectSettings(Block):
     rank_by: RankBy = Field(default="kappa", description=rank_help())
     seed: Whole = Field(default=0, ge=0, description="Seed of the random orders.")
 
-    @model_validator(mode="after")
-    def _threshold_of_kappa(self) -> "SelectSettings":
-        if self.k in (None, "auto") or self.rank_by == "kappa":
-            return self
-        if (budget := parse_budget(self.k)).kind == "kappa":
-            raise KappaTuneError(f"k: {budget} goes with rank_by kappa, not {self.rank_by}. Give a number of matrices.")
-        return self
+    def contradictions(self) -> list[str]:
+        """A threshold of kappa, ranked by something else."""
+        budget = None if self.k in (None, "auto") else parse_budget(self.k)
+        if budget is None or budget.kind != "kappa" or self.rank_by == "kappa":
+            return []
+        return [f"k: {budget} goes with rank_by kappa, not {self.rank_by}. Give a number of matrices."]

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.schema import Block, Number, Whole
 from kappatune_plugin.study.methods import Method
 
@@ -40,16 +39,14 @@ class Settings(Block):
         description="How many rates to add at most, one at a time, for a method whose best is at an edge of its grid.",
     )
 
-    @model_validator(mode="after")
-    def _belongs_together(self) -> "Settings":
+    def contradictions(self) -> list[str]:
+        """What needs another setting."""
         problems = []
         if self.stop_at_target and self.target_loss is None:
             problems.append("stop_at_target: the target has to be known beforehand: give target_loss.")
         if self.widen and len(set(self.learning_rates)) < 2:
             problems.append("widen: it adds to a grid of 2 learning_rates at least.")
-        if problems:
-            raise KappaTuneError("\n".join(problems))
-        return self
+        return problems
 
 
 @dataclass(frozen=True)

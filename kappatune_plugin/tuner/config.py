@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from peft import PeftConfig
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field
 
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.schema import Number, read
@@ -61,18 +61,16 @@ class KappaTuneSettings(SelectSettings):
         examples=[NAMES_EXAMPLE],
     )
 
-    @model_validator(mode="after")
-    def _one_source(self) -> "KappaTuneSettings":
-        problems = [
+    def contradictions(self) -> list[str]:
+        """Several sources of what to train, and what `SelectSettings` names."""
+        problems = super().contradictions() + [
             f"{key} and scan_from are both given: with a {key} nothing is scanned, remove one."
             for key in ("report", "selection")
             if self.scan_from is not None and getattr(self, key) is not None
         ]
         if self.report is not None and self.selection is not None:
             problems.append("report and selection are both given: a selection needs no report, remove one.")
-        if problems:
-            raise KappaTuneError("\n".join(problems))
-        return self
+        return problems
 
 
 # what the block `kappatune:` of a recipe takes; PEFT, TRL and the tuner set the config's other fields
