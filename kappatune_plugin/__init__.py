@@ -6,6 +6,7 @@ Importing this package registers the method `kappatune` with PEFT.
 from kappatune_plugin.condition.kappa import Kappa
 from kappatune_plugin.condition.number import condition_number
 from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.interpolation.interpolate import interpolate
 from kappatune_plugin.scanning.scan import scan
 from kappatune_plugin.selection.report import KappaReport
 from kappatune_plugin.selection.selection import Selection, select
@@ -22,6 +23,7 @@ __all__ = [
     "Selection",
     "__version__",
     "condition_number",
+    "interpolate",
     "scan",
     "select",
 ]

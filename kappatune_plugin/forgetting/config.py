@@ -12,6 +12,7 @@ from kappatune_plugin.errors import KappaTuneError
 
 SELF, TASK = "self", "task"
 LONG_TEXTS = ("split", "truncate")
+INTERPOLATE = ("per_matrix", "one", "off")
 COUNTS = ("batch_size", "max_length", "samples")
 RECALL_EXAMPLE = '{path: facts.jsonl, prompt: "{question}", completion: "{answer}"}'
 # what generating answers and the harness take, with the least value of each number
@@ -41,6 +42,8 @@ class ForgettingConfig:
             include_path}.
         max_delta: how much the loss of a control may rise, in nats a token: what the end of a run is judged by, and
             where `k: auto` stops. None judges nothing.
+        interpolate: scale back what was trained until `max_delta` is kept, with a scale for each matrix ("per_matrix"),
+            one for all ("one"), or not ("off"). None: "per_matrix" with `max_delta`, "off" without and for `k: auto`.
 
     Raises:
         KappaTuneError: values that can't be right, a line each.
@@ -59,6 +62,7 @@ class ForgettingConfig:
     generate: dict[str, Any] | None = None
     lm_eval: list[str] | dict[str, Any] | None = None
     max_delta: float | None = None
+    interpolate: str | None = None
 
     def __post_init__(self) -> None:
         problems = _number_problems(self) + _control_problems(self.control) + _recall_problems(self.recall)
@@ -92,6 +96,10 @@ def _number_problems(config: ForgettingConfig) -> list[str]:
         problems.append(f"text_column: {config.text_column!r} is not a column's name.")
     if config.long_texts not in LONG_TEXTS:
         problems.append(f"long_texts: {config.long_texts!r} is none of {', '.join(LONG_TEXTS)}.")
+    if config.interpolate not in (None, *INTERPOLATE):
+        problems.append(f"interpolate: {config.interpolate!r} is none of {', '.join(INTERPOLATE)}.")
+    if config.interpolate in ("per_matrix", "one") and config.max_delta is None:
+        problems.append(f"interpolate: {config.interpolate} needs a limit to keep: add `max_delta: 0.05`.")
     if config.max_delta is not None and not (is_number(config.max_delta) and config.max_delta > 0):
         problems.append(f"max_delta: {config.max_delta!r} is not a number of nats above 0, such as 0.05.")
     return problems

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # of the block kappatune, what a run decides by and no model needs
 RECIPE_KEYS = ("auto", "gain")
-DATA_KEYS = ("train", "test", "prompt", "completion", "labels", "label_column", "max_chars")
+DATA_KEYS = ("train", "validation", "test", "prompt", "completion", "labels", "label_column", "max_chars")
 
 
 def unknown_key(key: Any, known: Iterable[str], prefix: str = "") -> str:
@@ -174,7 +174,7 @@ def data_problems(data: Any) -> list[str]:
         return problems
     if not block.get("train"):
         problems.append("data.train is missing: add `train: {path: rows.jsonl}`.")
-    for key in ("train", "test"):
+    for key in ("train", "validation", "test"):
         if block.get(key):
             problems += all_spec_problems(block[key], f"data.{key}")
     given = [key for key in TEMPLATES if block.get(key) is not None]

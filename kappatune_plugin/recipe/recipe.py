@@ -175,7 +175,7 @@ def _find_local_paths(arguments: dict[str, Any], blocks: Mapping[str, Any], fold
             if isinstance(kappatune.get(key), str):
                 kappatune[key] = find_local(kappatune[key], folder)
     data = blocks.get("data")
-    for key in ("train", "test"):
+    for key in ("train", "validation", "test"):
         if isinstance(data, dict) and isinstance(data.get(key), str | Mapping):
             data[key] = local_spec(data[key], folder)
         elif isinstance(data, dict) and isinstance(data.get(key), list):

@@ -12,9 +12,11 @@ from kappatune_plugin.distributed.lost_ranks import together
 from kappatune_plugin.distributed.unsupported import devices_problem, fsdp_problem
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.files import check_writable, write_text
+from kappatune_plugin.recipe.held_out import hold_out
 from kappatune_plugin.recipe.load_model import _tokenizer_error, load_base, load_tokenizer, model_init_kwargs
 from kappatune_plugin.recipe.load_rows import eval_rows, load_data, task_examples
 from kappatune_plugin.recipe.recipe import public_yaml
+from kappatune_plugin.run.interpolate import turn_dial
 from kappatune_plugin.run.resume import checkpoint_to_resume
 from kappatune_plugin.weights.load_model import cannot_load
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
     from kappatune_plugin.forgetting.probe import ForgettingData, ForgettingProbe
     from kappatune_plugin.forgetting.report import ForgettingReport
+    from kappatune_plugin.interpolation.dial import Dialed
     from kappatune_plugin.recipe.recipe import Recipe
     from kappatune_plugin.run.auto_budget import AutoBudgetCallback
     from kappatune_plugin.selection.selection import Selection
@@ -39,12 +42,14 @@ class RunResult:
         trainer: after training.
         selection: what was trained.
         forgetting: what was measured; None for a recipe without the block.
+        dialed: how what was trained was scaled back to keep `forgetting.max_delta`; None where it wasn't.
     """
 
     output_dir: Path
     trainer: "SFTTrainer"
     selection: "Selection"
     forgetting: "ForgettingReport | None"
+    dialed: "Dialed | None" = None
 
 
 def needs_one_process(recipe: "Recipe") -> bool:
@@ -67,6 +72,7 @@ def run_sft(recipe: "Recipe") -> RunResult:
     check_writable(output_dir)
     resume = checkpoint_to_resume(args.resume_from_checkpoint, output_dir, args.save_only_model)
     train, test = load_data(recipe)
+    train, held = hold_out(recipe, train)
     # before the model: what is wrong with it shows at once
     measured = _forgetting_data(recipe, test)
     trainer = _trainer(recipe, train, test)
@@ -80,6 +86,7 @@ def run_sft(recipe: "Recipe") -> RunResult:
         trainer.train(resume_from_checkpoint=resume)
         if recipe.auto is not None:
             selection = _settle_budget(trainer, forgetting, output_dir)
+        dialed = turn_dial(recipe, measured, held, trainer, out)
         _save_adapter(trainer)
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=recipe.script_args.dataset_name)
@@ -88,7 +95,7 @@ def run_sft(recipe: "Recipe") -> RunResult:
         trainer.end()
     _say_the_end(out, output_dir, forgetting)
     _say_findings(out, recipe, trainer, selection, forgetting)
-    return RunResult(output_dir, trainer, selection, forgetting)
+    return RunResult(output_dir, trainer, selection, forgetting, dialed)
 
 
 def _save_adapter(trainer: "SFTTrainer") -> None:
@@ -245,7 +252,8 @@ def _say_findings(
         out.print(f"The adapter holds {len(selection.units)} matrices.", highlight=False)
     losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     target = (recipe.auto.target_loss or None) if recipe.auto else None
-    max_delta = recipe.forgetting.max_delta if recipe.forgetting else None
+    # a limit that is kept needs no advice
+    max_delta = recipe.forgetting.max_delta if recipe.forgetting and not forgetting.kept else None
     report = trainer.model.base_model.reports["default"]
     for finding in findings(losses, selection, report, forgetting, max_delta, target):
         out.print(f"- {finding}", highlight=False, soft_wrap=True)
