@@ -95,6 +95,11 @@ class ForgettingConfig(Block):
         "where `k: auto` stops. null judges nothing.",
         examples=["max_delta: 0.05"],
     )
+    interpolate: Literal["per_matrix", "one", "off"] | None = Field(
+        default=None,
+        description="Scale back what was trained until max_delta is kept, with a scale for each matrix (per_matrix), "
+        "one for all (one), or not (off). null: per_matrix with max_delta, off without it and for `k: auto`.",
+    )
 
     @field_validator("control", mode="plain")
     @classmethod
@@ -125,6 +130,12 @@ class ForgettingConfig(Block):
         if not isinstance(tasks, dict | list | None):
             raise KappaTuneError(f"{tasks!r} is not a list of tasks. Write {HARNESS_EXAMPLE}.")
         return {"tasks": tasks} if isinstance(tasks, list) else tasks
+
+    @model_validator(mode="after")
+    def _has_a_limit(self) -> "ForgettingConfig":
+        if self.interpolate in ("per_matrix", "one") and self.max_delta is None:
+            raise KappaTuneError(f"interpolate: {self.interpolate} needs a limit to keep: add `max_delta: 0.05`.")
+        return self
 
     @model_validator(mode="after")
     def _no_control_is_the_task(self) -> "ForgettingConfig":
