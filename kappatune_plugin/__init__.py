@@ -15,6 +15,7 @@ from kappatune_plugin.version import __version__
 if TYPE_CHECKING:
     from kappatune_plugin.condition.kappa import Kappa
     from kappatune_plugin.condition.number import condition_number
+    from kappatune_plugin.interpolation.interpolate import interpolate
     from kappatune_plugin.scanning.scan import scan
     from kappatune_plugin.selection.report import KappaReport
     from kappatune_plugin.selection.selection import Selection, select
@@ -30,6 +31,7 @@ __all__ = [
     "Selection",
     "__version__",
     "condition_number",
+    "interpolate",
     "scan",
     "select",
 ]
@@ -41,6 +43,7 @@ _WHERE = {
     "KappaTuneModel": "tuner.model",
     "Selection": "selection.selection",
     "condition_number": "condition.number",
+    "interpolate": "interpolation.interpolate",
     "scan": "scanning.scan",
     "select": "selection.selection",
 }

@@ -95,6 +95,11 @@ class ForgettingConfig(Block):
         "where `k: auto` stops. null judges nothing.",
         examples=["max_delta: 0.05"],
     )
+    interpolate: Literal["per_matrix", "one", "off"] | None = Field(
+        default=None,
+        description="Scale back what was trained until max_delta is kept, with a scale for each matrix (per_matrix), "
+        "one for all (one), or not (off). null: per_matrix with max_delta, off without it and for `k: auto`.",
+    )
 
     @field_validator("control", mode="plain")
     @classmethod
@@ -127,9 +132,13 @@ class ForgettingConfig(Block):
         return {"tasks": tasks} if isinstance(tasks, list) else tasks
 
     def contradictions(self) -> list[str]:
-        """A control that is called as the task is."""
-        named = self.controls().get(TASK)
-        return [f"control: the name '{TASK}' stands for the task: write {{NAME: {named}}}."] if named else []
+        """A control that is called as the task is, and scales without a limit that they keep."""
+        problems, named = [], self.controls().get(TASK)
+        if named:
+            problems.append(f"control: the name '{TASK}' stands for the task: write {{NAME: {named}}}.")
+        if self.interpolate in ("per_matrix", "one") and self.max_delta is None:
+            problems.append(f"interpolate: {self.interpolate} needs a limit to keep: add `max_delta: 0.05`.")
+        return problems
 
     def controls(self) -> dict[str, Any]:
         """Name -> data set, or -> "self"."""

@@ -21,6 +21,7 @@ class ForgettingReport:
     Attributes:
         before, after: as `ForgettingProbe.measure` gives them; `after` with the divergences too, and empty until then.
         steps: [{"step": n, ...}] of those in between.
+        kept: as `after`, once what was trained was scaled back; empty where it wasn't.
         budget: what `k: auto` decided: {"start", "most", "matrices", "steps": [{"step", "action", "matrices",
             "reason"}]}; None for a fixed k.
     """
@@ -29,13 +30,14 @@ class ForgettingReport:
         self.controls, self.metric, self.facts = controls, metric, facts
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
+        self.kept: dict[str, float] = {}
         self.steps: list[dict[str, float]] = []
         self.budget: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The content of forgetting.json; what isn't measured yet, or isn't finite, is null."""
-        before, after = (
-            {key: finite_or_none(value) for key, value in each.items()} for each in (self.before, self.after)
+        before, after, kept = (
+            {key: finite_or_none(value) for key, value in each.items()} for each in (self.before, self.after, self.kept)
         )
         control = {
             name: {
@@ -65,6 +67,8 @@ class ForgettingReport:
             content["lm_eval"] = {key.removeprefix(HARNESS): values for key, values in harness.items()}
         if self.budget is not None:
             content["budget"] = self.budget
+        if kept:
+            content["kept"] = kept
         return {
             **content,
             "steps": [{key: finite_or_none(value) for key, value in step.items()} for step in self.steps],
@@ -101,13 +105,16 @@ class ForgettingReport:
         return [(f"{name}: KL to the base (nats)", f"{name}_kl") for name in names]
 
     def table(self) -> Table:
-        """Before, after and change, a row for each measure."""
-        table = Table("", "before", "after", "change", title="What was learned, what was forgotten")
+        """Before, after and change, a row for each measure; after what was kept too, where that is less."""
+        later = {"trained": self.after, "kept": self.kept} if self.kept else {"after": self.after}
+        table = Table("", "before", *later, "change", title="What was learned, what was forgotten")
         for title, key, share in self.rows():
-            before, after = self.before.get(key, math.nan), self.after.get(key, math.nan)
-            table.add_row(title, shown(before, share), shown(after, share), shown_change(after - before, share))
+            values = [measured.get(key, math.nan) for measured in (self.before, *later.values())]
+            change = shown_change(values[-1] - values[0], share)
+            table.add_row(title, *(shown(value, share) for value in values), change)
         for title, key in self.divergence_rows():
-            table.add_row(title, "0", number("{:.4f}", self.after.get(key, math.nan)), "")
+            values = (number("{:.4f}", measured.get(key, math.nan)) for measured in later.values())
+            table.add_row(title, "0", *values, "")
         return table
 
     def delta(self, measured: Mapping[str, float]) -> float | None:

@@ -105,6 +105,11 @@ class DataBlock(Block):
         description="The rows to train on: a data set (a path, or {path, name, split, take, ...}), or a list of them.",
         examples=["`train: {path: rows.jsonl}`"],
     )
+    validation: DataSets | None = Field(
+        default=None,
+        description="Rows of the task held out from training, by which it is chosen how much of what was trained is "
+        "kept (forgetting.max_delta). Without it a tenth of train.",
+    )
     test: Annotated[Any, AfterValidator(lambda specs: _test_sets(specs) if specs else None)] = Field(
         default=None,
         description="The rows to measure the task on, as train; prompt and completion in it go before the block's.",

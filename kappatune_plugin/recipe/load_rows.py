@@ -22,10 +22,14 @@ def load_data(recipe: "Recipe") -> tuple["Dataset", "Dataset | None"]:
     data = recipe.data
     if data is None:
         return _trl_data(recipe)
-    train = _formatted(load_all_rows(data["train"], "data.train", recipe.folder), _templates(data))
-    if data.get("max_chars") is not None:
-        train = _short_enough(train, data["max_chars"])
-    return train, load_test_rows(recipe)
+    return formatted_rows(recipe, "train"), load_test_rows(recipe)
+
+
+def formatted_rows(recipe: "Recipe", part: str) -> "Dataset":
+    """The rows of `data.train` or `data.validation` in a format that TRL knows. Raises what `load_data` does."""
+    data = recipe.data
+    rows = _formatted(load_all_rows(data[part], f"data.{part}", recipe.folder), _templates(data))
+    return rows if data.get("max_chars") is None else _short_enough(rows, data["max_chars"])
 
 
 def load_test_rows(recipe: "Recipe") -> "Dataset | None":

@@ -187,7 +187,7 @@ def _find_local_paths(arguments: dict[str, Any], blocks: Mapping[str, Any], fold
     replay = data.get("replay") if isinstance(data, dict) else None
     if isinstance(replay, dict) and isinstance(replay.get("from"), Mapping):
         replay["from"] = local_spec(replay["from"], folder)
-    for key in ("train", "test"):
+    for key in ("train", "validation", "test"):
         if isinstance(data, dict) and isinstance(data.get(key), str | Mapping):
             data[key] = local_spec(data[key], folder)
         elif isinstance(data, dict) and isinstance(data.get(key), list):

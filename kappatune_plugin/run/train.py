@@ -16,10 +16,12 @@ from kappatune_plugin.distributed.lost_ranks import together
 from kappatune_plugin.distributed.unsupported import devices_problem, fsdp_problem
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.files import alone, write_text
+from kappatune_plugin.recipe.held_out import hold_out, interpolates
 from kappatune_plugin.recipe.load_model import _tokenizer_error, load_base, load_tokenizer, model_init_kwargs
 from kappatune_plugin.recipe.load_rows import eval_rows, load_data, task_examples
 from kappatune_plugin.recipe.recipe import public_yaml
 from kappatune_plugin.run.finish import save_adapter, train_to_the_end
+from kappatune_plugin.run.interpolate import WHOLE, turn_dial
 from kappatune_plugin.run.output_dir import (
     RECIPE,
     REPORT,
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
     from kappatune_plugin.forgetting.probe import ForgettingData, ForgettingProbe
     from kappatune_plugin.forgetting.report import ForgettingReport
+    from kappatune_plugin.interpolation.dial import Dialed
     from kappatune_plugin.recipe.recipe import Recipe
     from kappatune_plugin.run.auto_budget import AutoBudgetCallback
     from kappatune_plugin.run.end_token import EndTokenCallback, EndTokenShare
@@ -57,6 +60,7 @@ class RunResult:
         selection: what was trained.
         forgetting: what was measured; None for a recipe without the block.
         end_token: what share of the task's loss before training was the end-of-text token.
+        dialed: how what was trained was scaled back to keep `forgetting.max_delta`; None where it wasn't.
     """
 
     output_dir: Path
@@ -64,6 +68,7 @@ class RunResult:
     selection: "Selection"
     forgetting: "ForgettingReport | None"
     end_token: "EndTokenShare | None" = None
+    dialed: "Dialed | None" = None
 
 
 def needs_one_process(recipe: "Recipe") -> bool:
@@ -95,6 +100,7 @@ def run_sft(recipe: "Recipe") -> RunResult:
 
 def _run(recipe: "Recipe", output_dir: Path, resume: str | None) -> RunResult:
     train, test = load_data(recipe)
+    train, held = hold_out(recipe, train)
     # before the model: what is wrong with it shows at once
     measured = _forgetting_data(recipe, test)
     trainer = _trainer(recipe, train, test)
@@ -118,6 +124,7 @@ def _run(recipe: "Recipe", output_dir: Path, resume: str | None) -> RunResult:
         train_to_the_end(trainer, resume, out)
         if recipe.auto is not None:
             selection = _settle_budget(trainer, forgetting)
+        dialed = turn_dial(recipe, measured, held, trainer, out)
         save_adapter(trainer, output_dir)
     if replaces or recipe.auto is not None:
         _write_decisions(recipe, trainer, output_dir)
@@ -126,7 +133,7 @@ def _run(recipe: "Recipe", output_dir: Path, resume: str | None) -> RunResult:
         trainer.end()
     _say_the_end(out, output_dir, forgetting)
     _say_findings(out, recipe, trainer, selection, forgetting, end_token.found)
-    return RunResult(output_dir, trainer, selection, forgetting, end_token.found)
+    return RunResult(output_dir, trainer, selection, forgetting, end_token.found, dialed)
 
 
 def _finish_rows(
@@ -232,7 +239,8 @@ def _measure_forgetting(
     else:
         callback = _auto_callback(recipe, probe, trainer, output_dir)
     callback.trainer = trainer
-    callback.save = partial(save_adapter, trainer, output_dir)
+    # what the dial takes back is kept whole beside the adapter
+    callback.save = partial(save_adapter, trainer, output_dir / WHOLE if interpolates(recipe) else output_dir)
     trainer.add_callback(callback)
     return callback.report
 
@@ -329,7 +337,8 @@ def _say_findings(
         out.print(f"The adapter holds {len(selection.units)} matrices.", highlight=False)
     losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     target = (recipe.auto.target_loss or None) if recipe.auto else None
-    max_delta = recipe.forgetting.max_delta if recipe.forgetting else None
+    # a limit that is kept needs no advice
+    max_delta = recipe.forgetting.max_delta if recipe.forgetting and not forgetting.kept else None
     report = trainer.model.base_model.reports["default"]
     for finding in findings(losses, selection, report, forgetting, max_delta, target, end_token):
         out.print(f"- {finding}", highlight=False, soft_wrap=True)

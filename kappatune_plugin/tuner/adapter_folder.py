@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.tuner.register import NAME
+from kappatune_plugin.tuner.values import VALUES, renamed
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -66,7 +67,8 @@ def check_adapter(adapter: Path) -> None:
 
 def _holds_values(name: str) -> bool:
     """Whether a tensor of an adapter holds trained values of this method; beside them are fingerprints."""
-    return "kappatune_master" in name
+    (today,) = renamed({name: None})
+    return VALUES in today and not today.endswith(".base")
 
 
 def load_adapter(model: "nn.Module", adapter: Path) -> "PeftModel":

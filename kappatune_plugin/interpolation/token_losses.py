@@ -1,0 +1,73 @@
+"""Token ids and a model in, `Texts` out."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.forgetting.measures import blocks, completion_ids, padded
+from kappatune_plugin.interpolation.texts import Texts
+
+# token ids, and the position of the first one whose prediction counts
+Piece = tuple[list[int], int]
+
+
+def texts(model: nn.Module, documents: Sequence[Sequence[Piece]], batch_size: int = 8) -> Texts:
+    """The losses of `documents`, each in one piece or several, under `model` as it is when they are asked for."""
+
+    def nats(rows: Sequence[int]) -> Tensor:
+        pieces = [(place, piece) for place, row in enumerate(rows) for piece in documents[row]]
+        found = torch.zeros(len(rows), device=model.device)
+        for first in range(0, len(pieces), batch_size):
+            places, batch = zip(*pieces[first : first + batch_size], strict=True)
+            losses = _piece_nats(model, batch)
+            found = found.index_add(0, torch.tensor(places, device=found.device), losses)
+        return found
+
+    return Texts(nats, [sum(len(ids) - start for ids, start in pieces) for pieces in documents])
+
+
+def control_documents(tokenizer: Any, content: Sequence[str], max_length: int, truncate: bool) -> list[list[Piece]]:
+    """Each text in pieces of at most `max_length` tokens (the first one only, with `truncate`); short texts are out."""
+    documents = []
+    for text in content:
+        try:
+            documents.append([(piece, 1) for piece in blocks(tokenizer, [text], max_length, truncate)])
+        except KappaTuneError:
+            # a text without two tokens in a row predicts nothing
+            continue
+    return documents
+
+
+def row_documents(tokenizer: Any, pairs: Sequence[tuple[str, str]], end_token: bool = True) -> list[list[Piece]]:
+    """(prompt, completion) as TRL trains on it: the completion counts, with the end token behind it.
+
+    An empty prompt is a text of which every token but the first counts.
+    """
+    end = tokenizer.eos_token_id
+    documents = []
+    for prompt, completion in pairs:
+        if prompt:
+            before, after = completion_ids(tokenizer, prompt, completion)
+            ids, first = before + after, len(before)
+        else:
+            ids, first = tokenizer(completion)["input_ids"], 1
+        if end_token and end is not None and (not ids or ids[-1] != end):
+            ids = [*ids, end]
+        if len(ids) > first:
+            documents.append([(ids, first)])
+    return documents
+
+
+def _piece_nats(model: nn.Module, batch: Sequence[Piece]) -> Tensor:
+    """Summed nats of each piece's tokens that count, shape (pieces,)."""
+    ids, mask = padded([piece for piece, _ in batch], model.device)
+    logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[:, :-1].float()
+    counts = mask[:, 1:].clone()
+    for row, (_, start) in enumerate(batch):
+        counts[row, : start - 1] = False
+    targets = ids[:, 1:].masked_fill(~counts, -100)
+    return cross_entropy(logits.transpose(1, 2), targets, reduction="none").sum(-1)
