@@ -115,8 +115,8 @@ def test_all_problems_at_once(load):
         ({"kapatune": {"k": 3}, "kappatune": None}, ["'kapatune'. Did you mean 'kappatune'?"]),
         ({"kappatune": None}, ["block kappatune is missing"]),
         ({"kappatune": 75}, ["kappatune: expected a mapping"]),
-        ({"data": 75}, ["data: expected a mapping of train, test"]),
-        ({"data": "rows.jsonl"}, ["data: expected a mapping of train, test", "found 'rows.jsonl'"]),
+        ({"data": 75}, ["data: expected a mapping of train, validation, test"]),
+        ({"data": "rows.jsonl"}, ["data: expected a mapping of train, validation, test", "found 'rows.jsonl'"]),
         ({"forgetting": "self"}, ["forgetting: expected a mapping of control"]),
         ({"kappatune": {"rtol": True}}, ["kappatune.rtol: True is not a number"]),
         (
