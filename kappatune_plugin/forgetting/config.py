@@ -91,8 +91,8 @@ class ForgettingConfig(Block):
     max_delta: Number | None = Field(
         default=None,
         gt=0,
-        description="How much the loss of a control may rise, in nats a token: what was trained is scaled back until it "
-        "holds, and `k: auto` stops there. null sets no limit.",
+        description="How much the loss of a control may rise, in nats a token: what was trained is scaled back until "
+        "that holds, and `k: auto` stops there. null sets no limit.",
         examples=["max_delta: 0.05"],
     )
     interpolate: Literal["per_matrix", "one", "off"] | None = Field(
