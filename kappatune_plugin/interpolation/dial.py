@@ -90,7 +90,7 @@ class Dialed:
         else:
             low, middle, high = np.quantile(scales, [0, 0.5, 1])
             kept = (
-                f"Each of {len(scales)} trained weights has its own scale: {low:.2f} to {high:.2f}, half of them above "
+                f"Each of {len(scales)} trained weights has its own scale: {low:.2f} to {high:.2f}, the median "
                 f"{middle:.2f}; one scale for all would be {self.one:.3f}."
             )
         said = [kept]
