@@ -2,23 +2,22 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from datasets import Dataset
 
 from kappatune_plugin.checks import did_you_mean
 from kappatune_plugin.data.templates import Template, check_columns, parse_template
 from kappatune_plugin.errors import KappaTuneError
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
 
 def prompt_completion(
-    rows: "Dataset",
+    rows: Dataset,
     prompt: str,
     completion: str,
     labels: Mapping[Any, str] | None = None,
     label_column: str = "label",
-) -> "Dataset":
+) -> Dataset:
     """Rows in TRL's prompt-completion format (columns `prompt` and `completion`), whose loss is on the completion.
 
     Args:
@@ -37,7 +36,7 @@ def prompt_completion(
 
 
 def pairs(
-    rows: "Dataset",
+    rows: Dataset,
     prompt: str,
     completion: str,
     labels: Mapping[Any, str] | None = None,
@@ -49,7 +48,7 @@ def pairs(
 
 
 def choice_examples(
-    rows: "Dataset", prompt: str, completion: str, labels: Mapping[Any, str], label_column: str = "label"
+    rows: Dataset, prompt: str, completion: str, labels: Mapping[Any, str], label_column: str = "label"
 ) -> list["ChoiceExample"]:
     """One example for each row, to measure accuracy: the completion with each word of `labels`, in their order.
 
@@ -74,7 +73,7 @@ def choice_examples(
     return examples
 
 
-def own_pairs(rows: "Dataset") -> list[tuple[Any, Any]] | None:
+def own_pairs(rows: Dataset) -> list[tuple[Any, Any]] | None:
     """(prompt, completion) of rows in a format of TRL's: texts, or lists of messages; None for plain texts.
 
     The completion of a conversation (column `messages`) is its last message.
@@ -99,7 +98,7 @@ def own_pairs(rows: "Dataset") -> list[tuple[Any, Any]] | None:
 
 
 def _templates(
-    rows: "Dataset", prompt: str, completion: str, labels: Mapping[Any, str] | None, label_column: str
+    rows: Dataset, prompt: str, completion: str, labels: Mapping[Any, str] | None, label_column: str
 ) -> tuple[Template, Template]:
     parsed = []
     for what, text in (("prompt", prompt), ("completion", completion)):
@@ -116,7 +115,7 @@ def _templates(
 
 
 def _worded(
-    rows: "Dataset", templates: tuple[Template, Template], labels: Mapping[Any, str] | None, label_column: str
+    rows: Dataset, templates: tuple[Template, Template], labels: Mapping[Any, str] | None, label_column: str
 ) -> Iterator[dict[str, Any]]:
     """The rows with the columns that the templates need, and with words instead of label values."""
     needed = {column for template in templates for column in template.columns}

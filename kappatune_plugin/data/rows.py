@@ -3,16 +3,14 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+from datasets import Dataset
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, model_validator
 
 from kappatune_plugin.checks import did_you_mean
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.schema import Block, Whole, read
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".jsonl": ("json", {}),
@@ -73,7 +71,7 @@ def one_or_more(specs: Any) -> Any:
 DataSets = Annotated[Any, AfterValidator(one_or_more)]
 
 
-def load_rows(spec: Mapping[str, Any] | str, what: str, base: Path | None = None) -> "Dataset":
+def load_rows(spec: Mapping[str, Any] | str, what: str, base: Path | None = None) -> Dataset:
     """Load the rows that a block of a recipe names.
 
     Args:
@@ -105,7 +103,7 @@ def load_rows(spec: Mapping[str, Any] | str, what: str, base: Path | None = None
     return rows
 
 
-def load_all_rows(specs: Sequence[Any] | Mapping[str, Any] | str, what: str, base: Path | None = None) -> "Dataset":
+def load_all_rows(specs: Sequence[Any] | Mapping[str, Any] | str, what: str, base: Path | None = None) -> Dataset:
     """Load one data set, or a list of them concatenated, with the columns that all of them have.
 
     Raises:
@@ -142,7 +140,7 @@ def local_spec(spec: Mapping[str, Any] | str, base: Path | None) -> dict[str, An
     return spec
 
 
-def _load(path: str, options: dict[str, Any], split: str, what: str, shown: str, take: int | None = None) -> "Dataset":
+def _load(path: str, options: dict[str, Any], split: str, what: str, shown: str, take: int | None = None) -> Dataset:
     from datasets import Dataset, load_dataset
 
     options = {key: value for key, value in options.items() if value is not None}

@@ -3,9 +3,10 @@
 import re
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from kappatune_plugin.errors import KappaTuneError
@@ -13,9 +14,6 @@ from kappatune_plugin.interpolation.change import Change, Changes
 from kappatune_plugin.tuner.layer import KappaTuneLayer
 from kappatune_plugin.weights.quantized import quantization_of
 from kappatune_plugin.weights.units import find_units
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 # of each method of PEFT the values that its change of a weight is proportional to: scaled by alpha, it is too
 PROPORTIONAL = {
@@ -33,7 +31,7 @@ CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 MERGE = "Merge it (model.merge_and_unload() of PEFT, or kappatune merge) and give the checkpoint."
 
 
-def changes_of_adapter(model: "PeftModel") -> Changes:
+def changes_of_adapter(model: PeftModel) -> Changes:
     """What the active adapter of `model` changes: a scale for each unit, module, module saved whole, or token rows.
 
     LoRA and its like are scaled through the one factor that their change is proportional to, so they stay what they

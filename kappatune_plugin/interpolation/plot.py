@@ -4,14 +4,12 @@ import os
 import tempfile
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING
+
+from matplotlib.axes import Axes
 
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.interpolation.dial import Dialed
 from kappatune_plugin.selection.names import layer_and_type
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 # of Okabe and Ito (2008), told apart by all eyes
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"
@@ -39,7 +37,7 @@ def plot_dial(dialed: Dialed, path: str | os.PathLike) -> None:
         raise KappaTuneError(f"Can't write the picture {path}: {error}. Give a folder to write to.") from error
 
 
-def _frontier(axes: "Axes", dialed: Dialed) -> None:
+def _frontier(axes: Axes, dialed: Dialed) -> None:
     rises, losses = ([point[key] for point in dialed.frontier] for key in ("control_rise", "task_loss"))
     axes.plot(rises, losses, "o-", color=BLUE, label="one scale for all")
     for point, rise, loss in zip(dialed.frontier, rises, losses, strict=True):
@@ -51,7 +49,7 @@ def _frontier(axes: "Axes", dialed: Dialed) -> None:
     axes.legend(fontsize=8)
 
 
-def _heat_map(axes: "Axes", dialed: Dialed) -> None:
+def _heat_map(axes: Axes, dialed: Dialed) -> None:
     found: dict[str, dict[str, list[float]]] = {}
     for name, alpha in dialed.alphas.items():
         layer, kind = layer_and_type(name)

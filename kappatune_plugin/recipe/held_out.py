@@ -1,23 +1,20 @@
 """The rows of the task that a run doesn't train on, by which it chooses how much of what it trained is kept."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from datasets import Dataset
 
 from kappatune_plugin.distributed.ranks import switched_on
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.recipe.load_rows import formatted_rows
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from kappatune_plugin.recipe.recipe import Recipe
+from kappatune_plugin.recipe.recipe import Recipe
 
 OFF, SHARE, FEWEST = "off", 10, 4
 NO_DIAL = "write `interpolate: off` in the block forgetting"
 
 
-def interpolates(recipe: "Recipe") -> bool:
+def interpolates(recipe: Recipe) -> bool:
     """Whether a run ends by scaling back what it trained: with `forgetting.max_delta`, unless `k: auto` keeps to it."""
     config = recipe.forgetting
     if config is None or config.max_delta is None or config.interpolate == OFF:
@@ -25,7 +22,7 @@ def interpolates(recipe: "Recipe") -> bool:
     return config.interpolate is not None or recipe.auto is None
 
 
-def hold_out(recipe: "Recipe", train: "Dataset") -> tuple["Dataset", "Dataset | None"]:
+def hold_out(recipe: Recipe, train: Dataset) -> tuple[Dataset, Dataset | None]:
     """The rows to train on, and those held out: data.validation, or a tenth of `train`; None if none are needed.
 
     Raises:
@@ -47,12 +44,12 @@ def hold_out(recipe: "Recipe", train: "Dataset") -> tuple["Dataset", "Dataset | 
     return (train, held) if held is not None else a_tenth(train)
 
 
-def validation_rows(recipe: "Recipe") -> "Dataset | None":
+def validation_rows(recipe: Recipe) -> Dataset | None:
     """The rows of data.validation, in a format of TRL's; None without them."""
     return formatted_rows(recipe, "validation") if (recipe.data or {}).get("validation") else None
 
 
-def a_tenth(train: "Dataset") -> tuple["Dataset", "Dataset"]:
+def a_tenth(train: Dataset) -> tuple[Dataset, Dataset]:
     """All but a tenth of the rows, and that tenth: always the same for the same number of rows.
 
     Raises:
@@ -70,7 +67,7 @@ def a_tenth(train: "Dataset") -> tuple["Dataset", "Dataset"]:
     return train.select([row for row in range(count) if row not in out]), train.select(held)
 
 
-def texts_of(rows: "Dataset", tokenizer: Any) -> tuple[list[tuple[str, str]], bool]:
+def texts_of(rows: Dataset, tokenizer: Any) -> tuple[list[tuple[str, str]], bool]:
     """(prompt, completion) of rows in a format of TRL's, and whether an end token is still to be added.
 
     A row of plain text or of messages has an empty prompt: all of it counts.

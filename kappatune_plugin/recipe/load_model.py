@@ -1,18 +1,18 @@
 """The base model and the tokenizer that a recipe names."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoTokenizer
+from trl import get_quantization_config
+from trl.trainer.utils import create_model_from_path
 
+from kappatune_plugin.recipe.recipe import Recipe
 from kappatune_plugin.weights.load_model import cannot_load
 
-if TYPE_CHECKING:
-    from torch import nn
 
-    from kappatune_plugin.recipe.recipe import Recipe
-
-
-def _tokenizer_error(recipe: "Recipe") -> ValueError | None:
+def _tokenizer_error(recipe: Recipe) -> ValueError | None:
     """What keeps the tokenizer from loading: TRL up to 0.24 asks for a processor, whose error doesn't say it."""
     try:
         load_tokenizer(recipe)
@@ -21,14 +21,12 @@ def _tokenizer_error(recipe: "Recipe") -> ValueError | None:
     return None
 
 
-def load_base(recipe: "Recipe", trained: str | None = None) -> "nn.Module":
+def load_base(recipe: Recipe, trained: str | None = None) -> nn.Module:
     """The recipe's model, or one that was `trained` from it, as SFTTrainer loads it from its name.
 
     Raises:
         KappaTuneError: it can't be loaded.
     """
-    from trl.trainer.utils import create_model_from_path
-
     name, options = trained or recipe.model_args.model_name_or_path, model_init_kwargs(recipe)
     if trained is not None:
         del options["revision"]
@@ -38,25 +36,21 @@ def load_base(recipe: "Recipe", trained: str | None = None) -> "nn.Module":
         raise cannot_load(name, error) from error
 
 
-def load_tokenizer(recipe: "Recipe") -> Any:
+def load_tokenizer(recipe: Recipe) -> Any:
     """The recipe's tokenizer."""
-    from transformers import AutoTokenizer
-
     model = recipe.model_args
     options = {"revision": model.model_revision, "trust_remote_code": _trusts_remote_code(recipe)}
     return AutoTokenizer.from_pretrained(model.model_name_or_path, **options)
 
 
-def _trusts_remote_code(recipe: "Recipe") -> bool:
+def _trusts_remote_code(recipe: Recipe) -> bool:
     """TRL moved this key from ModelConfig to SFTConfig."""
     owners = (recipe.training_args, recipe.model_args)
     return any(getattr(owner, "trust_remote_code", False) for owner in owners)
 
 
-def model_init_kwargs(recipe: "Recipe") -> dict[str, Any]:
+def model_init_kwargs(recipe: Recipe) -> dict[str, Any]:
     """How to load the recipe's model, as trl/scripts/sft.py gives it to `from_pretrained`."""
-    from trl import get_quantization_config
-
     args, model = recipe.training_args, recipe.model_args
     quantization = get_quantization_config(model)
     return {

@@ -1,19 +1,18 @@
 """The rows that a recipe names, as a run trains on them and measures the task by them."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from datasets import Dataset, load_dataset
+from trl import get_dataset
 
 from kappatune_plugin.data.examples import choice_examples, own_pairs, pairs, prompt_completion
 from kappatune_plugin.data.rows import TEMPLATES, load_all_rows
 from kappatune_plugin.errors import KappaTuneError
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from kappatune_plugin.forgetting.probe import Task
-    from kappatune_plugin.recipe.recipe import Recipe
+from kappatune_plugin.forgetting.probe import Task
+from kappatune_plugin.recipe.recipe import Recipe
 
 
-def load_data(recipe: "Recipe") -> tuple["Dataset", "Dataset | None"]:
+def load_data(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
     """The rows to train on, in a format that TRL knows, and the test rows as they were loaded.
 
     Raises:
@@ -25,14 +24,14 @@ def load_data(recipe: "Recipe") -> tuple["Dataset", "Dataset | None"]:
     return formatted_rows(recipe, "train"), load_test_rows(recipe)
 
 
-def formatted_rows(recipe: "Recipe", part: str) -> "Dataset":
+def formatted_rows(recipe: Recipe, part: str) -> Dataset:
     """The rows of `data.train` or `data.validation` in a format that TRL knows. Raises what `load_data` does."""
     data = recipe.data
     rows = _formatted(load_all_rows(data[part], f"data.{part}", recipe.folder), _templates(data))
     return rows if data.get("max_chars") is None else _short_enough(rows, data["max_chars"])
 
 
-def load_test_rows(recipe: "Recipe") -> "Dataset | None":
+def load_test_rows(recipe: Recipe) -> Dataset | None:
     """The rows of `data.test`, as they were loaded; None without them. Raises KappaTuneError if they can't be."""
     test = (recipe.data or {}).get("test")
     if not test:
@@ -42,14 +41,14 @@ def load_test_rows(recipe: "Recipe") -> "Dataset | None":
     return load_all_rows(test, "data.test", recipe.folder)
 
 
-def eval_rows(recipe: "Recipe", test: "Dataset | None") -> "Dataset | None":
+def eval_rows(recipe: Recipe, test: Dataset | None) -> Dataset | None:
     """The test rows in a format that TRL knows, if the recipe has the trainer evaluate."""
     if recipe.training_args.eval_strategy == "no" or test is None:
         return None
     return test if recipe.data is None else _formatted(test, _templates(recipe.data, test=True))
 
 
-def task_examples(data: dict[str, Any] | None, test: "Dataset | None", evaluated: bool = False) -> "Task":
+def task_examples(data: dict[str, Any] | None, test: Dataset | None, evaluated: bool = False) -> Task:
     """The test rows as examples to measure the task on; none without the block `data` or its test rows.
 
     Args:
@@ -73,7 +72,7 @@ def task_examples(data: dict[str, Any] | None, test: "Dataset | None", evaluated
     return found or []
 
 
-def _formatted(rows: "Dataset", templates: dict[str, Any]) -> "Dataset":
+def _formatted(rows: Dataset, templates: dict[str, Any]) -> Dataset:
     return prompt_completion(rows, **templates) if "prompt" in templates else rows
 
 
@@ -84,18 +83,15 @@ def _templates(data: dict[str, Any], test: bool = False) -> dict[str, Any]:
     return {**found, **{key: own[key] for key in TEMPLATES if key in own}}
 
 
-def _short_enough(rows: "Dataset", max_chars: int) -> "Dataset":
+def _short_enough(rows: Dataset, max_chars: int) -> Dataset:
     kept = rows.filter(lambda row: len(row["prompt"]) + len(row["completion"]) <= max_chars)
     if len(kept) == 0:
         raise KappaTuneError(f"data.max_chars: none of the {len(rows)} rows has {max_chars} characters or fewer.")
     return kept
 
 
-def _trl_data(recipe: "Recipe") -> tuple["Dataset", "Dataset | None"]:
+def _trl_data(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
     """TRL's `datasets` or `dataset_name`, as `trl sft` loads them."""
-    from datasets import load_dataset
-    from trl import get_dataset
-
     script = recipe.script_args
     splits = [script.dataset_train_split]
     if recipe.training_args.eval_strategy != "no":

@@ -1,23 +1,21 @@
 """`rank_by: gain_over_forgetting` in a run: what it needs of a recipe that no other ranking does."""
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from datasets import Dataset
+from torch import nn
 
 from kappatune_plugin.distributed.shards import is_partitioned
 from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.recipe.recipe import Recipe
 from kappatune_plugin.scanning.gain import GAIN, with_gain
 from kappatune_plugin.selection.report import KappaReport
+from kappatune_plugin.tuner.config import KappaTuneConfig
 from kappatune_plugin.tuner.what_to_train import full_report, given_report
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from torch import nn
 
-    from kappatune_plugin.recipe.recipe import Recipe
-    from kappatune_plugin.tuner.config import KappaTuneConfig
-
-
-def needs_gain(config: "KappaTuneConfig") -> bool:
+def needs_gain(config: KappaTuneConfig) -> bool:
     """Whether `config` ranks by gain over forgetting and brings neither a selection nor a report that has it."""
     if config.rank_by != GAIN or config.selection is not None:
         return False
@@ -26,8 +24,8 @@ def needs_gain(config: "KappaTuneConfig") -> bool:
 
 
 def config_with_gain(
-    recipe: "Recipe", model: "nn.Module", tokenizer: Any, train: "Dataset", report: KappaReport | None = None
-) -> "KappaTuneConfig":
+    recipe: Recipe, model: nn.Module, tokenizer: Any, train: Dataset, report: KappaReport | None = None
+) -> KappaTuneConfig:
     """The recipe's config with a kappa report that has the score, measured on `model` and the rows of `train`.
 
     Args:

@@ -5,26 +5,23 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from kappatune_plugin.checks import did_you_mean
 from kappatune_plugin.data.replay import ReplayConfig
 from kappatune_plugin.data.rows import find_local, local_spec
 from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.forgetting.config import ForgettingConfig
 from kappatune_plugin.recipe.blocks import auto_problems, read_blocks
 from kappatune_plugin.recipe.launch_keys import is_launch_key, warn_of_unused
 from kappatune_plugin.recipe.text import BLOCKS, FLAT, apply_overrides, nest_flat_keys, read_yaml
 from kappatune_plugin.recipe.trl_keys import convert, gone_key, take_overwrite, trl_classes, trl_keys
+from kappatune_plugin.scanning.gain import GainConfig
 from kappatune_plugin.selection.auto_budget import AUTO, AutoBudget
 from kappatune_plugin.tuner.config import KAPPATUNE_KEYS, KappaTuneConfig
-
-if TYPE_CHECKING:
-    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
-
-    from kappatune_plugin.forgetting.config import ForgettingConfig
-    from kappatune_plugin.scanning.gain import GainConfig
 
 # names of what may hold a secret; eos_token and max_new_tokens hold none
 SECRET = re.compile(
@@ -54,17 +51,17 @@ class Recipe:
         overwrite: whether an earlier run in `output_dir` may be replaced (`overwrite_output_dir`).
     """
 
-    script_args: "ScriptArguments"
-    training_args: "SFTConfig"
-    model_args: "ModelConfig"
-    dataset_args: "DatasetMixtureConfig"
+    script_args: ScriptArguments
+    training_args: SFTConfig
+    model_args: ModelConfig
+    dataset_args: DatasetMixtureConfig
     kappatune: KappaTuneConfig
     data: dict[str, Any] | None
-    forgetting: "ForgettingConfig | None"
+    forgetting: ForgettingConfig | None
     resolved: dict[str, Any]
     folder: Path
     auto: AutoBudget | None = None
-    gain: "GainConfig | None" = None
+    gain: GainConfig | None = None
     overwrite: bool = False
 
     @property

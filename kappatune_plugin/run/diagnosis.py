@@ -2,15 +2,12 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from kappatune_plugin.forgetting.report import ForgettingReport
+from kappatune_plugin.run.end_token import EndTokenShare
 from kappatune_plugin.selection.auto_budget import Losses, mean_loss
-
-if TYPE_CHECKING:
-    from kappatune_plugin.forgetting.report import ForgettingReport
-    from kappatune_plugin.run.end_token import EndTokenShare
-    from kappatune_plugin.selection.report import KappaReport
-    from kappatune_plugin.selection.selection import Selection
+from kappatune_plugin.selection.report import KappaReport
+from kappatune_plugin.selection.selection import Selection
 
 # a curve is judged by the means of this many equal parts of it
 PARTS = 10
@@ -43,12 +40,12 @@ def plateau_start(losses: Losses, min_improvement: float = 0.05) -> int | None:
 
 def findings(
     losses: Losses,
-    selection: "Selection",
-    report: "KappaReport | None" = None,
-    forgetting: "ForgettingReport | None" = None,
+    selection: Selection,
+    report: KappaReport | None = None,
+    forgetting: ForgettingReport | None = None,
     max_delta: float | None = None,
     target_loss: float | None = None,
-    end_token: "EndTokenShare | None" = None,
+    end_token: EndTokenShare | None = None,
 ) -> list[str]:
     """What a run shows of the four signatures, a sentence or two each; empty where nothing does.
 
@@ -86,7 +83,7 @@ def _early_plateau(losses: Losses, matrices: int, target_loss: float | None) -> 
 
 
 def _too_much_forgotten(
-    forgetting: "ForgettingReport", selection: "Selection", report: "KappaReport | None", max_delta: float
+    forgetting: ForgettingReport, selection: Selection, report: KappaReport | None, max_delta: float
 ) -> list[str]:
     rise = forgetting.delta(forgetting.after)
     if rise is None or rise <= max_delta:
@@ -103,7 +100,7 @@ def _too_much_forgotten(
     ]
 
 
-def _learns_to_stop(end_token: "EndTokenShare | None") -> list[str]:
+def _learns_to_stop(end_token: EndTokenShare | None) -> list[str]:
     if end_token is None or end_token.share <= MUCH:
         return []
     return [
@@ -116,19 +113,19 @@ def _learns_to_stop(end_token: "EndTokenShare | None") -> list[str]:
     ]
 
 
-def _left_out(report: "KappaReport | None") -> str:
+def _left_out(report: KappaReport | None) -> str:
     if report is None or not report.left_out:
         return ""
     reasons = Counter(report.left_out.values())
     return "; left out: " + ", ".join(f"{count} {reason}" for reason, count in reasons.items())
 
 
-def _routers(selection: "Selection", report: "KappaReport | None") -> list[str]:
+def _routers(selection: Selection, report: KappaReport | None) -> list[str]:
     chosen = set(_names(selection.units))
     return [unit.name for unit in report.units if unit.name in chosen and "router" in unit.groups] if report else []
 
 
-def _never_candidates(report: "KappaReport") -> list[str]:
+def _never_candidates(report: KappaReport) -> list[str]:
     found = []
     singular = [unit.name for unit in report.units if unit.status in ("zero", "rank_deficient")]
     if singular:

@@ -6,17 +6,15 @@ loss, and most of what the run forgets.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import TrainerCallback
+from trl import SFTTrainer
 
 from kappatune_plugin.forgetting.measures import base_of, measuring, token_losses
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from trl import SFTTrainer
 
 IGNORED = -100
 # measuring costs about as much as one or two steps
@@ -41,7 +39,7 @@ class EndTokenShare:
     others: float
 
 
-def tokenizer_of(trainer: "SFTTrainer") -> Any:
+def tokenizer_of(trainer: SFTTrainer) -> Any:
     """The trainer's tokenizer; a processor, of a model that also sees, holds it."""
     return getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
 
@@ -58,7 +56,7 @@ def labels_of(row: Mapping[str, Any], completion_only: bool) -> list[int]:
     return [label if all(each) else IGNORED for label, each in zip(labels, bits, strict=True)]
 
 
-def leave_out_end_token(trainer: "SFTTrainer") -> None:
+def leave_out_end_token(trainer: SFTTrainer) -> None:
     """Take every end-of-text token out of the loss of the trainer's rows, for training and for evaluation."""
     settings = {"end": tokenizer_of(trainer).eos_token_id, "completion_only": trainer.completion_only_loss}
     for name in ("train_dataset", "eval_dataset"):
@@ -83,7 +81,7 @@ class EndTokenCallback(TrainerCallback):
         self.found: EndTokenShare | None = None
 
     @classmethod
-    def of(cls, trainer: "SFTTrainer") -> "EndTokenCallback":
+    def of(cls, trainer: SFTTrainer) -> "EndTokenCallback":
         """One that measures at most 32 of the trainer's rows, evenly spread."""
         tokenizer = tokenizer_of(trainer)
         return cls(list(_some(trainer)), tokenizer.eos_token_id, tokenizer.eos_token)
@@ -109,7 +107,7 @@ class EndTokenCallback(TrainerCallback):
         return losses.cpu().double()[chosen], learned[chosen] == self.end
 
 
-def _some(trainer: "SFTTrainer") -> Iterator[Document]:
+def _some(trainer: SFTTrainer) -> Iterator[Document]:
     """Texts with their labels, from rows evenly spread over the trainer's; of streamed rows from the first."""
     rows, left = trainer.train_dataset, TOKENS
     for row in _spread(rows):
@@ -125,9 +123,7 @@ def _some(trainer: "SFTTrainer") -> Iterator[Document]:
                 yield ids, learned
 
 
-def _spread(rows: "Dataset") -> Iterator[dict[str, Any]]:
-    from datasets import Dataset
-
+def _spread(rows: Dataset) -> Iterator[dict[str, Any]]:
     if isinstance(rows, Dataset):
         rows = rows.select(range(0, len(rows), -(-len(rows) // ROWS)))
     yield from rows.take(ROWS)

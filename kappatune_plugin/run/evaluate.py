@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.table import Table
+from torch import nn
 
 from kappatune_plugin.console import number
 from kappatune_plugin.errors import KappaTuneError
@@ -17,14 +17,10 @@ from kappatune_plugin.forgetting.probe import ForgettingData, ForgettingProbe
 from kappatune_plugin.forgetting.report import ForgettingReport, shown, shown_change
 from kappatune_plugin.recipe.load_model import load_base, load_tokenizer
 from kappatune_plugin.recipe.load_rows import load_test_rows, task_examples
+from kappatune_plugin.recipe.recipe import Recipe
 from kappatune_plugin.tuner.adapter_folder import ADAPTER_CONFIG, adapter_config, check_adapter, load_adapter
 from kappatune_plugin.weights.model_source import ModelSource
 from kappatune_plugin.weights.quantized import quantization_of
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from kappatune_plugin.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ class Evaluation:
         return table
 
 
-def evaluate(recipe: "Recipe", places: Sequence[str]) -> Evaluation:
+def evaluate(recipe: Recipe, places: Sequence[str]) -> Evaluation:
     """Measure the recipe's model and what was trained from it, by the recipe's blocks `data.test` and `forgetting`.
 
     Args:
@@ -88,7 +84,7 @@ def evaluate(recipe: "Recipe", places: Sequence[str]) -> Evaluation:
     return Evaluation(named, reports)
 
 
-def _check(recipe: "Recipe", places: Sequence[str]) -> None:
+def _check(recipe: Recipe, places: Sequence[str]) -> None:
     problems = []
     if recipe.forgetting is None:
         problems.append("the block forgetting is missing: add `forgetting: {control: self}`.")
@@ -116,14 +112,14 @@ def _is_adapter(place: Path) -> bool:
     return (place / ADAPTER_CONFIG).is_file()
 
 
-def _loaded(recipe: "Recipe", trained: str | None = None) -> "nn.Module":
+def _loaded(recipe: Recipe, trained: str | None = None) -> nn.Module:
     """The base, or the checkpoint `trained`, where the recipe would train it."""
     model = load_base(recipe, trained)
     # bitsandbytes' models can't be moved, and are there already
     return model if quantization_of(model) else model.to(recipe.training_args.device)
 
 
-def _trained(recipe: "Recipe", place: str, base: "nn.Module") -> "nn.Module":
+def _trained(recipe: Recipe, place: str, base: nn.Module) -> nn.Module:
     """The model at `place`, evaluated against `base` as PEFT's models are against theirs."""
     if _is_adapter(Path(place)):
         _warn_of_another_base(recipe, place)
@@ -145,7 +141,7 @@ def _trained(recipe: "Recipe", place: str, base: "nn.Module") -> "nn.Module":
     return model
 
 
-def _warn_of_another_base(recipe: "Recipe", place: str) -> None:
+def _warn_of_another_base(recipe: Recipe, place: str) -> None:
     """Adapters of this package know their base by its values, others by its name alone."""
     named, base = adapter_config(Path(place)).base_model_name_or_path, recipe.model_args.model_name_or_path
     if named and Path(named).resolve() != Path(base).resolve():

@@ -3,19 +3,16 @@
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from rich.console import Console
 from safetensors import SafetensorError
+from trl import SFTTrainer
 
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.run.output_dir import UNFINISHED, publish, staging
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from trl import SFTTrainer
 
-
-def train_to_the_end(trainer: "SFTTrainer", resume: str | None, out: "Console") -> None:
+def train_to_the_end(trainer: SFTTrainer, resume: str | None, out: Console) -> None:
     """Train, or only end what was trained to its end: the Trainer would make one more step at `max_steps`."""
     if resume is not None:
         state = json.loads((Path(resume) / "trainer_state.json").read_text(encoding="utf-8"))
@@ -25,7 +22,7 @@ def train_to_the_end(trainer: "SFTTrainer", resume: str | None, out: "Console") 
     trainer.train(resume_from_checkpoint=resume)
 
 
-def _plan_no_more(trainer: "SFTTrainer") -> None:
+def _plan_no_more(trainer: SFTTrainer) -> None:
     if hasattr(trainer.train_dataset, "__len__"):
         trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0
     else:
@@ -33,7 +30,7 @@ def _plan_no_more(trainer: "SFTTrainer") -> None:
         trainer.train_dataset = trainer.train_dataset.take(0)
 
 
-def _planned_steps(trainer: "SFTTrainer") -> int:
+def _planned_steps(trainer: SFTTrainer) -> int:
     args = trainer.args
     if args.max_steps > 0:
         return args.max_steps
@@ -41,7 +38,7 @@ def _planned_steps(trainer: "SFTTrainer") -> int:
     return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
 
 
-def save_adapter(trainer: "SFTTrainer", output_dir: Path) -> None:
+def save_adapter(trainer: SFTTrainer, output_dir: Path) -> None:
     """Save what is trained now, so that a kill leaves the adapter that was there before or the new one whole.
 
     Collective. Raises KappaTuneError if it can't be written.

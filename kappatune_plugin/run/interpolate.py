@@ -4,7 +4,14 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from datasets import Dataset
+from peft import get_peft_model_state_dict
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import nn
+from trl import SFTTrainer
 
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.files import write_text
@@ -20,17 +27,10 @@ from kappatune_plugin.interpolation.token_losses import Piece, control_documents
 from kappatune_plugin.recipe.held_out import a_tenth, interpolates, texts_of, validation_rows
 from kappatune_plugin.recipe.load_model import load_tokenizer
 from kappatune_plugin.recipe.load_rows import load_data, task_examples
+from kappatune_plugin.recipe.recipe import Recipe
 from kappatune_plugin.run.evaluate import _is_adapter, _loaded, _trained
 from kappatune_plugin.tuner.adapter_folder import ADAPTER, adapter_config
 from kappatune_plugin.tuner.merge import _check_free, _publish, _staging
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from rich.console import Console
-    from torch import nn
-    from trl import SFTTrainer
-
-    from kappatune_plugin.recipe.recipe import Recipe
 
 RESULT, PICTURE = "interpolation.json", "interpolation.png"
 # what was trained, whole: to scale it back to another limit later
@@ -38,7 +38,7 @@ WHOLE = "checkpoint-trained"
 
 
 def turn_dial(
-    recipe: "Recipe", data: "ForgettingData | None", held: "Dataset | None", trainer: "SFTTrainer", out: "Console"
+    recipe: Recipe, data: ForgettingData | None, held: Dataset | None, trainer: SFTTrainer, out: Console
 ) -> Dialed | None:
     """At the end of a run: scale back what was trained, measure what is kept, and write both beside the adapter.
 
@@ -84,7 +84,7 @@ def write_result(dialed: Dialed, folder: Path) -> None:
 
 
 def interpolate_trained(
-    recipe: "Recipe",
+    recipe: Recipe,
     place: str,
     output_dir: str | os.PathLike,
     max_delta: float,
@@ -131,7 +131,7 @@ def interpolate_trained(
     return dialed, report
 
 
-def _inputs(recipe: "Recipe", place: str, output_dir: Path, overwrite: bool) -> tuple["Dataset", ForgettingData]:
+def _inputs(recipe: Recipe, place: str, output_dir: Path, overwrite: bool) -> tuple[Dataset, ForgettingData]:
     """The rows held out from training and the controls' texts; everything that is wrong before a model is loaded."""
     if recipe.forgetting is None or not recipe.forgetting.controls():
         raise KappaTuneError("There is no control to keep a limit on: add `forgetting: {control: self}` to the recipe.")
@@ -150,7 +150,7 @@ def _inputs(recipe: "Recipe", place: str, output_dir: Path, overwrite: bool) -> 
     return held, ForgettingData.load(recipe.forgetting, task_examples(recipe.data, test), recipe.folder)
 
 
-def _check_base(recipe: "Recipe", place: str) -> None:
+def _check_base(recipe: Recipe, place: str) -> None:
     named, base = adapter_config(Path(place)).base_model_name_or_path, recipe.model_args.model_name_or_path
     if named and Path(named).resolve() != Path(base).resolve():
         raise KappaTuneError(
@@ -159,7 +159,7 @@ def _check_base(recipe: "Recipe", place: str) -> None:
         )
 
 
-def _row_documents(recipe: "Recipe", rows: "Dataset", tokenizer: Any) -> list[list[Piece]]:
+def _row_documents(recipe: Recipe, rows: Dataset, tokenizer: Any) -> list[list[Piece]]:
     """As TRL trains on them; those above its max_length are cut there."""
     pairs, end_token = texts_of(rows, tokenizer)
     longest = recipe.training_args.max_length
@@ -167,7 +167,7 @@ def _row_documents(recipe: "Recipe", rows: "Dataset", tokenizer: Any) -> list[li
     return [[(ids[:longest], start)] for [(ids, start)] in documents if longest is None or start < longest]
 
 
-def _control_documents(recipe: "Recipe", data: ForgettingData, probe: ForgettingProbe) -> dict[str, list[list[Piece]]]:
+def _control_documents(recipe: Recipe, data: ForgettingData, probe: ForgettingProbe) -> dict[str, list[list[Piece]]]:
     """Of text that the base wrote each sample is a document."""
     config, found = recipe.forgetting, {}
     for name, texts in data.controls.items():
@@ -179,11 +179,8 @@ def _control_documents(recipe: "Recipe", data: ForgettingData, probe: Forgetting
     return found
 
 
-def _write_adapter(model: "nn.Module", place: Path, folder: Path) -> None:
+def _write_adapter(model: nn.Module, place: Path, folder: Path) -> None:
     """The folder of the adapter with the values that it has now, in the dtypes of the file."""
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import load_file, save_file
-
     before, now = load_file(place / ADAPTER), get_peft_model_state_dict(model)
     if before.keys() != now.keys():
         raise KappaTuneError(
@@ -197,7 +194,7 @@ def _write_adapter(model: "nn.Module", place: Path, folder: Path) -> None:
     save_file(values, folder / ADAPTER, metadata={"format": "pt"})
 
 
-def _write_checkpoint(model: "nn.Module", place: Path, folder: Path) -> None:
+def _write_checkpoint(model: nn.Module, place: Path, folder: Path) -> None:
     """As `save_pretrained` does, with what else the checkpoint's folder holds but its weights."""
     model.save_pretrained(folder)
     there = {file.name for file in folder.iterdir()}

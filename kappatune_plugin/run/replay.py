@@ -9,9 +9,12 @@ import json
 import math
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from datasets import Dataset, concatenate_datasets
+from torch import nn
 from tqdm import tqdm
+from trl import SFTTrainer, pack_dataset
 
 from kappatune_plugin.data.replay import SELF, ReplayConfig
 from kappatune_plugin.data.rows import load_rows
@@ -23,11 +26,6 @@ from kappatune_plugin.run.end_token import IGNORED, labels_of, tokenizer_of
 from kappatune_plugin.scanning.cache import Cache, cache_folder
 from kappatune_plugin.weights.quantized import quantization_of
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from torch import nn
-    from trl import SFTTrainer
-
 # what TRL's collators read of a prepared row; all of a text is learned
 COLUMNS = ("input_ids", "labels", "completion_mask", "assistant_masks")
 FILE = "replay.json"
@@ -36,7 +34,7 @@ FILE = "replay.json"
 def replay_texts(
     config: ReplayConfig,
     count: int,
-    model: "nn.Module",
+    model: nn.Module,
     base: str,
     tokenizer: Any,
     max_length: int | None = None,
@@ -81,7 +79,7 @@ def _from_data(config: ReplayConfig, count: int, tokenizer: Any, length: int, fo
 
 
 def _written(
-    config: ReplayConfig, count: int, model: "nn.Module", tokenizer: Any, length: int, identity: str
+    config: ReplayConfig, count: int, model: nn.Module, tokenizer: Any, length: int, identity: str
 ) -> list[list[int]]:
     """What the base writes, batch by batch, each with a seed of its own: kept in the cache, dealt over the ranks."""
     cache, size = Cache(cache_folder()), config.batch_size
@@ -117,7 +115,7 @@ def batch_seed(seed: int, batch: int) -> int:
 
 
 def mix_replay(
-    config: ReplayConfig, trainer: "SFTTrainer", rows: int, folder: Path | None = None, resumes: bool = False
+    config: ReplayConfig, trainer: SFTTrainer, rows: int, folder: Path | None = None, resumes: bool = False
 ) -> str:
     """Put texts evenly between the trainer's prepared rows; they are kept in replay.json of its output_dir.
 
@@ -158,7 +156,7 @@ def _of_earlier_run(path: Path, made_by: str) -> list[list[int]] | None:
     return [[int(token) for token in row["ids"].split()] for row in content["rows"]]
 
 
-def mixed(task: "Dataset", texts: list[list[int]], args: Any) -> tuple["Dataset", "Dataset"]:
+def mixed(task: Dataset, texts: list[list[int]], args: Any) -> tuple[Dataset, Dataset]:
     """The rows of `task`, as TRL prepared them, in their order, with `texts` evenly between them; and `texts` alone.
 
     Args:
@@ -167,8 +165,6 @@ def mixed(task: "Dataset", texts: list[list[int]], args: Any) -> tuple["Dataset"
     Returns:
         Both with the columns that TRL's collator reads; every token of a text is in the loss.
     """
-    from datasets import concatenate_datasets
-
     task = task.select_columns([name for name in (*COLUMNS, "seq_lengths") if name in task.column_names])
     written = _prepared(task, texts, args)
     both = concatenate_datasets([task, written])
@@ -177,11 +173,8 @@ def mixed(task: "Dataset", texts: list[list[int]], args: Any) -> tuple["Dataset"
     return both.select([row + part * len(task) for _, part, row in sorted(places)]), written
 
 
-def _prepared(task: "Dataset", texts: list[list[int]], args: Any) -> "Dataset":
+def _prepared(task: Dataset, texts: list[list[int]], args: Any) -> Dataset:
     """`texts` as rows with the columns of `task`, packed where `args` say so."""
-    from datasets import Dataset
-    from trl import pack_dataset
-
     learned = [[1] * len(ids) for ids in texts]
     columns = {"input_ids": texts, "labels": texts, "completion_mask": learned, "assistant_masks": learned}
     written = Dataset.from_dict({name: values for name, values in columns.items() if name in task.column_names})
@@ -190,7 +183,7 @@ def _prepared(task: "Dataset", texts: list[list[int]], args: Any) -> "Dataset":
     return written.select_columns(task.column_names).cast(task.features)
 
 
-def _cost(config: ReplayConfig, texts: list[list[int]], task: "Dataset", completion_only: bool) -> str:
+def _cost(config: ReplayConfig, texts: list[list[int]], task: Dataset, completion_only: bool) -> str:
     more, read, learned = sum(len(ids) for ids in texts), 0, 0
     for row in task:
         labels = labels_of(row, completion_only)

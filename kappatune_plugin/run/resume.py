@@ -5,6 +5,8 @@ import warnings
 import zipfile
 from pathlib import Path
 
+from safetensors import safe_open
+
 from kappatune_plugin.distributed import ranks
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.run.output_dir import checkpoints
@@ -102,8 +104,6 @@ def _check_json(path: Path) -> None:
 
 
 def _check_safetensors(path: Path) -> None:
-    from safetensors import safe_open
-
     # opening compares the file's size with what its header announces
     with safe_open(path, framework="pt") as file:
         if not list(file.keys()):

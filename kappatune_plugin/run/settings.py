@@ -2,13 +2,11 @@
 
 import math
 import os
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from trl import SFTConfig
+from trl import SFTConfig
 
 
-def setting_problem(args: "SFTConfig") -> str | None:
+def setting_problem(args: SFTConfig) -> str | None:
     """What is wrong with settings that TRL takes and no training works with; None if nothing is."""
     at_least_1 = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
     wrong = [(key, "a whole number from 1 on") for key in at_least_1 if getattr(args, key) < 1]

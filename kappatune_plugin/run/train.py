@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from traceback import extract_tb
-from typing import TYPE_CHECKING
 
+from datasets import Dataset
+from rich.console import Console
 from safetensors import SafetensorError
+from trl import SFTConfig, SFTTrainer
 
 from kappatune_plugin.compat import newer_tokenizer
 from kappatune_plugin.console import console
@@ -16,10 +18,18 @@ from kappatune_plugin.distributed.lost_ranks import together
 from kappatune_plugin.distributed.unsupported import devices_problem, fsdp_problem
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.files import alone, write_text
+from kappatune_plugin.forgetting.callback import ForgettingCallback
+from kappatune_plugin.forgetting.probe import ForgettingData, ForgettingProbe
+from kappatune_plugin.forgetting.report import ForgettingReport
+from kappatune_plugin.interpolation.dial import Dialed
 from kappatune_plugin.recipe.held_out import hold_out, interpolates
 from kappatune_plugin.recipe.load_model import _tokenizer_error, load_base, load_tokenizer, model_init_kwargs
 from kappatune_plugin.recipe.load_rows import eval_rows, load_data, task_examples
-from kappatune_plugin.recipe.recipe import public_yaml
+from kappatune_plugin.recipe.measure_gain import config_with_gain, needs_gain
+from kappatune_plugin.recipe.recipe import Recipe, public_yaml
+from kappatune_plugin.run.auto_budget import AutoBudgetCallback
+from kappatune_plugin.run.diagnosis import findings
+from kappatune_plugin.run.end_token import EndTokenCallback, EndTokenShare, leave_out_end_token
 from kappatune_plugin.run.finish import save_adapter, train_to_the_end
 from kappatune_plugin.run.interpolate import WHOLE, turn_dial
 from kappatune_plugin.run.output_dir import (
@@ -31,23 +41,15 @@ from kappatune_plugin.run.output_dir import (
     clear,
     holds_adapter,
 )
+from kappatune_plugin.run.replay import mix_replay
 from kappatune_plugin.run.resume import checkpoint_to_resume
 from kappatune_plugin.run.settings import setting_problem
+from kappatune_plugin.selection.auto_budget import levels, prefix_count
+from kappatune_plugin.selection.budget import parse_budget
+from kappatune_plugin.selection.selection import Selection
+from kappatune_plugin.selection.table import report_table
 from kappatune_plugin.tuner.saved_selection import check_selection
 from kappatune_plugin.weights.load_model import cannot_load
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from rich.console import Console
-    from trl import SFTConfig, SFTTrainer
-
-    from kappatune_plugin.forgetting.probe import ForgettingData, ForgettingProbe
-    from kappatune_plugin.forgetting.report import ForgettingReport
-    from kappatune_plugin.interpolation.dial import Dialed
-    from kappatune_plugin.recipe.recipe import Recipe
-    from kappatune_plugin.run.auto_budget import AutoBudgetCallback
-    from kappatune_plugin.run.end_token import EndTokenCallback, EndTokenShare
-    from kappatune_plugin.selection.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -64,21 +66,19 @@ class RunResult:
     """
 
     output_dir: Path
-    trainer: "SFTTrainer"
-    selection: "Selection"
-    forgetting: "ForgettingReport | None"
-    end_token: "EndTokenShare | None" = None
-    dialed: "Dialed | None" = None
+    trainer: SFTTrainer
+    selection: Selection
+    forgetting: ForgettingReport | None
+    end_token: EndTokenShare | None = None
+    dialed: Dialed | None = None
 
 
-def needs_one_process(recipe: "Recipe") -> bool:
+def needs_one_process(recipe: Recipe) -> bool:
     """Whether `recipe` asks for what several processes can't do: `k: auto`, or measuring gain over forgetting."""
-    from kappatune_plugin.recipe.measure_gain import needs_gain
-
     return recipe.auto is not None or needs_gain(recipe.kappatune)
 
 
-def run_sft(recipe: "Recipe") -> RunResult:
+def run_sft(recipe: Recipe) -> RunResult:
     """Train as `recipe` says and write everything that the run decided to its output_dir.
 
     Raises:
@@ -98,7 +98,7 @@ def run_sft(recipe: "Recipe") -> RunResult:
     return result
 
 
-def _run(recipe: "Recipe", output_dir: Path, resume: str | None) -> RunResult:
+def _run(recipe: Recipe, output_dir: Path, resume: str | None) -> RunResult:
     train, test = load_data(recipe)
     train, held = hold_out(recipe, train)
     # before the model: what is wrong with it shows at once
@@ -137,12 +137,9 @@ def _run(recipe: "Recipe", output_dir: Path, resume: str | None) -> RunResult:
 
 
 def _finish_rows(
-    recipe: "Recipe", trainer: "SFTTrainer", train: "Dataset", resume: str | None, out: "Console"
-) -> "EndTokenCallback":
+    recipe: Recipe, trainer: SFTTrainer, train: Dataset, resume: str | None, out: Console
+) -> EndTokenCallback:
     """What the recipe does to the rows that TRL has prepared; returns what measures the end token in them."""
-    from kappatune_plugin.run.end_token import EndTokenCallback, leave_out_end_token
-    from kappatune_plugin.run.replay import mix_replay
-
     if not recipe.end_token:
         leave_out_end_token(trainer)
     # of the task's rows, before others are among them
@@ -155,7 +152,7 @@ def _finish_rows(
     return callback
 
 
-def _say_dropped_rows(out: "Console", train: "Dataset", trainer: "SFTTrainer") -> None:
+def _say_dropped_rows(out: Console, train: Dataset, trainer: SFTTrainer) -> None:
     """TRL leaves out rows whose prompt fills max_length, where nothing of the completion would be trained."""
     args = trainer.args
     if args.packing or not hasattr(train, "__len__") or not hasattr(trainer.train_dataset, "__len__"):
@@ -169,12 +166,8 @@ def _say_dropped_rows(out: "Console", train: "Dataset", trainer: "SFTTrainer") -
         )
 
 
-def _trainer(recipe: "Recipe", train: "Dataset", test: "Dataset | None") -> "SFTTrainer":
+def _trainer(recipe: Recipe, train: Dataset, test: Dataset | None) -> SFTTrainer:
     """The trainer of trl/scripts/sft.py with `peft_config` in the place of LoRA's."""
-    from trl import SFTTrainer
-
-    from kappatune_plugin.recipe.measure_gain import config_with_gain, needs_gain
-
     args, model, config = recipe.training_args, recipe.model_args, recipe.kappatune
     args.model_init_kwargs = model_init_kwargs(recipe)
     test = eval_rows(recipe, test)
@@ -207,7 +200,7 @@ def _trainer(recipe: "Recipe", train: "Dataset", test: "Dataset | None") -> "SFT
         raise KappaTuneError(f"Can't load the tokenizer of '{model.model_name_or_path}': {error} {hint}") from error
 
 
-def _forget_secrets(args: "SFTConfig") -> None:
+def _forget_secrets(args: SFTConfig) -> None:
     """The Trainer writes its arguments beside the adapter (training_args.bin), and pushes them with it."""
     if args.hub_token:
         os.environ["HF_TOKEN"] = args.hub_token
@@ -215,22 +208,17 @@ def _forget_secrets(args: "SFTConfig") -> None:
     args.hub_token = args.model_init_kwargs = args.push_to_hub_token = None
 
 
-def _forgetting_data(recipe: "Recipe", test: "Dataset | None") -> "ForgettingData | None":
+def _forgetting_data(recipe: Recipe, test: Dataset | None) -> ForgettingData | None:
     if recipe.forgetting is None:
         return None
-    from kappatune_plugin.forgetting.probe import ForgettingData
-
     task = task_examples(recipe.data, test, evaluated=recipe.training_args.eval_strategy != "no")
     return ForgettingData.load(recipe.forgetting, task, recipe.folder)
 
 
 def _measure_forgetting(
-    recipe: "Recipe", data: "ForgettingData", trainer: "SFTTrainer", output_dir: Path
-) -> "ForgettingReport":
+    recipe: Recipe, data: ForgettingData, trainer: SFTTrainer, output_dir: Path
+) -> ForgettingReport:
     """Have `trainer` measure `data` before, during and after training."""
-    from kappatune_plugin.forgetting.callback import ForgettingCallback
-    from kappatune_plugin.forgetting.probe import ForgettingProbe
-
     # a processor, of a model that also sees, holds its tokenizer
     tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
     probe = ForgettingProbe.build(recipe.forgetting, data, trainer.model, tokenizer)
@@ -245,13 +233,7 @@ def _measure_forgetting(
     return callback.report
 
 
-def _auto_callback(
-    recipe: "Recipe", probe: "ForgettingProbe", trainer: "SFTTrainer", output_dir: Path
-) -> "AutoBudgetCallback":
-    from kappatune_plugin.run.auto_budget import AutoBudgetCallback
-    from kappatune_plugin.selection.auto_budget import levels, prefix_count
-    from kappatune_plugin.selection.budget import parse_budget
-
+def _auto_callback(recipe: Recipe, probe: ForgettingProbe, trainer: SFTTrainer, output_dir: Path) -> AutoBudgetCallback:
     if trainer.args.world_size > 1 or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         raise KappaTuneError(
             "kappatune.k: auto runs in one process without DeepSpeed and FSDP, whose optimizers hold what rests too. "
@@ -273,16 +255,14 @@ def _auto_callback(
     return AutoBudgetCallback(probe, output_dir, *limits)
 
 
-def _settle_budget(trainer: "SFTTrainer", forgetting: "ForgettingReport") -> "Selection":
+def _settle_budget(trainer: SFTTrainer, forgetting: ForgettingReport) -> Selection:
     """Reduce the adapter to what `k: auto` trained in the end."""
     tuner = trainer.model.base_model
     tuner.keep_first(forgetting.budget["matrices"])
     return tuner.selections["default"]
 
 
-def _show_decisions(trainer: "SFTTrainer", out: "Console") -> "Selection":
-    from kappatune_plugin.selection.table import report_table
-
+def _show_decisions(trainer: SFTTrainer, out: Console) -> Selection:
     tuner = trainer.model.base_model
     selection, report = tuner.selections["default"], tuner.reports["default"]
     if report is None:
@@ -294,7 +274,7 @@ def _show_decisions(trainer: "SFTTrainer", out: "Console") -> "Selection":
     return selection
 
 
-def _write_decisions(recipe: "Recipe", trainer: "SFTTrainer", output_dir: Path) -> None:
+def _write_decisions(recipe: Recipe, trainer: SFTTrainer, output_dir: Path) -> None:
     """Write what is trained, where possible before training: an interrupted run has it too."""
     if not trainer.is_world_process_zero():
         return
@@ -305,7 +285,7 @@ def _write_decisions(recipe: "Recipe", trainer: "SFTTrainer", output_dir: Path) 
     write_text(output_dir / RECIPE, RESOLVED + public_yaml(recipe.resolved))
 
 
-def _say_the_end(out: "Console", output_dir: Path, forgetting: "ForgettingReport | None") -> None:
+def _say_the_end(out: Console, output_dir: Path, forgetting: ForgettingReport | None) -> None:
     if forgetting is not None:
         out.print(forgetting.table())
     else:
@@ -321,16 +301,14 @@ def _say_the_end(out: "Console", output_dir: Path, forgetting: "ForgettingReport
 
 
 def _say_findings(
-    out: "Console",
-    recipe: "Recipe",
-    trainer: "SFTTrainer",
-    selection: "Selection",
-    forgetting: "ForgettingReport | None",
-    end_token: "EndTokenShare | None",
+    out: Console,
+    recipe: Recipe,
+    trainer: SFTTrainer,
+    selection: Selection,
+    forgetting: ForgettingReport | None,
+    end_token: EndTokenShare | None,
 ) -> None:
     """What `k: auto` did, and the failure signatures that the run shows."""
-    from kappatune_plugin.run.diagnosis import findings
-
     if forgetting is not None and forgetting.budget is not None:
         for step in forgetting.budget["steps"]:
             out.print(f"Step {step['step']}, {step['action']}: {step['reason']}.", highlight=False, soft_wrap=True)

@@ -16,9 +16,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from datasets import Dataset
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -30,9 +31,6 @@ from kappatune_plugin.schema import Block, Whole
 from kappatune_plugin.selection import ranking
 from kappatune_plugin.selection.report import KappaReport
 from kappatune_plugin.weights.units import WeightUnit, find_units, unit_block
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 GAIN = ranking.gain_over_forgetting.__name__
 # share of the mean Fisher information per entry that is added to all: an expert that no sampled token reached has none,
@@ -102,7 +100,7 @@ def with_gain(
     report: KappaReport,
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    rows: "Dataset",
+    rows: Dataset,
     config: GainConfig | None = None,
     text_field: str = "text",
 ) -> KappaReport:
@@ -127,7 +125,7 @@ def with_gain(
     return replace(report, units=scored)
 
 
-def training_pairs(rows: "Dataset", end: str, text_field: str = "text") -> list[tuple[str, str]]:
+def training_pairs(rows: Dataset, end: str, text_field: str = "text") -> list[tuple[str, str]]:
     """The rows as (prompt, completion) with the end token that TRL adds; an empty prompt where all is learned."""
     for before, after in (("prompt", "completion"), (None, text_field)):
         if after not in rows.column_names or (before and before not in rows.column_names):

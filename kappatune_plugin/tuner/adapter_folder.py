@@ -2,21 +2,19 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from peft import PeftConfig, PeftModel
+from torch import nn
 
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.tuner.register import NAME
 from kappatune_plugin.tuner.values import VALUES, renamed
 
-if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
-    from torch import nn
-
 FLOATING = ("F64", "F32", "F16", "BF16")
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 
 
-def adapter_config(adapter: Path) -> "PeftConfig":
+def adapter_config(adapter: Path) -> PeftConfig:
     """The config in a folder. Raises KappaTuneError if there is none, or none that PEFT can read."""
     from peft import PeftConfig
 
@@ -71,7 +69,7 @@ def _holds_values(name: str) -> bool:
     return VALUES in today and not today.endswith(".base")
 
 
-def load_adapter(model: "nn.Module", adapter: Path) -> "PeftModel":
+def load_adapter(model: nn.Module, adapter: Path) -> PeftModel:
     """`model` with the adapter on it. Raises KappaTuneError if it can't be loaded, or isn't this model's."""
     from peft import PeftModel
 
@@ -86,7 +84,7 @@ def load_adapter(model: "nn.Module", adapter: Path) -> "PeftModel":
     return tuned
 
 
-def _check_that_it_fits(tuned: "PeftModel", adapter: Path) -> None:
+def _check_that_it_fits(tuned: PeftModel, adapter: Path) -> None:
     """PEFT only warns of an adapter none of whose tensors is the model's, and goes on with the base."""
     from peft import get_peft_model_state_dict
     from safetensors import safe_open

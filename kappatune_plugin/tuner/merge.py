@@ -8,19 +8,17 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
 from kappatune_plugin.compat import newer_tokenizer
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.files import alone, as_umask_says
 from kappatune_plugin.tuner.adapter_folder import adapter_config, check_adapter, load_adapter
 from kappatune_plugin.weights.quantized import whole_model
-
-if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
-    from transformers import PreTrainedModel
 
 # what `save_pretrained` of models, tokenizers and processors leaves
 CHECKPOINT_FILES = re.compile(
@@ -105,7 +103,7 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if UNFINISHED not in path.name) if folder.is_dir() else []
 
 
-def _merged(adapter: Path, base: str, config: "PeftConfig", options: dict[str, Any], dtype: str) -> "PreTrainedModel":
+def _merged(adapter: Path, base: str, config: PeftConfig, options: dict[str, Any], dtype: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     try:
@@ -123,7 +121,7 @@ def _merged(adapter: Path, base: str, config: "PeftConfig", options: dict[str, A
         raise KappaTuneError(f"Can't merge the adapter '{adapter}': {error}") from error
 
 
-def _quantization(base: str, config: "PeftConfig", options: dict[str, Any]) -> dict[str, Any]:
+def _quantization(base: str, config: PeftConfig, options: dict[str, Any]) -> dict[str, Any]:
     """What to give to `from_pretrained` for the base that was quantized when it was loaded for training."""
     from transformers import AutoConfig
     from transformers.quantizers import AutoQuantizationConfig
@@ -145,7 +143,7 @@ def _tokenizer(adapter: Path, base: str, trust_remote_code: bool) -> object:
         raise KappaTuneError(f"Can't load the tokenizer from '{where}': {error} {hint}".rstrip()) from error
 
 
-def _say_rounding(tuned: "PeftModel") -> None:
+def _say_rounding(tuned: PeftModel) -> None:
     """Warn if the base's dtype can't hold what was trained: at small learning rates hardly an update is left."""
     from kappatune_plugin.tuner.model import KappaTuneModel
 
