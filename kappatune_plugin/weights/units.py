@@ -4,6 +4,7 @@ A unit is one 2-D weight matrix, which the paper calls a weight tensor: a whole 
 inside a fused expert parameter.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -22,6 +23,8 @@ FUSED_PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj")}
 OWN = "kappatuned_"
 HEAD_NAMES = ("lm_head", "embed_out", "score", "classifier", "qa_outputs")
 ROUTER_NAMES = ("gate", "router")
+# classes whose weights are no matrices, or never trained: transformers freezes sinusoids, and PEFT all of a model
+NO_UNITS = re.compile("Norm|Sinusoidal")
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,8 @@ class WeightUnit:
 def find_units(model: nn.Module, quantized: bool = False) -> list[WeightUnit]:
     """Every 2-D weight matrix of `model`, in the model's order; tied weights once, under their first name.
 
-    Never units: vectors (a 1 x n matrix too), norms, biases, and weights that torch computes from others
-    (parametrizations).
+    Never units: vectors (a 1 x n matrix too), norms, biases, and weights that are computed: from others by torch's
+    parametrizations, or once from a formula (tables of sinusoidal positions).
 
     Args:
         quantized: also return quantized weights that `quantized.dequantized` knows, with their dequantized shape.
@@ -61,7 +64,9 @@ def find_units(model: nn.Module, quantized: bool = False) -> list[WeightUnit]:
     inputs, outputs = _embedding_modules(model)
     units: dict[int, list[WeightUnit]] = {}
     for module_name, module in model.named_modules():
-        if isinstance(module, ParametrizationList) or "Norm" in type(module).__name__ or f".{OWN}" in f".{module_name}":
+        if isinstance(module, ParametrizationList) or NO_UNITS.search(type(module).__name__):
+            continue
+        if f".{OWN}" in f".{module_name}":
             continue
         for short_name, parameter in module.named_parameters(recurse=False):
             whole = shards.layout(parameter)
@@ -111,7 +116,7 @@ def _units_of(module: nn.Module, name: str, parameter: Tensor, names: Checkpoint
         yield WeightUnit(names.whole(name), shape, name, out_axis=out_axis)
     elif parameter.ndim == 2:
         yield WeightUnit(names.whole(name), tuple(parameter.shape), name)
-    elif parameter.ndim == 3 and parameter.shape[0] > 1:
+    elif parameter.ndim == 3 and (parameter.shape[0] > 1 or hasattr(module, "num_experts")):
         yield from _expert_units(module, name, parameter, names)
     else:
         # a table with leading axes of size 1: learned positions or tokens of vision and speech encoders
