@@ -18,6 +18,10 @@ NOT_WRITTEN = (
     "holds the trained values (DeepSpeed's doesn't), and no transformers Trainer runs it. Call "
     "model.base_model.write_through() after each step, on all ranks."
 )
+MIXED_BATCH = (
+    "adapter_names=[...]: the base's own matrices hold one adapter's values at a time, so a batch can't mix adapters. "
+    "Call set_adapter(name), or disable_adapter() for the base, and run one batch for each."
+)
 
 
 class KappaTuneLayer(nn.Module, BaseTunerLayer):

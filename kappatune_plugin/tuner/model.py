@@ -20,7 +20,7 @@ from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.selection.report import KappaReport
 from kappatune_plugin.selection.selection import Selection
 from kappatune_plugin.tuner.config import KappaTuneConfig
-from kappatune_plugin.tuner.layer import NOT_WRITTEN, KappaTuneLayer, check_finite
+from kappatune_plugin.tuner.layer import MIXED_BATCH, NOT_WRITTEN, KappaTuneLayer, check_finite
 from kappatune_plugin.tuner.register import PREFIX, register
 from kappatune_plugin.tuner.saved_selection import check_selection, keep_selection, other_selection
 from kappatune_plugin.tuner.slice_gradients import BINDINGS, bind, bound, parameter_readers, unbind
@@ -101,6 +101,13 @@ class KappaTuneModel(BaseTuner):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, with the hooks that PEFT 0.18 goes past."""
         return self.model(*args, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Iterator[None]:
+        """PEFT's hook around each forward and generation, where it hands `adapter_names` on."""
+        if adapter_names is not None:
+            raise KappaTuneError(MIXED_BATCH)
+        yield
 
     def _before_forward(self, model: nn.Module, args: Any) -> None:
         """The output head is bound around the model's forward, since TRL reads its weight from outside.
@@ -351,12 +358,8 @@ def _check_head(head: nn.Module) -> None:
 
 def _quantized_owners(model: nn.Module, units: Iterable[WeightUnit]) -> list[str]:
     """Names of the modules that hold quantized ones of these units."""
-    owners = []
-    for unit in units:
-        owner = unit.parameter.rpartition(".")[0]
-        if quantized_form(model.get_parameter(unit.parameter)) is not None:
-            owners.append(owner)
-    return owners
+    names = (unit.parameter for unit in units)
+    return [name.rpartition(".")[0] for name in names if quantized_form(model.get_parameter(name)) is not None]
 
 
 def _child_name(unit: WeightUnit) -> str:
