@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ FRONTIER = (0.25, 0.5, 0.75)
 # of the scales that one scale a matrix ended with: how much further they may go, all together
 FURTHER = 1.5
 FEWEST_ROWS, FEWEST_DOCUMENTS = 4, 2
+# tokens to choose and to verify by, and of a mini-batch
+LEAST = 1024, 2048, 64
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,9 @@ class DialSettings:
         per_matrix: try one scale for each matrix, beside one for all.
         choose_tokens, verify_tokens: about how many tokens of each control (and of the task's rows) are measured to
             choose, and of each control to verify.
-        steps, batch: of choosing one scale a matrix: steps of so many rows and documents.
+        steps, batch: of choosing one scale a matrix: steps of about so many tokens of the task and of each control.
+        within: about how many tokens all of it may read, a backward pass counting as two more; the other numbers are
+            lowered to keep it. None for no limit.
         seed: divides the texts and deals the mini-batches.
         quiet: no progress bar.
     """
@@ -41,9 +45,23 @@ class DialSettings:
     choose_tokens: int = 4096
     verify_tokens: int = 16384
     steps: int = 24
-    batch: int = 8
+    batch: int = 512
+    within: int | None = None
     seed: int = 0
     quiet: bool = False
+
+    def affordable(self, controls: int) -> "DialSettings":
+        """These settings with fewer tokens, where `within` asks for it; never less than `LEAST` of them."""
+        share = 1.0 if self.within is None else min(1.0, self.within / self.reads(controls))
+        names = ("choose_tokens", "verify_tokens", "batch")
+        kept = {name: max(least, round(share * getattr(self, name))) for name, least in zip(names, LEAST, strict=True)}
+        return replace(self, **kept)
+
+    def reads(self, controls: int) -> int:
+        """About how many tokens so many controls take: eight passes to choose, four to verify, and the steps."""
+        steps = self.steps if self.per_matrix else 0
+        gradients = 3 * steps * (1 + controls) * self.batch
+        return controls * (8 * self.choose_tokens + 4 * self.verify_tokens) + 8 * self.choose_tokens // 2 + gradients
 
 
 @dataclass
@@ -145,7 +163,8 @@ class _Dial:
         settings: DialSettings,
         say: Callable[[str], None],
     ) -> None:
-        self.changes, self.settings = changes, settings
+        self.changes, self.settings = changes, settings.affordable(len(controls))
+        settings = self.settings
         rows = task.up_to(settings.choose_tokens)
         self.fitted, self.compared = rows.take(range(0, len(rows), 2)), rows.take(range(1, len(rows), 2))
         started = time.monotonic()
@@ -246,14 +265,9 @@ class _Dial:
         return float(self.compared.measured().sum() / sum(self.compared.tokens))
 
     def _how_long(self, seconds: float) -> str:
-        """Measured on the base: about ten passes over what chooses, three over what verifies, three a gradient."""
-        choose, verify = (
-            sum(sum(control.texts.tokens) for control in half.values()) for half in (self.choosing, self.verifying)
-        )
-        steps = self.settings.steps if self.settings.per_matrix else 0
-        documents = sum(len(control.texts) for control in self.choosing.values())
-        tokens = 16 * choose + 3 * verify + 6 * steps * self.settings.batch * choose / documents
-        about = seconds * tokens / (choose + verify)
+        """From the time that measuring the base took."""
+        halves = (*self.choosing.values(), *self.verifying.values())
+        about = seconds * self.settings.reads(len(self.choosing)) / sum(sum(half.texts.tokens) for half in halves)
         return f"Scaling back what was trained until it keeps its limit: about {max(1, round(about))} seconds."
 
 

@@ -1,24 +1,35 @@
-"""The largest step along a line of scales that keeps a limit, by bisection."""
+"""The largest step along a line of scales that keeps a limit, by false position."""
 
+import math
 from collections.abc import Callable
 
-# the line is cut in this many parts: a scale is exact to 1/64 of what was tried
-STEPS = 6
+# a scale is exact to this share of what was tried
+EXACT = 1 / 64
 
 
-def largest_within(rises: Callable[[float], float], limit: float, most: float = 1.0, steps: int = STEPS) -> float:
-    """The largest scale up to `most` whose rise is at most `limit`, to most / 2^steps from below; 0 for none.
+def largest_within(rises: Callable[[float], float], limit: float, most: float = 1.0) -> float:
+    """The largest scale up to `most` whose rise is at most `limit`, to most / 64 from below; 0 for none.
 
-    The rise is taken to grow with the scale, as it does near a minimum of the loss; `most` itself is tried first.
-    What is returned was measured within the limit, whether it does or not.
+    The rise is taken to grow about as the square of the scale, as it does near a minimum of the loss: its root is
+    interpolated, a step beyond the end that moved last, so that both ends close in. `most` itself is tried first. What
+    is returned was measured within the limit, whether the rise grows so or not.
     """
-    if rises(most) <= limit:
+    step = most * EXACT
+    kept, broken, low, high = 0.0, most, 0.0, rises(most)
+    if high <= limit:
         return most
-    kept, broken = 0.0, most
-    for _ in range(steps):
-        middle = (kept + broken) / 2
-        if rises(middle) <= limit:
-            kept = middle
+    beyond = 0.0
+    while broken - kept > 1.001 * step:
+        share = (math.sqrt(limit) - _root(low)) / (_root(high) - _root(low)) if math.isfinite(high) else 0.5
+        tried = kept + share * (broken - kept) + beyond
+        tried = min(max(tried, kept + step), broken - step / 2)
+        found = rises(tried)
+        if found <= limit:
+            kept, low, beyond = tried, found, step
         else:
-            broken = middle
+            broken, high, beyond = tried, found, -step
     return kept
+
+
+def _root(rise: float) -> float:
+    return math.sqrt(max(rise, 0.0))

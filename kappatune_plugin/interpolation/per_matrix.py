@@ -25,7 +25,7 @@ def choose(
     start: float,
     limit: float,
     steps: int = 24,
-    batch: int = 8,
+    batch: int = 512,
     seed: int = 0,
     quiet: bool = False,
 ) -> list[float]:
@@ -37,10 +37,10 @@ def choose(
     Args:
         start: the scale for all to begin at, in (0, 1].
         limit: of the mean rise on the documents of `controls`, in nats a token.
-        batch: documents and rows of a mini-batch.
+        batch: about how many tokens of the task, and of each control, a mini-batch has.
     """
-    rows = _Batches(len(task), batch, seed)
-    documents = [_Batches(len(each.texts), batch, seed) for each in controls]
+    rows = _Batches(task.tokens, batch, seed)
+    documents = [_Batches(each.texts.tokens, batch, seed) for each in controls]
     descent, tried = _Descent(len(changes.names), start, limit), []
     for step in tqdm(range(steps), desc="One scale a matrix", disable=quiet, leave=False):
         changes.set(descent.alphas)
@@ -90,15 +90,16 @@ def _slopes(changes: Changes, loss: Callable[[Sequence[int]], Tensor], rows: Seq
 
 
 class _Batches:
-    """Positions in mini-batches, each of them once before any comes again."""
+    """Positions of documents in mini-batches of about `batch` tokens, each of them once before any comes again."""
 
-    def __init__(self, count: int, batch: int, seed: int) -> None:
-        self._count, self._batch, self._left = count, min(batch, count), []
+    def __init__(self, tokens: Sequence[int], batch: int, seed: int) -> None:
+        self._tokens, self._batch, self._left = tokens, batch, []
         self._random = np.random.default_rng(seed)
 
     def next(self) -> list[int]:
         """The positions of the next mini-batch."""
-        if len(self._left) < self._batch:
-            self._left += self._random.permutation(self._count).tolist()
-        taken, self._left = self._left[: self._batch], self._left[self._batch :]
+        taken: list[int] = []
+        while sum(self._tokens[each] for each in taken) < self._batch and len(taken) < len(self._tokens):
+            self._left = self._left or self._random.permutation(len(self._tokens)).tolist()
+            taken.append(self._left.pop())
         return taken

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 from peft import get_peft_model_state_dict
 from rich.console import Console
@@ -35,6 +36,8 @@ from kappatune_plugin.tuner.merge import _check_free, _publish, _staging
 RESULT, PICTURE = "interpolation.json", "interpolation.png"
 # what was trained, whole: to scale it back to another limit later
 WHOLE = "checkpoint-trained"
+# scaling back takes no longer than so many training steps; below so many parameters it takes seconds
+STEPS, SMALL = 60, 50_000_000
 
 
 def turn_dial(
@@ -56,9 +59,9 @@ def turn_dial(
     tokenizer = callback.probe.tokenizer
     mode = recipe.forgetting.interpolate or PER_MATRIX
     rows = _row_documents(recipe, held, tokenizer)
-    settings = DialSettings(
-        recipe.forgetting.max_delta, mode == PER_MATRIX, quiet=out.quiet or trainer.args.disable_tqdm
-    )
+    within = _affordable(recipe, rows, model)
+    quiet = out.quiet or trainer.args.disable_tqdm
+    settings = DialSettings(recipe.forgetting.max_delta, mode == PER_MATRIX, within=within, quiet=quiet)
     try:
         changes = changes_of_adapter(model)
         controls = _control_documents(recipe, data, callback.probe)
@@ -119,8 +122,8 @@ def interpolate_trained(
     with base_of(model):
         report.before = probe.measure(model)
     report.after = probe.measure(model)
-    settings = DialSettings(max_delta, per_matrix)
     rows, controls = _row_documents(recipe, held, tokenizer), _control_documents(recipe, data, probe)
+    settings = DialSettings(max_delta, per_matrix, within=_affordable(recipe, rows, model))
     dialed = turn_model(model, changes, rows, controls, settings, recipe.forgetting.batch_size, say)
     report.kept = probe.measure(model)
     with _staging(output_dir) as folder:
@@ -165,6 +168,15 @@ def _row_documents(recipe: Recipe, rows: Dataset, tokenizer: Any) -> list[list[P
     longest = recipe.training_args.max_length
     documents = row_documents(tokenizer, pairs, end_token and (recipe.data or {}).get("end_token", True))
     return [[(ids[:longest], start)] for [(ids, start)] in documents if longest is None or start < longest]
+
+
+def _affordable(recipe: Recipe, rows: list[list[Piece]], model: nn.Module) -> int | None:
+    """The tokens that STEPS training steps read, a backward pass counted as two more; None for a small model."""
+    args = recipe.training_args
+    if sum(parameter.numel() for parameter in model.parameters()) < SMALL:
+        return None
+    longest = args.max_length if args.packing else np.mean([len(ids) for [(ids, _)] in rows])
+    return int(3 * STEPS * longest * args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
 
 
 def _control_documents(recipe: Recipe, data: ForgettingData, probe: ForgettingProbe) -> dict[str, list[list[Piece]]]:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from kappatune_plugin.interpolation.dial import LEAST, DialSettings
 from kappatune_plugin.interpolation.one_scale import largest_within
 from kappatune_plugin.interpolation.texts import Control, Texts, rise
 
@@ -54,6 +55,24 @@ def test_a_control_is_paired_with_the_base():
 
 
 @pytest.mark.parametrize(("limit", "wanted"), [(1.0, 1.0), (0.25, 0.5), (0.1, 0.316), (1e-9, 0.0)])
-def test_bisection_ends_within_the_limit_from_below(limit, wanted):
-    found = largest_within(lambda scale: scale**2, limit)
+@pytest.mark.parametrize("power", [1, 2, 4])
+def test_the_largest_scale_within_the_limit_from_below(limit, wanted, power):
+    tried = []
+    found = largest_within(lambda scale: tried.append(scale) or scale**power, limit ** (power / 2))
     assert found**2 <= limit and wanted - 1 / 64 <= found <= wanted + 1e-3
+    # halving the line would take seven
+    assert len(tried) <= (4 if power == 2 else 7) and (found in tried or found == 0)
+
+
+def test_a_loss_that_is_not_finite_is_above_every_limit():
+    found = largest_within(lambda scale: scale if scale < 0.3 else float("inf"), 0.5)
+    assert 0.3 - 1 / 64 <= found < 0.3
+
+
+def test_settings_read_no_more_than_they_may():
+    settings = DialSettings(0.1)
+    assert settings.affordable(1) == settings
+    cut = DialSettings(0.1, within=60_000).affordable(1)
+    assert cut.reads(1) <= 60_100 and cut.steps == settings.steps
+    least = DialSettings(0.1, within=1).affordable(1)
+    assert (least.choose_tokens, least.verify_tokens, least.batch) == LEAST

@@ -1,0 +1,158 @@
+"""The dial on a real model: what is kept of a task within a limit of forgetting, by one scale and by one a matrix.
+
+SmolLM2-135M-Instruct (dequantized from 4 bit, by shared/data/pretrained.sh) learns irony or SST-2 with WikiText-2 as
+control. Accuracy and loss are those of test rows, the rise that of WikiText that neither choice nor verification saw.
+Killed and started again it goes on where it was.
+
+    python benchmarks/dial.py --model FOLDER [--data DATA] [--tasks irony sst2] [--limits 0.02 0.05] [--seeds 3]
+"""
+
+import argparse
+import itertools
+import json
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig
+from promise import read, trained
+from study import REPOSITORY
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kappatune_plugin import KappaTuneConfig
+from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.files import write_text
+from kappatune_plugin.forgetting.measures import measuring
+from kappatune_plugin.interpolation.change import Changes
+from kappatune_plugin.interpolation.dial import DialSettings
+from kappatune_plugin.interpolation.find_changes import changes_of_adapter, changes_of_checkpoint
+from kappatune_plugin.interpolation.interpolate import turn_model
+from kappatune_plugin.interpolation.texts import Texts, rise
+from kappatune_plugin.interpolation.token_losses import control_documents, row_documents, texts
+
+TASKS = {"irony": ("Tweet: {}\nIs it ironic?", " no", " yes"), "sst2": ("Review: {}\nSentiment:", " bad", " good")}
+ARMS = {
+    "lowest_mlp": (KappaTuneConfig(task_type="CAUSAL_LM", k=9, include=["mlp"]), 5e-4),
+    "lora": (LoraConfig(task_type="CAUSAL_LM", r=26, target_modules="all-linear"), 5e-4),
+    "lowest": (KappaTuneConfig(task_type="CAUSAL_LM", k=21), 5e-4),
+    "full": (None, 5e-5),
+}
+STEPS, BATCH, LONGEST = 40, 8, 25
+HELD_OUT, TEST, DOCUMENTS, UNSEEN, TOKENS = 64, 80, 80, 60, 128
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--data", type=Path, default=REPOSITORY.parent / "shared" / "data")
+    parser.add_argument("--results", type=Path, default=REPOSITORY / "docs" / "results" / "dial.jsonl")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--limits", nargs="+", type=float, default=[0.02, 0.05])
+    parser.add_argument("--seeds", type=int, default=3)
+    args = parser.parse_args()
+    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    done = read(args.results) if args.results.exists() else []
+    for seed, task, arm in itertools.product(range(args.seeds), args.tasks, args.arms):
+        run = {"task": task, "arm": arm, "seed": seed}
+        if not any(run.items() <= record.items() for record in done):
+            found = one_run(base, tokenizer, args.data, task, arm, seed, args.limits)
+            done += [{**run, **record} for record in found]
+            write_text(args.results, "".join(json.dumps(record) + "\n" for record in done))
+
+
+def one_run(
+    base: nn.Module, tokenizer: Any, data: Path, task: str, arm: str, seed: int, limits: Sequence[float]
+) -> list[dict[str, Any]]:
+    """Train once, then scale back to each limit in both ways; a record for each, and one for what was trained."""
+    prompt, *words = TASKS[task]
+    train, test = (
+        [(prompt.format(text), label) for text, label in rows if len(text.split()) <= LONGEST]
+        for rows in load(data / "tasks", task)
+    )
+    train = random.Random(seed).sample(train, HELD_OUT + STEPS * BATCH)
+    learned, test = [(text, words[label]) for text, label in train], random.Random(0).sample(test, TEST)
+    paragraphs = [line.strip() for line in (data / "text/wikitext-2/raw_test.txt").read_text("utf-8").splitlines()]
+    paragraphs = random.Random(seed).sample([each for each in paragraphs if len(each.split()) > 50], DOCUMENTS + UNSEEN)
+    config, rate = ARMS[arm]
+    started = time.monotonic()
+    rows = row_documents(tokenizer, learned)
+    model = trained(base, config, rate, rows[HELD_OUT:], seed, STEPS, BATCH)
+    step = (time.monotonic() - started) / STEPS
+    changes = changes_of_checkpoint(base, model) if config is None else changes_of_adapter(model)
+    controls = {"wikitext": control_documents(tokenizer, paragraphs[:DOCUMENTS], TOKENS, False)}
+    within = int(3 * 60 * BATCH * np.mean([len(ids) for [(ids, _)] in rows]))
+    with measuring(model):
+        measured = Measured(model, tokenizer, changes, test, words, paragraphs[DOCUMENTS:])
+        records = [{"mode": "base", **measured.now(changes, 0.0)}, {"mode": "trained", **measured.now(changes, 1.0)}]
+        for limit, per_matrix in itertools.product(limits, (False, True)):
+            record: dict[str, Any] = {"limit": limit, "asked": "per_matrix" if per_matrix else "one", "step": step}
+            settings = DialSettings(limit, per_matrix, within=within, seed=seed, quiet=True)
+            try:
+                dialed = turn_model(model, changes, rows[:HELD_OUT], controls, settings, BATCH)
+                record |= {"mode": dialed.mode, "seconds": dialed.seconds, **measured.now()}
+                record["alpha"] = float(np.median(list(dialed.alphas.values())))
+            except KappaTuneError:
+                # no scale above 0 keeps the limit
+                record["mode"] = "none"
+            records.append(record)
+            changes.set(1.0)
+    return [
+        {key: round(value, 4) if type(value) is float else value for key, value in each.items()} for each in records
+    ]
+
+
+def load(folder: Path, task: str) -> list[list[tuple[str, int]]]:
+    """(text, label) of the rows to train on, and of those to test with."""
+    if task == "sst2":
+        files = [folder / "sent-conv" / f"stsa.binary.{part}" for part in ("train", "test")]
+        lines = [file.read_text("latin-1").strip().split("\n") for file in files]
+        return [[(line[2:].strip(), int(line[0])) for line in each] for each in lines]
+    parts = [
+        [folder / "tweeteval" / "irony" / f"{part}_{kind}.txt" for kind in ("text", "labels")]
+        for part in ("train", "test")
+    ]
+    found = [[file.read_text("utf-8").strip().split("\n") for file in pair] for pair in parts]
+    return [[(text.strip(), int(label)) for text, label in zip(*pair, strict=True)] for pair in found]
+
+
+class Measured:
+    """Test rows and unseen control text of one run."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        changes: Changes,
+        test: Sequence,
+        words: Sequence[str],
+        unseen: list[str],
+    ) -> None:
+        choices = [(text, word) for text, _ in test for word in words]
+        self.choices, self.labels = texts(model, row_documents(tokenizer, choices), BATCH), [label for _, label in test]
+        self.unseen: Texts = texts(model, control_documents(tokenizer, unseen, TOKENS, True), BATCH)
+        changes.set(0.0)
+        self.before = self.unseen.measured()
+
+    def now(self, changes: Changes | None = None, alpha: float = 1.0) -> dict[str, float]:
+        """Accuracy and loss of the test rows, and the rise of the unseen text, at `alpha` or as the model is."""
+        if changes is not None:
+            changes.set(alpha)
+        nats = self.choices.measured().reshape(len(self.labels), -1)
+        tokens = np.asarray(self.choices.tokens).reshape(nats.shape)
+        right = np.arange(len(self.labels)), self.labels
+        return {
+            "accuracy": float((nats.argmin(1) == self.labels).mean()),
+            "loss": float(nats[right].sum() / tokens[right].sum()),
+            "rise": rise(self.before, self.unseen.measured(), self.unseen.tokens).mean,
+        }
+
+
+if __name__ == "__main__":
+    main()
