@@ -232,6 +232,35 @@ def check_finite(layers: Sequence[KappaTuneLayer], adapter_names: list[str] | No
         raise KappaTuneError(f"{wrong[0]} has values that aren't finite: not merged.")
 
 
+def check_reached(layers: Sequence[KappaTuneLayer]) -> None:
+    """Raise KappaTuneError if a backward pass brought no gradient to units that are to be trained.
+
+    Experts are let through: a batch may have no token for one of them.
+    """
+    wanted = [layer for layer in layers if layer.master is not None and layer.master.requires_grad]
+    missed = [layer for layer in wanted if not (layer.resting or layer.reached or layer.master.grad is not None)]
+    missed = [layer for layer in missed if not _is_expert(layer)]
+    if not missed:
+        return
+    first, some = missed[0], [layer.unit.name for layer in missed[:3]]
+    why = (
+        "its module ran, and the loss doesn't depend on what it gave"
+        if first.ran
+        else "no module ran that reads its weight: a tower without inputs, a layer that is skipped, or code that reads "
+        "the weight past the module's forward"
+    )
+    raise KappaTuneError(
+        f"{len(missed)} of {len(wanted)} selected matrices got no gradient before the first step, such as "
+        f"{first.unit.name}: {why}. They would silently keep the base's values. Add them to "
+        f"exclude: [{', '.join(some)}{', ...' if len(missed) > len(some) else ''}] (globs such as '*vision*' will do), "
+        "or give them inputs."
+    )
+
+
+def _is_expert(layer: KappaTuneLayer) -> bool:
+    return ".experts." in layer.unit.name or (bool(layer.unit.index) and "stack" not in layer.unit.groups)
+
+
 def _held(values: Tensor) -> Tensor:
     return shards.read_block(values, ()) if shards.is_partitioned(values) else values.detach()
 

@@ -20,7 +20,7 @@ from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.selection.report import KappaReport
 from kappatune_plugin.selection.selection import Selection
 from kappatune_plugin.tuner.config import KappaTuneConfig
-from kappatune_plugin.tuner.layer import MIXED_BATCH, NOT_WRITTEN, KappaTuneLayer, check_finite
+from kappatune_plugin.tuner.layer import MIXED_BATCH, NOT_WRITTEN, KappaTuneLayer, check_finite, check_reached
 from kappatune_plugin.tuner.register import PREFIX, register
 from kappatune_plugin.tuner.saved_selection import check_selection, keep_selection, other_selection
 from kappatune_plugin.tuner.slice_gradients import BINDINGS, bind, bound, parameter_readers, unbind
@@ -186,6 +186,18 @@ class KappaTuneModel(BaseTuner):
         selection = self.selections[adapter_name] = replace(selection, units=selection.units[:count], k=count)
         config = self.peft_config[adapter_name]
         config.k, config.selection = selection.k, selection.to_dict()
+
+    def stepping(self, held: Set[int] | None = None) -> None:
+        """Called before a step of an optimizer: each unit that it is to move has had a gradient.
+
+        Args:
+            held: the `id` of each tensor that the optimizer holds; None for all that is trained.
+
+        Raises:
+            KappaTuneError: see `layer.check_reached`.
+        """
+        layers = [layer for layer in self._layers_cached() if layer.master is not None and not layer.disable_adapters]
+        check_reached([layer for layer in layers if held is None or id(layer.master) in held])
 
     def stepped(self, held: Set[int]) -> None:
         """Called after a step of any optimizer: write what it moved, unless that is not there yet.

@@ -34,6 +34,8 @@ class WritesThrough(Protocol):
 
     def write_through(self, everything: bool = False) -> None: ...
 
+    def stepping(self, held: Set[int] | None = None) -> None: ...
+
     def stepped(self, held: Set[int]) -> None: ...
 
     def check_checkpoint(self, folder: str) -> None: ...
@@ -67,6 +69,12 @@ def in_step() -> bool:
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    held = {id(each): each for group in optimizer.param_groups for each in group["params"]}
+    # with a closure, the argument after the optimizer itself, the gradients come within the step
+    has_closure = len(args) > 1 or kwargs.get("closure") is not None
+    if not has_closure and any(each.grad is not None for each in held.values()):
+        for tuner in list(_followed):
+            tuner.stepping(held.keys())
     _stepping.add(optimizer)
 
 
@@ -110,6 +118,13 @@ def _add_trainer_callback() -> None:
         def on_init_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
             for tuner in _tuners_of(model):
                 tuner.keep_float32()
+
+        def on_pre_optimizer_step(
+            self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any
+        ) -> None:
+            # DeepSpeed's optimizer holds copies, which say nothing of what they are copies of
+            for tuner in _tuners_of(model):
+                tuner.stepping()
 
         def on_optimizer_step(
             self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any

@@ -9,8 +9,13 @@ from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.weights.units import WeightUnit
 
 # norms and biases are never units, but recipes may name them to declare what they leave out
-GROUPS = ("norm", "bias", "embedding", "head", "router", "attention", "mlp")
+GROUPS = ("norm", "bias", "embedding", "head", "router", "attention", "mlp", "tower", "stack")
 DEFAULT_EXCLUDE = ("norm", "bias", "embedding", "head")
+# left out unless `include` has the group, or a glob that matches nothing outside of it
+ASKED_FOR = {
+    "tower": "beside the language model, as encoders of images or sound are: no gradient on text",
+    "stack": "in a 3-D weight that isn't experts: what its matrices are is unknown",
+}
 
 
 def filter_units(
@@ -20,6 +25,8 @@ def filter_units(
     parameters: Iterable[str] = (),
 ) -> tuple[list[WeightUnit], dict[str, str]]:
     """Split `units` into those that may be trained and those left out.
+
+    What `ASKED_FOR` lists is left out unless `include` names its group.
 
     Args:
         include: groups or globs; empty means every unit.
@@ -43,13 +50,27 @@ def filter_units(
     if problems:
         raise KappaTuneError("\n".join(problems))
     kept, left_out = [], {}
+    asked_for = {group: [each for each in include if _names_only(each, group, units)] for group in ASKED_FOR}
     for unit in units:
-        reason = _reason_left_out(unit, include, exclude)
+        reason = _not_asked_for(unit, asked_for) or _reason_left_out(unit, include, exclude)
         if reason is None:
             kept.append(unit)
         else:
             left_out[unit.name] = reason
     return kept, left_out
+
+
+def _names_only(pattern: str, group: str, units: Sequence[WeightUnit]) -> bool:
+    if pattern in GROUPS:
+        return pattern == group
+    return all(group in unit.groups for unit in units if fnmatchcase(unit.name, pattern))
+
+
+def _not_asked_for(unit: WeightUnit, asked_for: dict[str, list[str]]) -> str | None:
+    for group, patterns in asked_for.items():
+        if group in unit.groups and not any(_matches(pattern, unit) for pattern in patterns):
+            return f"{ASKED_FOR[group]} (include: [{group}] ranks it)"
+    return None
 
 
 def _reason_left_out(unit: WeightUnit, include: Sequence[str], exclude: Sequence[str]) -> str | None:

@@ -5,7 +5,7 @@ inside a fused expert parameter.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -25,6 +25,8 @@ HEAD_NAMES = ("lm_head", "embed_out", "score", "classifier", "qa_outputs")
 ROUTER_NAMES = ("gate", "router")
 # classes whose weights are no matrices, or never trained: transformers freezes sinusoids, and PEFT all of a model
 NO_UNITS = re.compile("Norm|Sinusoidal")
+# names of modules that see or hear, where no config says which one is the language model
+TOWER_NAMES = re.compile("(^|[._])(vision|visual|audio|image|img|speech|video)([._]|$)")
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class WeightUnit:
         shape: (rows, columns) as stored; convolutions count as (d_out, everything else).
         parameter: name of the parameter that holds it, as in `model.named_parameters()`.
         index: `parameter[index]` is this unit; empty for a whole parameter.
-        groups: the groups "embedding", "head", "router" that it belongs to.
+        groups: the groups "embedding", "head", "router", "tower", "stack" that it belongs to.
         out_axis: the output axis of `parameter[index]` (1 for transposed convolutions only).
     """
 
@@ -62,6 +64,7 @@ def find_units(model: nn.Module, quantized: bool = False) -> list[WeightUnit]:
     """
     names = CheckpointNames(model)
     inputs, outputs = _embedding_modules(model)
+    in_tower = _towers(model, inputs)
     units: dict[int, list[WeightUnit]] = {}
     for module_name, module in model.named_modules():
         if isinstance(module, ParametrizationList) or NO_UNITS.search(type(module).__name__):
@@ -85,6 +88,8 @@ def find_units(model: nn.Module, quantized: bool = False) -> list[WeightUnit]:
                     "trained, float8 ones ranked; comparisons and gain_over_forgetting take none."
                 )
             groups = _groups(model, module_name, module, inputs, outputs)
+            if "head" not in groups and in_tower(f"{module_name}."):
+                groups |= {"tower"}
             if id(parameter) in units:
                 units[id(parameter)] = [replace(unit, groups=unit.groups | groups) for unit in units[id(parameter)]]
             else:
@@ -116,12 +121,20 @@ def _units_of(module: nn.Module, name: str, parameter: Tensor, names: Checkpoint
         yield WeightUnit(names.whole(name), shape, name, out_axis=out_axis)
     elif parameter.ndim == 2:
         yield WeightUnit(names.whole(name), tuple(parameter.shape), name)
-    elif parameter.ndim == 3 and (parameter.shape[0] > 1 or hasattr(module, "num_experts")):
+    elif parameter.ndim == 3 and _holds_experts(module, name):
         yield from _expert_units(module, name, parameter, names)
+    elif parameter.ndim == 3 and parameter.shape[0] > 1:
+        for position in range(parameter.shape[0]):
+            index = (position, slice(None), slice(None))
+            yield WeightUnit(f"{name}.{position}", tuple(parameter.shape[1:]), name, index, frozenset({"stack"}))
     else:
         # a table with leading axes of size 1: learned positions or tokens of vision and speech encoders
         shape = (parameter.numel() // parameter.shape[-1], parameter.shape[-1])
         yield WeightUnit(names.whole(name), shape, name, groups=frozenset({"embedding"}))
+
+
+def _holds_experts(module: nn.Module, name: str) -> bool:
+    return hasattr(module, "num_experts") or "expert" in f"{type(module).__name__}.{name}".lower()
 
 
 def _expert_units(module: nn.Module, name: str, parameter: Tensor, names: CheckpointNames) -> Iterator[WeightUnit]:
@@ -165,6 +178,25 @@ def _embedding_modules(model: nn.Module) -> tuple[nn.Module | None, nn.Module | 
             # transformers raises it for architectures that have none
             found.append(None)
     return found[0], found[1]
+
+
+def _towers(model: nn.Module, inputs: nn.Module | None) -> Callable[[str], bool]:
+    """Tells of a module's name, with a final dot, whether it lies beside the language model, as encoders of images do.
+
+    A model whose config has a `text_config` holds the language model in modules of that config.
+    """
+    beside: list[tuple[str, tuple[str, ...]]] = []
+    for root, module in model.named_modules():
+        text = getattr(getattr(module, "config", None), "text_config", None)
+        prefix = f"{root}." if root else ""
+        languages = [name for name, each in module.named_modules() if type(getattr(each, "config", None)) is type(text)]
+        if text is not None and languages and "" not in languages:
+            beside.append((prefix, tuple(f"{prefix}{name}." for name in languages)))
+    by_name = isinstance(inputs, nn.Embedding) and not beside
+    return lambda name: (
+        any(name.startswith(root) and not name.startswith(languages) for root, languages in beside)
+        or (by_name and TOWER_NAMES.search(name) is not None)
+    )
 
 
 def _groups(

@@ -1,8 +1,9 @@
 """What becomes of every matrix of an architecture: trained as full fine-tuning would, or not, and why."""
 
 import copy
+import glob
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -139,16 +140,18 @@ def _examine_training(
     _loss(every, batch).backward()
     for layer in every.base_model.layers():
         _compare_gradient(layer, gradients[layer.unit.parameter], outcome)
+    _check_net(every, outcome)
     with tempfile.TemporaryDirectory() as folder:
         _check_names(base, units, Path(folder) / "base", outcome)
-        tuned = get_peft_model(copy.deepcopy(base), _config("50%"))
+        reached = _config("50%", [glob.escape(name) for name in outcome.without_gradient])
+        tuned = get_peft_model(copy.deepcopy(base), reached)
         _step(tuned, batch)
         _check_step(base, tuned, gradients, outcome)
         _check_files(base, tuned, Path(folder), outcome)
 
 
-def _config(k: str) -> KappaTuneConfig:
-    return KappaTuneConfig(k=k, order="random", seed=0, exclude=[])
+def _config(k: str, exclude: Sequence[str] = ()) -> KappaTuneConfig:
+    return KappaTuneConfig(k=k, order="random", seed=0, include=["*", "tower", "stack"], exclude=list(exclude))
 
 
 def _compare_gradient(layer: nn.Module, full: Tensor | None, outcome: Outcome) -> None:
@@ -164,6 +167,19 @@ def _compare_gradient(layer: nn.Module, full: Tensor | None, outcome: Outcome) -
         outcome.wrong.append(f"{unit.name}: another gradient than full fine-tuning's")
     else:
         outcome.trained += 1
+
+
+def _check_net(every: PeftModel, outcome: Outcome) -> None:
+    """A step is refused if and only if a matrix got nothing; experts may have got no token."""
+    missed = [layer.unit.name for layer in every.base_model.layers() if layer.master.grad is None]
+    missed = [name for name in missed if ".experts." not in name]
+    try:
+        every.base_model.stepping()
+    except KappaTuneError as error:
+        if not missed or missed[0] not in str(error):
+            outcome.wrong.append(f"refused to step: {error}")
+    else:
+        outcome.wrong += [f"{name}: stepped without a gradient" for name in missed]
 
 
 def _step(tuned: PeftModel, batch: dict[str, Tensor]) -> None:

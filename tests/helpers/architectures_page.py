@@ -53,7 +53,10 @@ def page(outcomes: dict[tuple[str, str], Outcome]) -> str:
         "Matrices without a gradient on text",
         "Full fine-tuning on text gives these none either: they are read only with images or sound, by a decoder that "
         "has an encoder beside it, by a choice that has no derivative (indexers, routers), or by no token of the batch "
-        "(experts). The rest of the model is trained. Exclude them.",
+        "(experts). The rest of the model is trained. A run that selects one stops before its first step and names it, "
+        "unless it is an expert. What lies beside the language model (group `tower`: encoders of images or sound, "
+        "projectors) and 3-D weights that aren't experts (group `stack`) are left out unless `include` names them; "
+        "here both were included.",
         "matrices",
         outcomes,
         lambda each: each.without_gradient,
