@@ -47,7 +47,7 @@ CONFIGS = {
 }
 LIMITS, SEEDS = (0.02, 0.05), 3
 STEPS, BATCH, HELD_OUT = 80, 16, 64
-DOCUMENTS, UNSEEN, TOKENS = 80, 700, 96
+DOCUMENTS, UNSEEN, TOKENS = 80, 400, 96
 START, END = "<!-- benchmarks/promise.py -->", "<!-- end -->"
 
 
@@ -105,7 +105,7 @@ class Bench:
         }
         changes = changes_of_checkpoint(self.base, model) if method == "full" else changes_of_adapter(model)
         with measuring(model):
-            unseen = texts(model, control_documents(self.tokenizer, stories[DOCUMENTS:][:UNSEEN], TOKENS, True), 64)
+            unseen = texts(model, control_documents(self.tokenizer, stories[DOCUMENTS:][:UNSEEN], TOKENS, False), 64)
             changes.set(0.0)
             before = unseen.measured()
             changes.set(1.0)

@@ -58,10 +58,12 @@ class DialSettings:
         return replace(self, **kept)
 
     def reads(self, controls: int) -> int:
-        """About how many tokens so many controls take: eight passes to choose, four to verify, and the steps."""
-        steps = self.steps if self.per_matrix else 0
+        """About how many tokens so many controls take: passes to choose and to verify, more for a scale a matrix."""
+        choose, verify, steps = (14, 6, self.steps) if self.per_matrix else (8, 4, 0)
         gradients = 3 * steps * (1 + controls) * self.batch
-        return controls * (8 * self.choose_tokens + 4 * self.verify_tokens) + 8 * self.choose_tokens // 2 + gradients
+        return (
+            controls * (choose * self.choose_tokens + verify * self.verify_tokens) + 4 * self.choose_tokens + gradients
+        )
 
 
 @dataclass
@@ -267,7 +269,7 @@ class _Dial:
     def _how_long(self, seconds: float) -> str:
         """From the time that measuring the base took."""
         halves = (*self.choosing.values(), *self.verifying.values())
-        about = seconds * self.settings.reads(len(self.choosing)) / sum(sum(half.texts.tokens) for half in halves)
+        about = seconds * self.settings.reads(len(self.choosing)) / sum(sum(half.texts.lengths) for half in halves)
         return f"Scaling back what was trained until it keeps its limit: about {max(1, round(about))} seconds."
 
 

@@ -37,10 +37,10 @@ def choose(
     Args:
         start: the scale for all to begin at, in (0, 1].
         limit: of the mean rise on the documents of `controls`, in nats a token.
-        batch: about how many tokens of the task, and of each control, a mini-batch has.
+        batch: about how many tokens of the task, and of each control, a mini-batch reads.
     """
-    rows = _Batches(task.tokens, batch, seed)
-    documents = [_Batches(each.texts.tokens, batch, seed) for each in controls]
+    rows = _Batches(task.lengths, batch, seed)
+    documents = [_Batches(each.texts.lengths, batch, seed) for each in controls]
     descent, tried = _Descent(len(changes.names), start, limit), []
     for step in tqdm(range(steps), desc="One scale a matrix", disable=quiet, leave=False):
         changes.set(descent.alphas)
@@ -99,7 +99,13 @@ class _Batches:
     def next(self) -> list[int]:
         """The positions of the next mini-batch."""
         taken: list[int] = []
-        while sum(self._tokens[each] for each in taken) < self._batch and len(taken) < len(self._tokens):
+        left = self._batch
+        while len(taken) < len(self._tokens):
             self._left = self._left or self._random.permutation(len(self._tokens)).tolist()
+            length = self._tokens[self._left[-1]]
+            # as near to the size as whole documents come, and one at least
+            if taken and length > 2 * left:
+                break
+            left -= length
             taken.append(self._left.pop())
         return taken

@@ -20,10 +20,12 @@ class Texts:
         nats: positions of documents -> the loss of each, summed over its tokens, shape (documents,); differentiable
             where gradients are on.
         tokens: how many tokens of each document are predicted.
+        read: how many tokens of each document are read, prompts too; None for about as many as are predicted.
     """
 
     nats: Callable[[Sequence[int]], Tensor]
     tokens: Sequence[int]
+    read: Sequence[int] | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -31,11 +33,17 @@ class Texts:
     def take(self, positions: Sequence[int]) -> "Texts":
         """These documents alone."""
         kept = list(positions)
-        return Texts(lambda rows: self.nats([kept[row] for row in rows]), [self.tokens[each] for each in kept])
+        tokens, read = ([each[place] for place in kept] for each in (self.tokens, self.lengths))
+        return Texts(lambda rows: self.nats([kept[row] for row in rows]), tokens, read)
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """How many tokens of each document are read."""
+        return self.tokens if self.read is None else self.read
 
     def up_to(self, tokens: int) -> "Texts":
-        """The first documents, with about so many tokens in all; at least two."""
-        within = np.searchsorted(np.cumsum(self.tokens), tokens, side="right")
+        """The first documents, with about so many tokens to read in all; at least two."""
+        within = np.searchsorted(np.cumsum(self.lengths), tokens, side="right")
         return self.take(range(min(len(self), max(2, int(within)))))
 
     def loss(self, rows: Sequence[int] | None = None) -> Tensor:

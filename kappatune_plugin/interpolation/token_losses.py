@@ -20,6 +20,8 @@ def texts(model: nn.Module, documents: Sequence[Sequence[Piece]], batch_size: in
 
     def nats(rows: Sequence[int]) -> Tensor:
         pieces = [(place, piece) for place, row in enumerate(rows) for piece in documents[row]]
+        # of like lengths together: padding is read too
+        pieces.sort(key=lambda pair: len(pair[1][0]))
         found = torch.zeros(len(rows), device=model.device)
         for first in range(0, len(pieces), batch_size):
             places, batch = zip(*pieces[first : first + batch_size], strict=True)
@@ -27,7 +29,8 @@ def texts(model: nn.Module, documents: Sequence[Sequence[Piece]], batch_size: in
             found = found.index_add(0, torch.tensor(places, device=found.device), losses)
         return found
 
-    return Texts(nats, [sum(len(ids) - start for ids, start in pieces) for pieces in documents])
+    predicted = [sum(len(ids) - start for ids, start in pieces) for pieces in documents]
+    return Texts(nats, predicted, [sum(len(ids) for ids, _ in pieces) for pieces in documents])
 
 
 def control_documents(tokenizer: Any, content: Sequence[str], max_length: int, truncate: bool) -> list[list[Piece]]:

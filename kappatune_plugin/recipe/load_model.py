@@ -12,7 +12,7 @@ from kappatune_plugin.recipe.recipe import Recipe
 from kappatune_plugin.weights.load_model import cannot_load
 
 
-def _tokenizer_error(recipe: Recipe) -> ValueError | None:
+def tokenizer_error(recipe: Recipe) -> ValueError | None:
     """What keeps the tokenizer from loading: TRL up to 0.24 asks for a processor, whose error doesn't say it."""
     try:
         load_tokenizer(recipe)

@@ -18,7 +18,13 @@ from kappatune_plugin.forgetting.report import ForgettingReport, shown, shown_ch
 from kappatune_plugin.recipe.load_model import load_base, load_tokenizer
 from kappatune_plugin.recipe.load_rows import load_test_rows, task_examples
 from kappatune_plugin.recipe.recipe import Recipe
-from kappatune_plugin.tuner.adapter_folder import ADAPTER_CONFIG, adapter_config, check_adapter, load_adapter
+from kappatune_plugin.tuner.adapter_folder import (
+    ADAPTER_CONFIG,
+    adapter_config,
+    check_adapter,
+    claims_adapter,
+    load_adapter,
+)
 from kappatune_plugin.weights.model_source import ModelSource
 from kappatune_plugin.weights.quantized import quantization_of
 
@@ -70,10 +76,10 @@ def evaluate(recipe: Recipe, places: Sequence[str]) -> Evaluation:
     tokenizer, probe, reports = load_tokenizer(recipe), None, {}
     for place in places:
         # an adapter changes the model that it is put on: each gets its own
-        base = _loaded(recipe)
+        base = load_on_device(recipe)
         if probe is None:
             named = {"name": recipe.model_args.model_name_or_path, "hash": ModelSource(base).base_hash()}
-        model = _trained(recipe, place, base)
+        model = load_trained(recipe, place, base)
         if probe is None:
             probe = ForgettingProbe.build(recipe.forgetting, data, model, tokenizer)
             with base_of(model):
@@ -98,7 +104,7 @@ def _check(recipe: Recipe, places: Sequence[str]) -> None:
             problems.append(
                 f"'{place}' holds no {ADAPTER_CONFIG} and no config.json: it is no adapter and no checkpoint."
             )
-        elif _is_adapter(place):
+        elif claims_adapter(place):
             try:
                 adapter_config(place)
                 check_adapter(place)
@@ -108,20 +114,16 @@ def _check(recipe: Recipe, places: Sequence[str]) -> None:
         raise KappaTuneError("\n  - ".join(["eval:", *problems]))
 
 
-def _is_adapter(place: Path) -> bool:
-    return (place / ADAPTER_CONFIG).is_file()
-
-
-def _loaded(recipe: Recipe, trained: str | None = None) -> nn.Module:
+def load_on_device(recipe: Recipe, trained: str | None = None) -> nn.Module:
     """The base, or the checkpoint `trained`, where the recipe would train it."""
     model = load_base(recipe, trained)
     # bitsandbytes' models can't be moved, and are there already
     return model if quantization_of(model) else model.to(recipe.training_args.device)
 
 
-def _trained(recipe: Recipe, place: str, base: nn.Module) -> nn.Module:
+def load_trained(recipe: Recipe, place: str, base: nn.Module) -> nn.Module:
     """The model at `place`, evaluated against `base` as PEFT's models are against theirs."""
-    if _is_adapter(Path(place)):
+    if claims_adapter(Path(place)):
         _warn_of_another_base(recipe, place)
         return load_adapter(base, Path(place))
     if quantization_of(base):
@@ -129,7 +131,7 @@ def _trained(recipe: Recipe, place: str, base: nn.Module) -> nn.Module:
             f"'{place}' is a whole checkpoint, and the recipe's model is quantized: what that costs would be taken for "
             "forgetting. Give the adapter, or the model unquantized (--load_in_4bit false)."
         )
-    model = _loaded(recipe, place)
+    model = load_on_device(recipe, place)
     ours, its = ({name: value.shape for name, value in each.named_parameters()} for each in (base, model))
     if ours != its:
         other = sorted(name for name in ours.keys() | its.keys() if ours.get(name) != its.get(name))

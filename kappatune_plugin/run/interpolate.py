@@ -25,13 +25,13 @@ from kappatune_plugin.interpolation.find_changes import changes_of_adapter, chan
 from kappatune_plugin.interpolation.interpolate import turn_model
 from kappatune_plugin.interpolation.plot import plot_dial
 from kappatune_plugin.interpolation.token_losses import Piece, control_documents, row_documents
+from kappatune_plugin.model_folder import check_free, publish, staging
 from kappatune_plugin.recipe.held_out import a_tenth, interpolates, texts_of, validation_rows
 from kappatune_plugin.recipe.load_model import load_tokenizer
 from kappatune_plugin.recipe.load_rows import load_data, task_examples
 from kappatune_plugin.recipe.recipe import Recipe
-from kappatune_plugin.run.evaluate import _is_adapter, _loaded, _trained
-from kappatune_plugin.tuner.adapter_folder import ADAPTER, adapter_config
-from kappatune_plugin.tuner.merge import _check_free, _publish, _staging
+from kappatune_plugin.run.evaluate import load_on_device, load_trained
+from kappatune_plugin.tuner.adapter_folder import ADAPTER, adapter_config, claims_adapter
 
 RESULT, PICTURE = "interpolation.json", "interpolation.png"
 # what was trained, whole: to scale it back to another limit later
@@ -112,9 +112,9 @@ def interpolate_trained(
     """
     output_dir = Path(output_dir)
     held, data = _inputs(recipe, place, output_dir, overwrite)
-    base = _loaded(recipe)
-    model = _trained(recipe, place, base)
-    adapter = _is_adapter(Path(place))
+    base = load_on_device(recipe)
+    model = load_trained(recipe, place, base)
+    adapter = claims_adapter(Path(place))
     changes = changes_of_adapter(model) if adapter else changes_of_checkpoint(base, model)
     tokenizer = load_tokenizer(recipe)
     probe = ForgettingProbe.build(recipe.forgetting, data, model, tokenizer)
@@ -126,11 +126,11 @@ def interpolate_trained(
     settings = DialSettings(max_delta, per_matrix, within=_affordable(recipe, rows, model))
     dialed = turn_model(model, changes, rows, controls, settings, recipe.forgetting.batch_size, say)
     report.kept = probe.measure(model)
-    with _staging(output_dir) as folder:
+    with staging(output_dir) as folder:
         (_write_adapter if adapter else _write_checkpoint)(model, Path(place), folder)
         write_result(dialed, folder)
         _write_card(folder, place, dialed)
-        _publish(folder, output_dir)
+        publish(folder, output_dir)
     return dialed, report
 
 
@@ -138,8 +138,8 @@ def _inputs(recipe: Recipe, place: str, output_dir: Path, overwrite: bool) -> tu
     """The rows held out from training and the controls' texts; everything that is wrong before a model is loaded."""
     if recipe.forgetting is None or not recipe.forgetting.controls():
         raise KappaTuneError("There is no control to keep a limit on: add `forgetting: {control: self}` to the recipe.")
-    _check_free(output_dir, [Path(place), Path(recipe.model_args.model_name_or_path)], overwrite)
-    if _is_adapter(Path(place)):
+    check_free(output_dir, [Path(place), Path(recipe.model_args.model_name_or_path)], overwrite)
+    if claims_adapter(Path(place)):
         _check_base(recipe, place)
     held = validation_rows(recipe)
     train, test = load_data(recipe)

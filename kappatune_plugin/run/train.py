@@ -23,7 +23,7 @@ from kappatune_plugin.forgetting.probe import ForgettingData, ForgettingProbe
 from kappatune_plugin.forgetting.report import ForgettingReport
 from kappatune_plugin.interpolation.dial import Dialed
 from kappatune_plugin.recipe.held_out import hold_out, interpolates
-from kappatune_plugin.recipe.load_model import _tokenizer_error, load_base, load_tokenizer, model_init_kwargs
+from kappatune_plugin.recipe.load_model import load_base, load_tokenizer, model_init_kwargs, tokenizer_error
 from kappatune_plugin.recipe.load_rows import eval_rows, load_data, task_examples
 from kappatune_plugin.recipe.measure_gain import config_with_gain, needs_gain
 from kappatune_plugin.recipe.recipe import Recipe, public_yaml
@@ -194,7 +194,7 @@ def _trainer(recipe: Recipe, train: Dataset, test: Dataset | None) -> SFTTrainer
             raise
         raise cannot_load(model.model_name_or_path, error) from error
     except ValueError as error:
-        hint = newer_tokenizer(_tokenizer_error(recipe) or error)
+        hint = newer_tokenizer(tokenizer_error(recipe) or error)
         if hint is None:
             raise KappaTuneError(f"TRL can't train '{model.model_name_or_path}' so: {error}") from error
         raise KappaTuneError(f"Can't load the tokenizer of '{model.model_name_or_path}': {error} {hint}") from error

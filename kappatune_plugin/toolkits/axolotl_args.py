@@ -6,14 +6,13 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field
 
+from kappatune_plugin.toolkits.lora_recipes import AXOLOTL, QUANTIZED
 from kappatune_plugin.tuner.config import KappaTuneSettings
 from kappatune_plugin.tuner.register import NAME
 
-# read by Axolotl or by us whatever the adapter is
-SHARED = ("lora_model_dir", "lora_on_cpu", "lora_modules_to_save", "peft_autocast_adapter_dtype")
-OTHER_PREFIXES = ("lora_", "peft_", "qlora_")
-OTHER_METHODS = ("peft", "loraplus_lr_ratio", "relora", "unfrozen_parameters")
-QUANTIZED = ("load_in_4bit", "load_in_8bit", "gptq", "quantize_moe_experts")
+# Axolotl starts our adapters by it too
+SHARED = "lora_model_dir"
+OTHER_METHODS = ("unfrozen_parameters",)
 
 
 def _given(block: Any) -> dict[str, Any]:
@@ -38,11 +37,11 @@ def axolotl_problems(config: Mapping[str, Any]) -> list[str]:
         return problems
     if NAME not in config and not near:
         problems.append(f"the block {NAME} is missing: add the lines `{NAME}:` and `  k: 75`.")
-    other = [key for key in config if key in OTHER_METHODS or key.startswith(OTHER_PREFIXES)]
-    other = [key for key in other if config[key] and key not in SHARED]
+    given = [key for key, value in config.items() if value and key != SHARED]
+    quantized = [key for key in given if AXOLOTL.reason(key) == QUANTIZED]
+    other = [key for key in given if key in OTHER_METHODS or AXOLOTL.reason(key) not in (None, QUANTIZED)]
     if other:
         problems.append(f"{', '.join(other)}: another method's, and ignored here. Delete these lines.")
-    quantized = [key for key in QUANTIZED if config.get(key)]
     if quantized:
         problems.append(
             f"{', '.join(quantized)}: Axolotl quantizes only for its own adapters, and would load the model "

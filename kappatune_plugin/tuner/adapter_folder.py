@@ -14,11 +14,16 @@ FLOATING = ("F64", "F32", "F16", "BF16")
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 
 
+def claims_adapter(place: Path) -> bool:
+    """Whether it is a folder of an adapter of any PEFT method, whole or not."""
+    return (place / ADAPTER_CONFIG).is_file()
+
+
 def adapter_config(adapter: Path) -> PeftConfig:
     """The config in a folder. Raises KappaTuneError if there is none, or none that PEFT can read."""
     from peft import PeftConfig
 
-    if not (adapter / ADAPTER_CONFIG).is_file():
+    if not claims_adapter(adapter):
         raise KappaTuneError(f"'{adapter}' holds no {ADAPTER_CONFIG}. Give the output_dir of a run.")
     try:
         config = PeftConfig.from_pretrained(str(adapter))

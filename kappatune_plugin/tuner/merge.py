@@ -1,33 +1,20 @@
 """An adapter and its base in, a plain checkpoint out."""
 
 import os
-import re
-import secrets
-import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from kappatune_plugin.compat import newer_tokenizer
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.files import alone, as_umask_says
+from kappatune_plugin.model_folder import check_free, publish, staging
 from kappatune_plugin.tuner.adapter_folder import adapter_config, check_adapter, load_adapter
 from kappatune_plugin.weights.quantized import whole_model
 
-# what `save_pretrained` of models, tokenizers and processors leaves
-CHECKPOINT_FILES = re.compile(
-    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|(generation_|preprocessor_|processor_)?config\.json"
-    r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json|(merges|vocab)\.txt"
-    r"|(tokenizer|spiece|sentencepiece\.bpe)\.model|.*\.jinja|(modeling|configuration|tokenization)_\w+\.py"
-)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-UNFINISHED = ".unfinished-"
 # a rounding that changes the trained update by more than this share of its size is said
 ROUNDING_SAID = 0.01
 
@@ -67,40 +54,15 @@ def merge_adapter(
     if dtype not in (None, *DTYPES):
         raise KappaTuneError(f"--dtype {dtype} is none of {', '.join(DTYPES)}.")
     check_adapter(adapter)
-    _check_free(output_dir, [adapter, Path(base)], overwrite)
+    check_free(output_dir, [adapter, Path(base)], overwrite)
     options = {"revision": config.revision} if model is None and config.revision else {}
     merged = _merged(adapter, base, config, {"trust_remote_code": trust_remote_code, **options}, dtype or "auto")
     tokenizer = _tokenizer(adapter, base, trust_remote_code)
-    with _staging(output_dir) as folder:
+    with staging(output_dir) as folder:
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        _publish(folder, output_dir)
+        publish(folder, output_dir)
     return output_dir
-
-
-def _check_free(output_dir: Path, sources: list[Path], overwrite: bool) -> None:
-    if os.path.lexists(output_dir) and not output_dir.is_dir():
-        raise KappaTuneError(f"output_dir '{output_dir}' is no folder. Give another name.")
-    for source in sources:
-        if output_dir.resolve() == source.resolve():
-            raise KappaTuneError(f"output_dir '{output_dir}' is what is merged. Give another folder.")
-        # a hub name is no folder, though it reads like one
-        if source.exists() and output_dir.resolve() in source.resolve().parents:
-            raise KappaTuneError(f"output_dir '{output_dir}' holds '{source}', which is merged. Give another folder.")
-    found = [path.name for path in _files(output_dir)]
-    if found and not overwrite:
-        raise KappaTuneError(f"output_dir '{output_dir}' is not empty. Give another folder, or add --overwrite.")
-    others = [name for name in found if not CHECKPOINT_FILES.fullmatch(name)]
-    # a merge that was killed while it put its files there has left the others beside them
-    killed = output_dir.is_dir() and any(UNFINISHED in path.name for path in output_dir.iterdir())
-    if others or (found and "config.json" not in found and not killed):
-        what = f"files of no checkpoint, such as {others[0]}" if others else "no whole checkpoint"
-        raise KappaTuneError(f"output_dir '{output_dir}' holds {what}: --overwrite leaves it alone. Give another one.")
-
-
-def _files(folder: Path) -> list[Path]:
-    """What is in a folder, without what a merge that was killed left in it."""
-    return sorted(path for path in folder.iterdir() if UNFINISHED not in path.name) if folder.is_dir() else []
 
 
 def _merged(adapter: Path, base: str, config: PeftConfig, options: dict[str, Any], dtype: str) -> PreTrainedModel:
@@ -163,37 +125,3 @@ def _say_rounding(tuned: PeftModel) -> None:
             f"by {share:.0%} of its size (root mean square). To keep it add --dtype {kept}.",
             stacklevel=3,
         )
-
-
-@contextmanager
-def _staging(output_dir: Path) -> Iterator[Path]:
-    """A folder to write to, on the disk of `output_dir`; those that killed merges left there are deleted."""
-    parent = output_dir if output_dir.is_dir() else output_dir.parent
-    name = f".{output_dir.name}{UNFINISHED}"
-    folder = parent / f"{name}{secrets.token_hex(4)}"
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        for left in parent.glob(f"{name}*"):
-            # one that another merge is writing stays
-            with suppress(KappaTuneError), alone(left, "merge"):
-                shutil.rmtree(left)
-        (folder / "model").mkdir(parents=True)
-        with alone(folder, "merge"):
-            yield folder / "model"
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise KappaTuneError(f"Can't write '{output_dir}': {reason}. Choose another folder.") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _publish(folder: Path, output_dir: Path) -> None:
-    as_umask_says(folder)
-    if not output_dir.is_dir():
-        os.replace(folder, output_dir)
-        return
-    # without its config.json a folder doesn't load, whatever else is in it: neither the old model nor a mixture
-    for old in sorted(_files(output_dir), key=lambda path: path.name != "config.json"):
-        old.unlink()
-    for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
-        os.replace(path, output_dir / path.name)
