@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.selection.ranking import rank_help
+from kappatune_plugin.selection.criteria import rank_help
 from kappatune_plugin.version import __version__
 
 app = typer.Typer(

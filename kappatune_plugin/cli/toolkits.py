@@ -48,7 +48,7 @@ def convert(
 @clean_errors
 def plan(
     model: Annotated[str, typer.Argument(help="A model's folder, or its name on the hub.")],
-    toolkit: Annotated[str, typer.Option("--for", help="axolotl, llamafactory, trl, ms-swift or torchtune.")],
+    toolkit: Annotated[str, typer.Option("--for", help="axolotl, llamafactory, trl or ms-swift.")],
     k: Annotated[str, typer.Option("--k", help=K_HELP)] = str(DEFAULT_K),
     report: Annotated[
         Path | None, typer.Option(help="A kappa report of this model, from `kappatune scan`; default: scan it.")

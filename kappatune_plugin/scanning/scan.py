@@ -13,7 +13,8 @@ from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.scanning.cache import Cache, cache_folder
 from kappatune_plugin.scanning.lowest import can_settle, settle
 from kappatune_plugin.scanning.measure import Bar, measure
-from kappatune_plugin.selection.ranking import gain_over_forgetting, how_to_measure
+from kappatune_plugin.selection.criteria import gain_over_forgetting
+from kappatune_plugin.selection.ranking import how_to_measure
 from kappatune_plugin.selection.report import ABOVE, KappaReport
 from kappatune_plugin.selection.selection import check_settings
 from kappatune_plugin.weights.open_source import ScanFrom, open_source

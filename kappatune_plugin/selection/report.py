@@ -103,7 +103,7 @@ def current_versions() -> dict[str, str]:
     return {"torch": str(torch.__version__), "kappatune_plugin": __version__}
 
 
-@dataclass
+@dataclass(repr=False)
 class KappaReport:
     """The condition numbers of a model's weight matrices.
 
@@ -125,6 +125,12 @@ class KappaReport:
     left_out: dict[str, str] = field(default_factory=dict)
     made_for: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=current_versions)
+
+    def __repr__(self) -> str:
+        found = [row.kappa for row in self.units if row.status == "ok"]
+        kappas = f"kappa {min(found):.3g} to {max(found):.3g}" if found else "no kappa"
+        left = f", {len(self.left_out)} left out" if self.left_out else ""
+        return f"KappaReport({len(self.units)} matrices of {self.base['name']!r}, {kappas}{left})"
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the report to `path` as JSON, atomically. Raises KappaTuneError if `path` can't be written."""

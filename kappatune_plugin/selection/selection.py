@@ -44,7 +44,7 @@ class _File(SelectSettings):
     units: list[SelectedUnit] = Field(min_length=1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Selection:
     """The weight matrices to train.
 
@@ -64,6 +64,13 @@ class Selection:
     seed: int
     base: dict[str, str]
     reasons: dict[str, str] = field(default_factory=dict, compare=False)
+
+    def __repr__(self) -> str:
+        first = f", first {self.units[0].name}" if self.units else ""
+        return (
+            f"Selection({len(self.units)} matrices of {self.base['name']!r}, {self.order} {self.rank_by}, "
+            f"k={self.k!r}{first})"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The content of selection.json."""

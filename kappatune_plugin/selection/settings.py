@@ -8,7 +8,8 @@ from pydantic import AfterValidator, Field
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.schema import Block, Whole, not_one_of
 from kappatune_plugin.selection.budget import DEFAULT_K, parse_budget
-from kappatune_plugin.selection.ranking import ORDERS, RANKS, rank_help
+from kappatune_plugin.selection.criteria import RANKS, rank_help
+from kappatune_plugin.selection.ranking import ORDERS
 
 
 def _one_of(choices: Collection[str]) -> AfterValidator:

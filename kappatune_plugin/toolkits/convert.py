@@ -35,6 +35,10 @@ PLUGIN = "kappatune_plugin.toolkits.axolotl.KappaTunePlugin"
 GIB = 2**30
 # arXiv 2506.16289
 PAPER_RATE = 5e-5
+# of `kappatune sft` alone
+FORGETTING = """# forgetting:  # measures what is forgotten, and scales back what was trained until the limit is kept
+#   control: self
+#   max_delta: 0.02"""
 # of TRL and LLaMA-Factory
 STAYS_QUANTIZED = ("load_in_4bit", "load_in_8bit", "quantization_bit")
 
@@ -187,6 +191,8 @@ def _edited(text: str, kind: Toolkit, new: Mapping[str, Any], comment: str) -> s
             edit.set(key, _flow(value))
         else:
             edit.insert(line if key != NAME or kind is TRL else line + 1, _lines(key, value, comment))
+    if kind is TRL:
+        edit.insert(line, FORGETTING.splitlines())
     return edit.text()
 
 

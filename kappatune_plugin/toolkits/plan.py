@@ -23,7 +23,7 @@ from kappatune_plugin.weights.load_model import empty_model, trained_without_val
 from kappatune_plugin.weights.open_source import open_source
 from kappatune_plugin.weights.units import WeightUnit, find_units
 
-STOCK = ("axolotl", "llamafactory", "trl", "ms-swift", "torchtune")
+STOCK = ("axolotl", "llamafactory", "trl", "ms-swift")
 LORA = ("trl", "llamafactory")
 # LLaMA-Factory puts LoRA on modules only, and a parameter that holds all experts isn't one
 CAN_WIDEN = ("axolotl", "ms-swift", "trl")
@@ -64,16 +64,10 @@ def plan(
         widen: where a matrix is part of a parameter, choose the smallest thing around it that the toolkit can train.
 
     Raises:
-        KappaTuneError: an unknown toolkit, one that can't choose single matrices, or nothing that it can choose.
+        KappaTuneError: an unknown toolkit, or one that can choose none of the matrices.
     """
     if toolkit not in STOCK:
         raise KappaTuneError(f"--for {toolkit} is none of {', '.join(STOCK)}.")
-    if toolkit == "torchtune":
-        raise KappaTuneError(
-            "torchtune can't train single matrices: its recipes choose kinds of modules (lora_attn_modules, "
-            "apply_lora_to_mlp) for all layers at once, or train everything. Plan for trl, axolotl, llamafactory or "
-            "ms-swift."
-        )
     if report is None:
         report = scan(model, trust_remote_code=trust_remote_code)
     else:

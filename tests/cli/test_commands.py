@@ -16,6 +16,7 @@ from helpers.command import kappatune
 from helpers.recipes import tiny_recipe, write_recipe
 from helpers.tiny import tiny_model
 from kappatune_plugin import KappaReport, Selection
+from kappatune_plugin.cli.app import app
 from kappatune_plugin.scanning import scan as scanning
 
 
@@ -32,6 +33,20 @@ def test_the_command_is_installed():
     command = Path(sys.executable).parent / "kappatune"
     done = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout.startswith("kappatune 0.")
+
+
+def test_help_waits_for_no_framework():
+    """torch alone takes seconds to import."""
+    words = [[], *([command.name or command.callback.__name__] for command in app.registered_commands)]
+    code = (
+        "import sys; from kappatune_plugin.cli import app\n"
+        f"for words in {words}:\n"
+        "    try: app([*words, '--help'])\n"
+        "    except SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'peft', 'trl'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.count("Usage") == len(words) > 9 and done.stdout.rstrip().endswith("[]"), done.stderr
 
 
 def test_a_recipes_mistakes_are_one_message_and_no_traceback(saved_olmoe, tmp_path):

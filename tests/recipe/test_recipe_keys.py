@@ -9,7 +9,7 @@ from kappatune_plugin.recipe.keys_table import keys_page
 
 PAGE = Path(__file__).parents[2] / "docs" / "recipe-keys.md"
 ADDED = '''
-from kappatune_plugin.selection.ranking import criterion
+from kappatune_plugin.selection.criteria import criterion
 
 @criterion
 def frobenius(row):

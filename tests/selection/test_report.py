@@ -264,3 +264,10 @@ def test_layer_and_type(name, expected):
 )
 def test_short_number(value, text):
     assert short_number(value) == text
+
+
+def test_a_report_and_a_selection_are_a_line():
+    shown = report(row("a", 2.0), row("b", 1234.5), row("c", status="zero"))
+    assert repr(shown) == f"KappaReport(3 matrices of {shown.base['name']!r}, kappa 2 to 1.23e+03)"
+    chosen = select(report(row("a", 2.0), row("b", 3.0)), k=1)
+    assert repr(chosen).startswith("Selection(1 matrices of ") and repr(chosen).endswith("lowest kappa, k=1, first a)")

@@ -11,8 +11,8 @@ from kappatune_plugin import KappaTuneError
 from kappatune_plugin.recipe.recipe import load_recipe
 from kappatune_plugin.recipe.trl_keys import trl_keys
 from kappatune_plugin.toolkits import convert
-from kappatune_plugin.toolkits.convert import PLUGIN, convert_recipe
-from kappatune_plugin.toolkits.lora_recipes import TOOLKITS
+from kappatune_plugin.toolkits.convert import FORGETTING, PLUGIN, convert_recipe
+from kappatune_plugin.toolkits.lora_recipes import TOOLKITS, TRL
 from kappatune_plugin.toolkits.yaml_edit import YamlText
 
 EXAMPLES = sorted((Path(__file__).parent / "examples").glob("*/*.yaml"))
@@ -65,7 +65,9 @@ def test_all_but_loras_keys_stay_as_they_were(example, configs, tmp_path):
     others = [key for key in after if key not in toolkit.kept]
     assert not [key for key in others if key.startswith(("lora_", "peft_", "use_peft", "use_dora"))]
     comments = [line for line in converted.before.splitlines() if line.startswith("#")]
-    assert [line for line in converted.after.splitlines() if line.startswith("#")] == comments
+    added = FORGETTING.splitlines() if toolkit is TRL else []
+    assert [line for line in converted.after.splitlines() if line.startswith("#") and line not in added] == comments
+    assert all(line in converted.after.splitlines() for line in added)
     assert path.read_text(encoding="utf-8") == converted.before, "nothing is written"
 
 
