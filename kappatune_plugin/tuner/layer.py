@@ -1,5 +1,6 @@
 """One trained unit inside a PEFT model."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -232,6 +233,24 @@ def check_finite(layers: Sequence[KappaTuneLayer], adapter_names: list[str] | No
         raise KappaTuneError(f"{wrong[0]} has values that aren't finite: not merged.")
 
 
+def warn_not_finite(tuner: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """A hook before a tuner's state dict is made: warn of trained values that aren't finite.
+
+    Whether a run that diverged goes on is for the settings of its trainer to say. Divided values are left out.
+    """
+    layers = [module for module in tuner.modules() if isinstance(module, KappaTuneLayer)]
+    trained = [(layer.unit.name, layer.master) for layer in layers if layer.master is not None]
+    here = [(name, held) for name, held in trained if not (held.is_meta or shards.is_partitioned(held))]
+    wrong = [name for name, held in here if not torch.isfinite(held).all()]
+    if wrong:
+        warnings.warn(
+            f"{len(wrong)} of {len(trained)} trained matrices hold values that aren't finite (NaN or infinite), such "
+            f"as {wrong[0]}: training diverged, and they are saved as they are. Go on from a checkpoint before "
+            "(resume_from_checkpoint), with a lower learning_rate or max_grad_norm.",
+            stacklevel=2,
+        )
+
+
 def check_reached(layers: Sequence[KappaTuneLayer]) -> None:
     """Raise KappaTuneError if a backward pass brought no gradient to units that are to be trained.
 
@@ -275,7 +294,9 @@ def _check_written(layer: KappaTuneLayer, prefix: str, keep_vars: bool) -> None:
     master = layer.master
     if master is None or layer.disable_adapters or master.is_meta or not _is_here(layer, master):
         return
-    if not torch.equal(layer.block, master.detach().to(layer.block.dtype)):
+    held, trained = layer.block, master.detach().to(layer.block.dtype)
+    # NaN is unequal to itself
+    if not ((held == trained) | (held.isnan() & trained.isnan())).all():
         raise KappaTuneError(
             f"{layer.unit.name}: the trained values and the base model differ, so training steps were not written "
             "through. Call model.base_model.write_through() after each optimizer step."

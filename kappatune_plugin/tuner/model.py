@@ -20,18 +20,26 @@ from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.selection.report import KappaReport
 from kappatune_plugin.selection.selection import Selection
 from kappatune_plugin.tuner.config import KappaTuneConfig
-from kappatune_plugin.tuner.layer import MIXED_BATCH, NOT_WRITTEN, KappaTuneLayer, check_finite, check_reached
+from kappatune_plugin.tuner.layer import (
+    MIXED_BATCH,
+    NOT_WRITTEN,
+    KappaTuneLayer,
+    check_finite,
+    check_reached,
+    warn_not_finite,
+)
 from kappatune_plugin.tuner.register import PREFIX, register
-from kappatune_plugin.tuner.saved_selection import check_selection, keep_selection, other_selection
+from kappatune_plugin.tuner.saved_selection import check_loaded_keys, check_selection, keep_selection, named_as_here
 from kappatune_plugin.tuner.slice_gradients import BINDINGS, bind, bound, parameter_readers, unbind
 from kappatune_plugin.tuner.trainer_hooks import follow, in_step
-from kappatune_plugin.tuner.values import VALUES, renamed
+from kappatune_plugin.tuner.values import VALUES
 from kappatune_plugin.tuner.what_to_train import (
-    check_modules_to_save,
     given_selection,
     report_for_selection,
     selected_units,
     selection_from,
+    settle_modules_to_save,
+    trained_whole,
 )
 from kappatune_plugin.weights.model_source import ModelSource
 from kappatune_plugin.weights.quantized import keep_unpacked, make_whole, quantization_of, quantized_form
@@ -71,7 +79,8 @@ class KappaTuneModel(BaseTuner):
         """
         if "selections" not in self.__dict__:
             self.selections, self.reports, self._base_hash = {}, {}, ModelSource(model).base_hash()
-            self.register_load_state_dict_pre_hook(_check_loaded_keys)
+            self.register_load_state_dict_pre_hook(check_loaded_keys)
+            self.register_state_dict_pre_hook(warn_not_finite)
             self._running: list[ExitStack] = []
             self._hooks = [
                 model.register_forward_pre_hook(self._before_forward),
@@ -79,7 +88,7 @@ class KappaTuneModel(BaseTuner):
             ]
         # a config may be used for several models: what it settles to here is this model's
         config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
-        check_modules_to_save(config, model)
+        settle_modules_to_save(config, model)
         selection, units = self._settle(model, adapter_name, config)
         config.base_quantization = quantization_of(model)
         keep_unpacked(model)
@@ -262,7 +271,7 @@ class KappaTuneModel(BaseTuner):
             selection = selection_from(report, config)
         hint = UNQUANTIZED if config.base_quantization and not quantization_of(model) else ""
         found = {unit.name: unit for unit in find_units(model, quantized=True)}
-        units = selected_units(selection, found, self._base_hash, hint)
+        units = selected_units(selection, found, self._base_hash, hint, trained_whole(config, model))
         config.k, config.order, config.rank_by = selection.k, selection.order, selection.rank_by
         config.report, config.selection = None, selection.to_dict()
         return selection, units
@@ -280,9 +289,12 @@ class KappaTuneModel(BaseTuner):
                 layer.write()
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(cls, *, state_dict: dict[str, Any], **given: Any) -> dict[str, Any]:
+    def _remap_adapter_state_dict_for_load(
+        cls, *, model: nn.Module, state_dict: dict[str, Any], **given: Any
+    ) -> dict[str, Any]:
         # PEFT 0.21 and later; before, it adds the adapter's name to whatever has the prefix
-        return super()._remap_adapter_state_dict_for_load(state_dict=renamed(state_dict), **given)
+        named = named_as_here(state_dict, model)
+        return super()._remap_adapter_state_dict_for_load(model=model, state_dict=named, **given)
 
     def _check_target_module_exists(self, peft_config: KappaTuneConfig, key: str) -> bool:
         return key in self._targets
@@ -379,21 +391,6 @@ def _child_name(unit: WeightUnit) -> str:
     if not unit.index:
         return OWN + unit.parameter.rpartition(".")[2]
     return OWN + "_".join(unit.name.removesuffix(".weight").split(".")[-2:])
-
-
-def _check_loaded_keys(tuner: KappaTuneModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Refuse a checkpoint whose selection isn't this model's: PEFT would load what fits and ignore the rest."""
-    named = renamed(state_dict)
-    state_dict.clear()
-    state_dict.update(named)
-    mark = f".{VALUES}."
-    found = {key for key in state_dict if key.startswith(prefix) and mark in key and key.endswith(".weight")}
-    own = {f"{prefix}{name}" for name, _ in tuner.named_parameters() if mark in name}
-    adapters = {key.partition(mark)[2] for key in found & own}
-    expected = {key for key in own if key.partition(mark)[2] in adapters}
-    if found - own or expected - found:
-        here, there = ({key.partition(mark)[0] for key in keys} for keys in (expected - found, found - own))
-        raise other_selection(there, here)
 
 
 register(KappaTuneConfig, KappaTuneModel)

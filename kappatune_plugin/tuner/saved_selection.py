@@ -1,16 +1,22 @@
 """The selection that a checkpoint was trained with: kept in it, and compared when it is resumed."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from kappatune_plugin.distributed import ranks
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.selection.selection import Selection
 from kappatune_plugin.tuner.adapter_folder import ADAPTER_CONFIG
+from kappatune_plugin.tuner.values import VALUES, renamed
+from kappatune_plugin.weights.units import OWN
 
 # in the place of the adapter, in a checkpoint that FSDP2 divides over files (SHARDED_STATE_DICT)
 SELECTION, SHARDS = "selection.json", "pytorch_model_fsdp_0"
+MARK = f".{VALUES}."
 
 
 def keep_selection(folder: Path, selection: Selection) -> None:
@@ -45,3 +51,52 @@ def other_selection(there: Iterable[str], here: Iterable[str]) -> KappaTuneError
         "made with (selection.json beside it), or start anew without resume_from_checkpoint. An adapter whose own "
         "files disagree was damaged or edited: copy it again."
     )
+
+
+def named_as_here(state_dict: Mapping[str, Any], model: nn.Module, prefix: str = "") -> dict[str, Any]:
+    """`state_dict` with other names of the units that `model` trains replaced by those of here.
+
+    Other names are those by earlier versions, and by transformers 4 and 5 where the other one runs now.
+    """
+    named = renamed(state_dict)
+    here = {_place(f"{prefix}{name}") for name, _ in model.named_parameters() if MARK in name}
+    places = _other_places({_place(key) for key in named if MARK in key}, here)
+    return {f"{places.get(_place(key), _place(key))}{key[len(_place(key)) :]}": value for key, value in named.items()}
+
+
+def check_loaded_keys(tuner: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A hook before a tuner's state dict is loaded: refuse one whose selection isn't the tuner's.
+
+    PEFT would load what fits and ignore the rest. Names are replaced in `state_dict`, see `named_as_here`.
+    """
+    named = named_as_here(state_dict, tuner, prefix)
+    state_dict.clear()
+    state_dict.update(named)
+    found = {key for key in state_dict if key.startswith(prefix) and MARK in key and key.endswith(".weight")}
+    own = {f"{prefix}{name}" for name, _ in tuner.named_parameters() if MARK in name}
+    adapters = {key.partition(MARK)[2] for key in found & own}
+    expected = {key for key in own if key.partition(MARK)[2] in adapters}
+    if found - own or expected - found:
+        raise other_selection(map(_place, found - own), map(_place, expected - found))
+
+
+def _place(key: str) -> str:
+    return key.partition(MARK)[0]
+
+
+def _other_places(there: set[str], here: set[str]) -> dict[str, str]:
+    """A checkpoint's place of a unit -> its place in this model, where only the versions of transformers differ.
+
+    Experts are modules in transformers 4 and fused in 5, under modules of other names too: layer, expert and projection
+    say which unit it is. Whether it holds the same base is checked when its values are taken over.
+    """
+    mine = {_numbers_and_word(place): place for place in here - there}
+    return {place: mine[found] for place in there - here if (found := _numbers_and_word(place)) in mine}
+
+
+def _numbers_and_word(place: str) -> tuple[str, ...]:
+    """("3", "17", "gate_proj") for `layers.3.experts.17.gate_proj.*` and `layers.3.experts.kappatuned_17_gate_proj`."""
+    owner, _, unit = place.rpartition(f".{OWN}")
+    expert, _, projection = unit.partition("_")
+    parts = [*owner.split("."), *([expert, projection] if expert.isdigit() else [])]
+    return (*(each for each in parts if each.isdigit()), parts[-1])

@@ -1,6 +1,7 @@
 """A config becomes a report and a selection: those that it names, or a scan of the model and what `select` takes."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -13,10 +14,15 @@ from kappatune_plugin.selection.report import KappaReport
 from kappatune_plugin.selection.selection import Selection, select
 from kappatune_plugin.tuner.config import KappaTuneConfig
 from kappatune_plugin.weights.patterns import DEFAULT_EXCLUDE
-from kappatune_plugin.weights.units import WeightUnit
+from kappatune_plugin.weights.units import WeightUnit, find_units
 
-# to modules_to_save, by the task and not by the model
-ADDED_BY_PEFT = {"classifier", "score", "qa_outputs"}
+# what PEFT adds to modules_to_save, by the task and not by the model; to its own config, after the tuner copied it
+ADDED_BY_PEFT = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+TRAINED_WHOLE = "trained whole, as modules_to_save says"
 
 
 def given_report(config: KappaTuneConfig, base_hash: str | None = None) -> KappaReport | None:
@@ -40,9 +46,15 @@ def given_report(config: KappaTuneConfig, base_hash: str | None = None) -> Kappa
 
 
 def scan_for(config: KappaTuneConfig, model: nn.Module, **wanted: Any) -> KappaReport:
-    """A scan of `model` with the config's include, exclude and rtol; `wanted` goes to `scan`: k, order, rank_by, ..."""
+    """A scan of `model` with the config's include, exclude and rtol; `wanted` goes to `scan`: k, order, rank_by, ...
+
+    What `modules_to_save` trains whole is left out: it would be trained twice.
+    """
     exclude = DEFAULT_EXCLUDE if config.exclude is None else config.exclude
-    return scan(model, include=config.include or (), exclude=exclude, rtol=config.rtol, **wanted)
+    whole = trained_whole(config, model)
+    report = scan(model, include=config.include or (), exclude=(*exclude, *whole), rtol=config.rtol, **wanted)
+    report.left_out.update(dict.fromkeys(whole, TRAINED_WHOLE))
+    return report
 
 
 def full_report(
@@ -52,14 +64,24 @@ def full_report(
     report = given_report(config, base_hash)
     # one that was made for the lowest kappa doesn't tell which of the others could be trained
     if report is None or report.made_for is not None:
-        report = scan_for(config, model, rank_by=rank_by)
-    return report
+        return scan_for(config, model, rank_by=rank_by)
+    return _without(report, trained_whole(config, model))
 
 
 def report_for_selection(config: KappaTuneConfig, model: nn.Module, base_hash: str) -> KappaReport:
     """The given report, or a scan that finds out as much as the config's selection needs."""
     wanted = {key: getattr(config, key) for key in ("order", "rank_by", "seed", "scan_from")}
-    return given_report(config, base_hash) or scan_for(config, model, k=config.budget, refuse_more=True, **wanted)
+    report = given_report(config, base_hash)
+    if report is None:
+        return scan_for(config, model, k=config.budget, refuse_more=True, **wanted)
+    return _without(report, trained_whole(config, model))
+
+
+def _without(report: KappaReport, whole: Sequence[str]) -> KappaReport:
+    if not whole:
+        return report
+    rows = [row for row in report.units if row.name not in whole]
+    return replace(report, units=rows, left_out=report.left_out | dict.fromkeys(whole, TRAINED_WHOLE))
 
 
 def selection_from(report: KappaReport, config: KappaTuneConfig) -> Selection:
@@ -83,19 +105,43 @@ def given_selection(config: KappaTuneConfig) -> Selection | None:
     return given
 
 
-def check_modules_to_save(config: KappaTuneConfig, model: nn.Module) -> None:
-    """Raise KappaTuneError if `modules_to_save` names what isn't in `model`: PEFT ignores it."""
+def settle_modules_to_save(config: KappaTuneConfig, model: nn.Module) -> None:
+    """Add to `config.modules_to_save` what PEFT adds to it for the task.
+
+    Raises:
+        KappaTuneError: it names what isn't in `model`, which PEFT ignores.
+    """
     names = [name for name, _ in model.named_modules()]
-    wanted = set(config.modules_to_save or ()) - ADDED_BY_PEFT
+    added = ADDED_BY_PEFT.get(config.task_type, ())
+    wanted = set(config.modules_to_save or ()) - {each for of_task in ADDED_BY_PEFT.values() for each in of_task}
     missing = sorted(each for each in wanted if not any(f".{name}".endswith(f".{each}") for name in names))
     if missing:
         known = sorted({name.rpartition(".")[2] for name in names} - {""})
         hint = did_you_mean(missing[0], known)
         raise KappaTuneError(f"modules_to_save: the model has no module {', '.join(missing)}.{hint}")
+    if added:
+        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *added]))
+
+
+def trained_whole(config: KappaTuneConfig, model: nn.Module) -> list[str]:
+    """Names of the units inside the modules that `modules_to_save` names, under any name of a tied weight."""
+    endings = tuple(config.modules_to_save or ())
+    if not endings:
+        return []
+    parameters = model.named_parameters(remove_duplicate=False)
+    inside = {id(value) for name, value in parameters if any(each.endswith(endings) for each in _owners(name))}
+    units = find_units(model, quantized=True)
+    return [unit.name for unit in units if id(model.get_parameter(unit.parameter)) in inside]
+
+
+def _owners(parameter: str) -> list[str]:
+    """Names of the modules that hold a parameter, from the outermost to its owner."""
+    parts = parameter.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
 
 
 def selected_units(
-    selection: Selection, units: Mapping[str, WeightUnit], base_hash: str, hint: str
+    selection: Selection, units: Mapping[str, WeightUnit], base_hash: str, hint: str, whole: Collection[str] = ()
 ) -> list[WeightUnit]:
     """The units that `selection` names, in its order.
 
@@ -103,9 +149,10 @@ def selected_units(
         units: unit name -> unit, all of the model.
         base_hash: the model's fingerprint.
         hint: what the error for another base says at its end.
+        whole: names of units that are `trained_whole`.
 
     Raises:
-        KappaTuneError: the selection was made on another base, or names what the model doesn't have.
+        KappaTuneError: the selection was made on another base, or names what the model hasn't, or what is in `whole`.
     """
     if selection.base["hash"] != base_hash:
         raise KappaTuneError(
@@ -120,4 +167,10 @@ def selected_units(
     ]
     if wrong:
         raise KappaTuneError(f"{len(wrong)} selected weights are not in this model, such as {wrong[:3]}.")
+    twice = [row.name for row in selection.units if row.name in whole]
+    if twice:
+        raise KappaTuneError(
+            f"{len(twice)} selected weights are in modules that modules_to_save trains whole, such as {twice[:3]}. "
+            "Drop those modules from modules_to_save, or make a selection without these weights (exclude)."
+        )
     return [units[row.name] for row in selection.units]

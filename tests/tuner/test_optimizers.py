@@ -103,3 +103,19 @@ def test_a_copy_made_after_training_trains_on():
     expected = train(model, 2)
     assert train(twin, 2) == expected
     assert torch.equal(logits(twin), logits(model))
+
+
+def test_an_averaged_copy_is_the_mean_of_what_was_trained():
+    """EMA and SWA change the copy's values in place, and no optimizer holds those."""
+    model = get_peft_model(tiny_model("llama"), KappaTuneConfig(k=4))
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    optimizer, seen = torch.optim.AdamW(trainable(model), lr=1e-2), []
+    for _ in range(3):
+        train(model, 1, optimizer)
+        averaged.update_parameters(model)
+        seen.append({layer.unit.name: layer.master.detach().clone() for layer in model.base_model.layers()})
+    expected = tiny_model("llama")
+    for name in seen[0]:
+        expected.get_parameter(name).data = sum(each[name] for each in seen) / 3
+    torch.testing.assert_close(logits(averaged), logits(expected), rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(averaged.module.merge_and_unload()), logits(expected), rtol=0, atol=1e-6)

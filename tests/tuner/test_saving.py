@@ -2,17 +2,17 @@
 
 import copy
 import json
+import re
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from peft.utils.peft_types import PeftType
-from safetensors.torch import load_file
-from torch import nn
+from safetensors.torch import load_file, save_file
 
-from helpers.loops import logits, mixed_selection, steps
+from helpers.loops import TOKENS, logits, mixed_selection, steps, train, trainable
 from helpers.reference import random_batches
-from helpers.tiny import CONFIGS, MOE_KINDS, tiny_model
+from helpers.tiny import MOE_KINDS, tiny_model
 from kappatune_plugin import KappaTuneConfig, KappaTuneError, scan, select
 
 
@@ -118,32 +118,52 @@ def test_report_made_earlier_is_used(tmp_path):
     assert [row.name for row in peft_model.base_model.selections["default"].units] == expected
 
 
-def test_classifier_heads_are_saved_whole(tmp_path):
-    from transformers import LlamaConfig, LlamaForSequenceClassification
+def test_a_whole_model_is_pickled(tmp_path):
+    model = get_peft_model(tiny_model("olmoe"), KappaTuneConfig(k=6))
+    train(model)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(logits(loaded), logits(model))
+    assert train(loaded) == train(model)
 
-    def model() -> nn.Module:
-        torch.manual_seed(0)
-        return LlamaForSequenceClassification(LlamaConfig(**CONFIGS["llama"][1], num_labels=3))
 
-    peft_model = get_peft_model(model(), KappaTuneConfig(k=3, task_type="SEQ_CLS"))
-    trainable = {name for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
-    assert len(trainable) == 4 and any("score.modules_to_save" in name for name in trainable)
-    optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=1e-2)
-    tokens = random_batches(1)[0][0]
-    peft_model.train()(input_ids=tokens, labels=torch.tensor([0, 2])).loss.backward()
+def test_what_diverged_is_saved_as_it_is_and_said(tmp_path):
+    model = get_peft_model(tiny_model("llama"), KappaTuneConfig(k=4))
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    broken = model.base_model.layers()[1]
+    broken.master.grad.fill_(torch.nan)
     optimizer.step()
-    peft_model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(model(), tmp_path)
-    assert torch.equal(logits(loaded), logits(peft_model))
-    expected = logits(peft_model)
-    assert torch.equal(logits(peft_model.merge_and_unload()), expected)
+    with pytest.warns(UserWarning, match=f"1 of 4 trained matrices.*{broken.unit.name}"):
+        model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path)
+    assert [layer.master.isnan().all() for layer in loaded.base_model.layers()] == [False, True, False, False]
 
 
-def test_new_tokens_can_be_trained_beside_the_units():
-    model = tiny_model("llama")
-    before = model.model.embed_tokens.weight.detach().clone()
-    peft_model = get_peft_model(model, KappaTuneConfig(k=3, trainable_token_indices={"embed_tokens": [60, 61]}))
-    tokens = torch.tensor([[3, 60, 5, 61]])
-    steps(peft_model, [[tokens]])
-    after = peft_model.merge_and_unload().model.embed_tokens.weight
-    assert set((after != before).any(1).nonzero().flatten().tolist()) == {60, 61}
+@pytest.mark.parametrize("kind", ["olmoe", "mixtral"])
+def test_an_adapter_of_separate_experts_loads_on_fused_ones_and_back(kind, tmp_path):
+    """transformers 4 has experts as modules, 5 has them fused: the keys of an adapter differ in the same way."""
+    model = get_peft_model(tiny_model(kind), KappaTuneConfig(k=20, include=["*experts*"]))
+    train(model)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    saved = load_file(path)
+    fused = re.compile(r"experts\.kappatuned_(\d+)_(\w+?)\.")
+    separate = re.compile(r"experts\.(\d+)\.(\w+?)\.kappatuned_weight\.")
+    separated = {fused.sub(r"experts.\1.\2.kappatuned_weight.", key): value for key, value in saved.items()}
+    # Mixtral's experts moved to a module of another name too
+    separated = {key.replace(".mlp.experts", ".block_sparse_moe.experts"): value for key, value in separated.items()}
+    back = {separate.sub(r"experts.kappatuned_\1_\2.", key): value for key, value in separated.items()}
+    # what transformers 4 wrote with earlier versions of this package
+    before = {
+        re.sub(r"kappatuned_(\w+)\.kappatune_values\.(weight|base)$", old_name, key): value
+        for key, value in separated.items()
+    }
+    assert set(separated).isdisjoint(back)
+    for keys in (separated, back, before):
+        save_file(keys, path, metadata={"format": "pt"})
+        assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(kind), tmp_path)), logits(model))
+
+
+def old_name(key: re.Match[str]) -> str:
+    return f"kappatune_{key[1]}.kappatune_{'master' if key[2] == 'weight' else 'base'}"
