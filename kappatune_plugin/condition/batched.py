@@ -21,6 +21,7 @@ from kappatune_plugin.condition.kappa import (
     Kappa,
     check_input,
     only_bounded,
+    random_numbers,
     scaled,
     settled,
     without_singular_values,
@@ -193,11 +194,11 @@ def _factored(tall: Tensor, exponents: Sequence[int]) -> _Stack:
     a = torch.stack([scaled(one, exponent, torch.float64) for one, exponent in zip(tall, exponents, strict=True)])
     gram = _gram(a)
     inverse, broken = _inverse_factor(gram)
-    b, n = gram.shape[:2]
-    # the same start vectors for every matrix and device: the same weights give the same report
-    generator = torch.Generator().manual_seed(0)
-    random = torch.randn(n, 2 * BLOCK + PROBES + STEPS * BLOCK, generator=generator, dtype=torch.float64).to(a.device)
-    low, high, z, noise = random.split([BLOCK, BLOCK, PROBES, STEPS * BLOCK], 1)
+    n = gram.shape[-1]
+    widths = [BLOCK, BLOCK, PROBES]
+    random = [torch.randn(n, sum(widths), generator=random_numbers(one), dtype=torch.float64) for one in tall]
+    low, high, z = torch.stack(random).to(a.device).split(widths, 2)
+    noise = torch.randn(n, STEPS * BLOCK, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(a.device)
     x = inverse.mT @ z
     errors = torch.linalg.vector_norm(inverse @ (a.mT @ (a @ x)) - z, dim=1)
     defect = torch.where(broken, torch.inf, PROBE_SAFETY * errors.amax(-1))
@@ -208,8 +209,8 @@ def _factored(tall: Tensor, exponents: Sequence[int]) -> _Stack:
         frobenius=torch.linalg.vector_norm(a, dim=(1, 2)),
         log_volume=-inverse.diagonal(dim1=1, dim2=2).abs().log().sum(-1),
         defect=defect,
-        low=low.expand(b, -1, -1),
-        high=high.expand(b, -1, -1),
+        low=low,
+        high=high,
         noise=noise / torch.linalg.vector_norm(noise, dim=0),
     )
 

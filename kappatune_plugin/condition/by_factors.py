@@ -8,7 +8,7 @@ from torch import Tensor
 from kappatune_plugin.condition.bracket import BLOCK, at_least, bracket, gaussian
 from kappatune_plugin.condition.exact import from_svd
 from kappatune_plugin.condition.factor import CholeskyFactor, LUFactor, gram, products, symmetric_product
-from kappatune_plugin.condition.kappa import LARGEST_BOUND, Kappa, only_bounded, scaled, settled
+from kappatune_plugin.condition.kappa import LARGEST_BOUND, Kappa, only_bounded, random_numbers, scaled, settled
 from kappatune_plugin.condition.lanczos import block_lanczos
 from kappatune_plugin.condition.ritz_bounds import RESIDUALS_HIGH
 
@@ -36,8 +36,7 @@ def by_factors(tall: Tensor, exponent: int, dtypes: Sequence[torch.dtype], rtol:
 def _from_factor(tall: Tensor, exponent: int, dtype: torch.dtype, rtol: float, above: float) -> Kappa | None:
     """Kappa of `tall`, (m, n) with m >= n, by a factor in `dtype`; None if its interval is wider than `rtol`."""
     a = scaled(tall, exponent, torch.promote_types(tall.dtype, torch.float32))
-    # the same start vectors for every matrix and device: the same weights give the same report
-    generator = torch.Generator().manual_seed(0)
+    generator = random_numbers(tall)
     square = a.shape[0] == a.shape[1]
     if square:
         factor, operator = LUFactor.of(a.to(dtype)), lambda v: products(a, v)[1]

@@ -9,6 +9,10 @@ from torch import Tensor
 from kappatune_plugin.errors import KappaTuneError
 
 STATUSES = ("ok", "zero", "rank_deficient", "nonfinite")
+# of each element size, to read the bits of values
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+# rows whose bits are held as integers of 64 bits at a time
+SEEDED_ROWS = 512
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # larger bounds aren't reported as "kappa is above this": such a matrix might be rank-deficient, a status of its own
 LARGEST_BOUND = 1e6
@@ -111,6 +115,22 @@ def settled(
         method=method,
         status="ok",
     )
+
+
+def random_numbers(w: Tensor) -> torch.Generator:
+    """A generator on the CPU, seeded by the values of `w`, (m, n), for the start vectors of its Krylov spaces.
+
+    The same weights start alike on any device; nobody can make a matrix whose singular vectors hide from its own.
+
+    The seed is a sum of all values' bits, each times odd numbers of its row and column, modulo 2^64.
+    """
+    odd = torch.randint(2**62, (sum(w.shape),), generator=torch.Generator().manual_seed(0)).to(w.device) * 2 + 1
+    rows, columns = odd.split(list(w.shape))
+    total = 0
+    for part, its in zip(w.split(SEEDED_ROWS), rows.split(SEEDED_ROWS), strict=True):
+        bits = part.view(INTEGERS[w.element_size()]).long()
+        total += int(((bits * columns).sum(1) * its).sum())
+    return torch.Generator().manual_seed(total % 2**63)
 
 
 def scaled(w: Tensor, exponent: int, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kappatune_plugin.condition.batched import condition_numbers
-from kappatune_plugin.condition.kappa import Kappa
+from kappatune_plugin.condition.kappa import Kappa, random_numbers
 from kappatune_plugin.condition.number import condition_number
 
 # a folder of model folders; beside the repository unless the environment names one
@@ -167,3 +167,35 @@ def test_real_checkpoints():
             check(kappa, truth, error, 1e-3)
         usable = [i for i, (_, error) in enumerate(truths) if error < 1e-9]
         check_lowest_sets([ws[i] for i in usable], [kappas[i] for i in usable], [truths[i][0] for i in usable])
+
+
+@pytest.mark.parametrize("hidden", [1.02, 3.0])
+@pytest.mark.parametrize("where", ["top", "bottom"])
+@pytest.mark.parametrize("extra", [0, 150])
+def test_a_matrix_made_to_hide_from_seed_0_hides_from_nothing(where, hidden, extra):
+    """Its extreme singular vector is orthogonal to the numbers that every matrix was once started with."""
+    n = 400
+    fixed = torch.randn(n, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(5)
+    first = torch.randn(n, 1, generator=generator, dtype=torch.float64)
+    known = torch.linalg.qr(fixed)[0]
+    for _ in range(3):
+        first = first - known @ (known.T @ first)
+    v = torch.linalg.qr(torch.cat([first, torch.randn(n, n - 1, generator=generator, dtype=torch.float64)], 1))[0]
+    u = torch.linalg.qr(torch.randn(n + extra, n, generator=generator, dtype=torch.float64))[0]
+    sigma = torch.linspace(0.5, 0.4, n, dtype=torch.float64)
+    sigma[:3] = torch.tensor([hidden, 1.0, 0.45] if where == "top" else [0.1 / hidden, 0.1, 1.0])
+    a = (u * sigma) @ v.T
+    w = (a if extra else a.T).contiguous()
+    singular = torch.linalg.svdvals(w)
+    true = (singular[0] / singular[-1]).item()
+    for kappa in (condition_number(w), condition_number(w.float()), condition_numbers(w[None])[0]):
+        assert kappa.lo * (1 - 1e-6) <= true <= kappa.hi * (1 + 1e-6)
+
+
+def test_start_vectors_follow_the_values_and_nothing_else():
+    w = torch.randn(600, 500, generator=torch.Generator().manual_seed(0)).bfloat16()
+    other = w.clone()
+    other[599, 499] += 1
+    seeds = [random_numbers(each).initial_seed() for each in (w, w.clone(), w.mT.contiguous().mT, other, w.float())]
+    assert seeds[0] == seeds[1] == seeds[2] and len(set(seeds)) == 3
