@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from kappatune_plugin.cli.app import TAKES_MORE, app, clean_errors
-from kappatune_plugin.study import DEFAULT_METHODS
+from kappatune_plugin.study import DEFAULT_METHODS, DEFAULT_SCALES
 
 METHODS_HELP = (
     "Separated by commas: full, an order of KappaTune (lowest, random, ...; also with _mlp, _attention or _per_type), "
@@ -25,6 +25,19 @@ TargetLoss = Annotated[
 ]
 Validation = Annotated[float, typer.Option(help="Share of the training rows held out to choose learning rates on.")]
 OutputDir = Annotated[Path | None, typer.Option("--output_dir", help="Default: the recipe's with -compare or -sweep.")]
+Scales = Annotated[
+    str,
+    typer.Option(
+        help="How much of what a finished run changed is kept where it is measured, beside 0 and 1; off for nothing."
+    ),
+]
+Limits = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the rise of the control's loss, in nats a token: what is learned within each. Default: the recipe's "
+        "forgetting.max_delta, or 0.01,0.02,0.05,0.1."
+    ),
+]
 
 
 @app.command(context_settings=TAKES_MORE)
@@ -47,6 +60,8 @@ def compare(
     stop_at_target: Annotated[bool, typer.Option("--stop_at_target", help="End every run at --target_loss.")] = False,
     validation: Validation = 0.1,
     output_dir: OutputDir = None,
+    scales: Scales = DEFAULT_SCALES,
+    limits: Limits = None,
 ) -> None:
     """Compare what methods learn and forget at the same training loss, on the same data order.
 
@@ -55,7 +70,7 @@ def compare(
     from kappatune_plugin.study.session import Asked, compare_session
 
     asked = Asked(config, context.args, seeds, learning_rates, every, smooth, target_loss, validation, output_dir)
-    compare_session(replace(asked, stop_at_target=stop_at_target, widen=widen), methods)
+    compare_session(replace(asked, stop_at_target=stop_at_target, widen=widen, scales=scales, limits=limits), methods)
 
 
 @app.command(context_settings=TAKES_MORE)
@@ -73,6 +88,8 @@ def sweep(
     smooth: Smooth = 10,
     validation: Validation = 0.1,
     output_dir: OutputDir = None,
+    scales: Scales = DEFAULT_SCALES,
+    limits: Limits = None,
 ) -> None:
     """Train with several budgets, and say which one to take.
 
@@ -81,4 +98,4 @@ def sweep(
     from kappatune_plugin.study.session import Asked, sweep_session
 
     asked = Asked(config, context.args, seeds, learning_rates, every, smooth, target_loss, validation, output_dir)
-    sweep_session(asked, k)
+    sweep_session(replace(asked, scales=scales, limits=limits), k)

@@ -130,8 +130,14 @@ class _Runner:
         crossing = None if target is None or stop_at else (self.settings.smooth, target)
         if stops:
             identity["stops"] = crossing
+        frontier = None if stop_at else self.settings.frontier
+        # runs of before this could be set are still these runs
+        if frontier is not None:
+            identity["frontier"] = frontier.model_dump(mode="json")
         run = self.store.get(
-            title, identity, lambda: train_run(self.bench, method, rate, seed, every, stop_at, crossing, stops)
+            title,
+            identity,
+            lambda: train_run(self.bench, method, rate, seed, every, stop_at, crossing, stops, frontier),
         )
         self.bar.update()
         return run

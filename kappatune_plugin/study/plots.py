@@ -8,6 +8,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from kappatune_plugin.study.summary import task_at_limits
+
 # colour-blind safe (Okabe and Ito); from the ninth curve on the line style differs too
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = "osD^vPX*<>hp"
@@ -18,6 +20,7 @@ TASKS = {
     "task_accuracy": ("Task accuracy (%)", 100),
     "task_answer_accuracy": ("Task accuracy, written answers (%)", 100),
     "task_loss": ("Task loss (nats a token)", 1),
+    "validation_loss": ("Loss on held-out rows (nats a token)", 1),
 }
 
 
@@ -72,6 +75,53 @@ def matched_plot(content: Mapping[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
+def limits_plot(content: Mapping[str, Any], path: Path) -> None:
+    """What each method has learned: along the scale of what it changed, and within each limit of forgetting."""
+    key = task_at_limits(content)
+    label, factor = TASKS[key]
+    figure, (above, below) = _figure(7.6, LEGEND_BESIDE, rows=2, sharex=False)
+    limits = content["settings"]["frontier"]["limits"]
+    methods = [(i, each) for i, each in enumerate(content["methods"]) if "points" in (each.get("frontier") or {})]
+    for i, method in methods:
+        points = [point for point in method["frontier"]["points"] if point[key] and point["rise"]]
+        rises, means = ([point[of]["mean"] for point in points] for of in ("rise", key))
+        above.plot(rises, [mean * factor for mean in means], label=_broken(method["name"]), **_style(i))
+    for limit in limits:
+        above.axvline(limit, color="0.6", linewidth=0.8, linestyle=":")
+    above.set_xlabel("Forgotten: rise of the control loss (nats a token), limits dotted")
+    _scale(
+        above,
+        [
+            each["frontier"]["points"][-1]["rise"]["mean"]
+            for _, each in methods
+            if each["frontier"]["points"][-1]["rise"]
+        ],
+    )
+    scales = ", ".join(f"{scale:g}" for scale in (0, *content["settings"]["frontier"]["scales"], 1))
+    above.set_title(_title(content, f"What was trained, scaled back to {scales}"), loc="left")
+    above.legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, fontsize=9)
+    width = 0.8 / max(1, len(methods))
+    for row, (i, method) in enumerate(methods):
+        offset = (row - (len(methods) - 1) / 2) * width
+        within = [
+            (place, each["one"][key]) for place, each in enumerate(method["frontier"]["within"]) if each["one"][key]
+        ]
+        below.errorbar(
+            [place + offset for place, _ in within],
+            [measure["mean"] * factor for _, measure in within],
+            yerr=[(measure["half"] or 0) * factor for _, measure in within],
+            **{**_style(i), "linestyle": "none"},
+            capsize=2,
+        )
+    below.set_xticks(range(len(limits)), [f"{limit:g}" for limit in limits])
+    below.set_xlabel("Limit of the rise of the control loss (nats a token)")
+    below.set_title("Learned within each limit, one scale for all: mean and 95% interval", loc="left")
+    for axes in (above, below):
+        axes.set_ylabel(f"Learned: {label[0].lower()}{label[1:]}")
+    figure.subplots_adjust(hspace=0.5)
+    _save(figure, path)
+
+
 def budget_plot(content: Mapping[str, Any], path: Path, recommended: str | None) -> None:
     """What was learned and what was forgotten with each budget, with 95% intervals over seeds."""
     task = task_measure(content)
@@ -106,10 +156,10 @@ def task_measure(content: Mapping[str, Any]) -> str | None:
     return next((key for key in TASKS if key in content["before"]), None)
 
 
-def _figure(height: float, width: float = WIDTH, rows: int = 1) -> tuple[Figure, Any]:
+def _figure(height: float, width: float = WIDTH, rows: int = 1, sharex: bool = True) -> tuple[Figure, Any]:
     figure = Figure(figsize=(width, height), dpi=DPI)
     with rc_context({"axes.grid": True, "grid.color": "0.9", "axes.axisbelow": True}):
-        axes = figure.subplots(rows, 1, sharex=True)
+        axes = figure.subplots(rows, 1, sharex=sharex)
     for each in figure.axes:
         each.spines[["top", "right"]].set_visible(False)
     return figure, axes

@@ -9,18 +9,22 @@ from typing import Any
 from kappatune_plugin.console import console, number
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.files import check_writable, write_json
-from kappatune_plugin.recipe.recipe import load_recipe
+from kappatune_plugin.interpolation.dial import PER_MATRIX
+from kappatune_plugin.recipe.recipe import Recipe, load_recipe
 from kappatune_plugin.run.settings import setting_problem
 from kappatune_plugin.selection.budget import budget, parse_budget
+from kappatune_plugin.study import DEFAULT_SCALES
 from kappatune_plugin.study.bench import Bench
 from kappatune_plugin.study.compare import compare
 from kappatune_plugin.study.methods import parse_methods, split_list
-from kappatune_plugin.study.plots import budget_plot, frontier_plot, matched_plot, task_measure
-from kappatune_plugin.study.settings import Settings
+from kappatune_plugin.study.plots import budget_plot, frontier_plot, limits_plot, matched_plot, task_measure
+from kappatune_plugin.study.settings import Frontier, Settings
+from kappatune_plugin.study.summary import task_at_limits
 from kappatune_plugin.study.tables import comparison_tables
 
 GRID = (0.3, 1.0, 3.0)
 MEASUREMENTS = 10
+OFF = "off"
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class Asked:
         every, smooth, target_loss, stop_at_target, widen: as in `Settings`; `every` None for a tenth of the run.
         validation: share of the training rows to hold out.
         output_dir: None for the recipe's with the command's name appended.
+        scales, limits: as in `Frontier`, as written; `scales` "off" to scale nothing back; `limits` None for the
+            recipe's forgetting.max_delta, or the default without one.
     """
 
     config: Path
@@ -47,10 +53,13 @@ class Asked:
     output_dir: Path | None = None
     stop_at_target: bool = False
     widen: int = 0
+    scales: str = DEFAULT_SCALES
+    limits: str | None = None
 
 
 def compare_session(asked: Asked, methods: str) -> dict[str, Any]:
-    """Compare `methods`, show the tables, and write compare.json, frontier.png and matched.png.
+    """Compare `methods`, show the tables, and write compare.json, frontier.png, matched.png and
+    limits.png.
 
     Returns:
         The content of compare.json.
@@ -68,12 +77,14 @@ def compare_session(asked: Asked, methods: str) -> dict[str, Any]:
     if content["target_loss"] is not None and _has_controls(content):
         matched_plot(content, folder / "matched.png")
         left.append("matched.png")
+    left += _limits_plot(content, folder)
     _say_where(folder, left)
     return content
 
 
 def sweep_session(asked: Asked, budgets: str) -> dict[str, Any]:
-    """Train with each of `budgets` ("10%,25%"), show tables and a recommendation, write sweep.json and budgets.png.
+    """Train with each of `budgets` ("10%,25%"), show tables and a recommendation, write sweep.json, budgets.png and
+    limits.png.
 
     Returns:
         The content of sweep.json.
@@ -96,20 +107,23 @@ def sweep_session(asked: Asked, budgets: str) -> dict[str, Any]:
     if task_measure(content) and _has_controls(content):
         budget_plot(content, folder / "budgets.png", name)
         left.append("budgets.png")
+    left += _limits_plot(content, folder)
     _say_where(folder, left)
     return content
 
 
 def _prepare(asked: Asked, grid: Sequence[float], what: str, ranks: Sequence[str] = ()) -> tuple[Bench, Settings, Path]:
-    args = load_recipe(asked.config, asked.overrides).training_args
+    recipe = load_recipe(asked.config, asked.overrides)
+    args = recipe.training_args
     if problem := setting_problem(args):
         raise KappaTuneError(problem)
     rates = _rates(asked.learning_rates, args.learning_rate, grid)
     seeds = tuple(range(args.seed, args.seed + asked.seeds))
     every = 1 if asked.every is None else asked.every
+    frontier = _frontier(asked, recipe)
     as_asked = {key: getattr(asked, key) for key in ("smooth", "target_loss", "stop_at_target", "widen")}
     # before the model is loaded, so that mistakes show at once
-    settings = Settings(seeds=seeds, learning_rates=rates, every=every, **as_asked)
+    settings = Settings(seeds=seeds, learning_rates=rates, every=every, frontier=frontier, **as_asked)
     if args.max_steps > 0:
         _check_smooth(settings.smooth, args.max_steps)
     folder = asked.output_dir or Path(f"{args.output_dir}-{what}")
@@ -131,13 +145,41 @@ def _check_smooth(smooth: int, steps: int) -> None:
 def _rates(text: str | None, recipes: float, grid: Sequence[float]) -> tuple[float, ...]:
     if text is None:
         return tuple(recipes if factor == 1 else float(f"{factor * recipes:.2g}") for factor in grid)
+    return _numbers("learning_rates", text, "3e-4,1e-3,3e-3")
+
+
+def _numbers(key: str, text: str, example: str) -> tuple[float, ...]:
     try:
-        rates = sorted({float(each) for each in text.split(",")})
+        numbers = sorted({float(each) for each in text.split(",")})
     except ValueError as error:
-        raise KappaTuneError(f"learning_rates: '{text}' are not numbers. Write 3e-4,1e-3,3e-3.") from error
-    if not all(math.isfinite(rate) and rate > 0 for rate in rates):
-        raise KappaTuneError(f"learning_rates: '{text}' are not all above 0 and finite. Write 3e-4,1e-3,3e-3.")
-    return tuple(rates)
+        raise KappaTuneError(f"{key}: '{text}' are not numbers. Write {example}.") from error
+    if not all(math.isfinite(number) and number > 0 for number in numbers):
+        raise KappaTuneError(f"{key}: '{text}' are not all above 0 and finite. Write {example}.")
+    return tuple(numbers)
+
+
+def _frontier(asked: Asked, recipe: Recipe) -> Frontier | None:
+    """How finished runs are scaled back; None where nothing is asked for, or no control says what was forgotten."""
+    config = recipe.forgetting
+    if asked.scales == OFF or config is None or not config.controls():
+        return None
+    chosen: dict[str, Any] = {"scales": _numbers("scales", asked.scales, f"{DEFAULT_SCALES} or {OFF}")}
+    if asked.limits is not None:
+        chosen["limits"] = _numbers("limits", asked.limits, "0.02,0.05")
+    elif config.max_delta is not None:
+        chosen["limits"] = (config.max_delta,)
+    # a recipe with a limit says how it would be kept
+    if config.max_delta is not None:
+        chosen["per_matrix"] = config.interpolate in (None, PER_MATRIX)
+    return Frontier(**chosen)
+
+
+def _limits_plot(content: Mapping[str, Any], folder: Path) -> list[str]:
+    """limits.png, if any run was scaled back; what it left."""
+    if not task_at_limits(content):
+        return []
+    limits_plot(content, folder / "limits.png")
+    return ["limits.png"]
 
 
 def _has_controls(content: Mapping[str, Any]) -> bool:

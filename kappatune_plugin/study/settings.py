@@ -9,6 +9,30 @@ from kappatune_plugin.schema import Block, Number, Whole
 from kappatune_plugin.study.methods import Method
 
 
+class Frontier(Block):
+    """How finished runs are scaled back, W0 + scale * (W - W0), to see who learns most within a limit of forgetting.
+
+    Raises:
+        KappaTuneError: numbers that can't be right.
+    """
+
+    scales: tuple[Annotated[Number, Field(gt=0, lt=1)], ...] = Field(
+        default=(0.25, 0.5, 0.75), description="At which each finished run is measured, beside 0 and 1."
+    )
+    limits: tuple[Annotated[Number, Field(gt=0)], ...] = Field(
+        default=(0.01, 0.02, 0.05, 0.1),
+        description="Of the rise of each control's loss, in nats a token: methods are compared within each.",
+    )
+    per_matrix: bool = Field(
+        default=False, description="Within each limit also with a scale for each matrix, fitted to held-out rows."
+    )
+
+    @property
+    def measured(self) -> list[float]:
+        """The scales above 0 at which everything is measured, in order."""
+        return sorted({*self.scales, 1.0})
+
+
 class Settings(Block):
     """How methods are compared.
 
@@ -37,6 +61,9 @@ class Settings(Block):
         default=0,
         ge=0,
         description="How many rates to add at most, one at a time, for a method whose best is at an edge of its grid.",
+    )
+    frontier: Frontier | None = Field(
+        default=None, description="How finished runs are scaled back; null for not at all."
     )
 
     def contradictions(self) -> list[str]:

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from scipy.stats import t
@@ -11,6 +11,8 @@ from kappatune_plugin.forgetting.report import HARNESS, finite_or_none
 from kappatune_plugin.study.settings import Settings, Tried
 
 MIB = 2**20
+# what may say how much was learned at a scale, the best first
+LEARNED = ("task_accuracy", "task_loss", "validation_loss")
 
 
 def summarize(tried: Tried, before: Mapping[str, float], settings: Settings) -> dict[str, Any]:
@@ -34,6 +36,7 @@ def summarize(tried: Tried, before: Mapping[str, float], settings: Settings) -> 
         "matched": _at(tried.matched, before),
         # runs that end at the target have no last step in common
         "final": None if settings.stop_at_target else _at([run["points"][-1] for run in tried.runs], before),
+        "frontier": _frontier(tried.runs, before),
         "course": [_at(points, before) for points in zip(*(run["points"] for run in tried.runs), strict=False)],
     }
 
@@ -73,6 +76,82 @@ def _at(points: Sequence[Mapping[str, Any] | None], before: Mapping[str, float])
     if keys is None:
         return None
     return {key: over_seeds([None if row is None else row[key] for row in rows]) for key in keys}
+
+
+def _frontier(runs: Sequence[Mapping[str, Any]], before: Mapping[str, float]) -> dict[str, Any] | None:
+    """`measure_frontier` over the seeds, with the base as the first point; None where nothing was scaled."""
+    each = [run.get("frontier") for run in runs]
+    there = next((one for one in each if one and "points" in one), None)
+    if there is None:
+        why = next((one["why_not"] for one in each if one), None)
+        return why and {"why_not": why}
+    keys = list(there["points"][0])
+    start = {"scale": 0.0, "rise": 0.0, "chosen_rise": 0.0, **{key: before[key] for key in keys if key in before}}
+
+    def over(take: Callable[[Mapping[str, Any]], Mapping[str, Any] | None]) -> dict[str, Any]:
+        rows = [take(one) if one and "points" in one else None for one in each]
+        return {key: over_seeds([None if row is None else row[key] for row in rows]) for key in keys}
+
+    def within(place: int) -> dict[str, Any]:
+        limit = there["within"][place]
+        modes = [mode for mode in ("one", "per_matrix") if limit[mode]]
+        found = {mode: over(lambda one, mode=mode: one["within"][place][mode]) for mode in modes}
+        return {"limit": limit["limit"], "per_matrix": None, **found}
+
+    points = [over(lambda one, place=place: one["points"][place]) for place in range(len(there["points"]))]
+    return {
+        "points": [{key: over_seeds([start.get(key)]) for key in keys}, *points],
+        "within": [within(place) for place in range(len(there["within"]))],
+    }
+
+
+def task_at_limits(content: Mapping[str, Any]) -> str | None:
+    """The key of what was learned at each scale; None if no run was scaled back.
+
+    The task's measure on test rows; the loss on held-out rows for a task that is measured by written answers, which
+    take too long to repeat at every scale.
+    """
+    points = [method["frontier"]["points"][0] for method in content["methods"] if "points" in _of(method)]
+    return next((key for key in LEARNED for point in points if key in point), None)
+
+
+def leaders(content: Mapping[str, Any], place: int, key: str, mode: str = "one") -> tuple[str, list[str]] | None:
+    """Who learns most within the limit at `place`, and who can't be told from that method.
+
+    Seeds share their data order, so what decides is the 95% interval of the difference seed by seed.
+
+    Args:
+        key: of what was learned, one of `LEARNED`; a loss is better the lower it is.
+
+    Returns:
+        The best method's name, and those whose interval holds 0; None if nothing was measured.
+    """
+    sign = -1 if key.endswith("loss") else 1
+    found = {method["name"]: within_limit(method, place, mode) for method in content["methods"]}
+    values = {name: point[key]["values"] for name, point in found.items() if point and point[key]}
+    if not values:
+        return None
+    best = max(values, key=lambda name: sign * found[name][key]["mean"])
+    return best, [name for name in values if name != best and not _told_apart(values[best], values[name])]
+
+
+def within_limit(method: Mapping[str, Any], place: int, mode: str = "one") -> Mapping[str, Any] | None:
+    """A method's measures within the limit at `place`, one scale for all or "per_matrix"; None without them."""
+    frontier = _of(method)
+    return frontier["within"][place][mode] if "within" in frontier else None
+
+
+def _of(method: Mapping[str, Any]) -> Mapping[str, Any]:
+    # comparisons of before runs were scaled back have none
+    return method.get("frontier") or {}
+
+
+def _told_apart(ones: Sequence[float | None], others: Sequence[float | None]) -> bool:
+    differences = [a - b for a, b in zip(ones, others, strict=True) if None not in (a, b)]
+    if len(differences) < 2:
+        return False
+    mean, half = interval(differences)
+    return abs(mean) > half
 
 
 def _try(run: Mapping[str, Any], before: Mapping[str, float], settings: Settings) -> dict[str, Any]:

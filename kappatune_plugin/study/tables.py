@@ -8,12 +8,14 @@ from rich.table import Table
 from rich.text import Text
 
 from kappatune_plugin.console import number, short_number
+from kappatune_plugin.study.summary import leaders, task_at_limits
 
 # key of a measure -> heading, how to show it
 MEASURES = {
     "task_accuracy": ("task\naccuracy", "{:.1%}"),
     "task_answer_accuracy": ("written\nanswers", "{:.1%}"),
     "task_loss": ("task\nloss", "{:.3f}"),
+    "validation_loss": ("held-out\nloss", "{:.3f}"),
     "control_loss_change": ("control\nloss", "{:+.3f}"),
     "control_ppl_change": ("control\nperplexity", "{:+.2f}"),
     "control_kl": ("KL on\ncontrol", "{:.3f}"),
@@ -31,6 +33,7 @@ def comparison_tables(content: Mapping[str, Any]) -> list[Table | Text]:
     at_the_end = [_measures(content, "final", f"After {content['steps']} steps ({spread})")]
     return [
         _measures(content, "matched", f"When the smoothed training loss first reaches {named} ({spread})"),
+        *_limits(content, spread),
         *(at_the_end if any(method["final"] for method in content["methods"]) else []),
         _costs(content),
         *_notes(content),
@@ -69,6 +72,73 @@ def _measures(content: Mapping[str, Any], where: str, title: str) -> Table:
             steps += f"\n{reached} of {len(content['settings']['seeds'])} seeds"
         table.add_row(method["name"], steps, *(shown(found.get(key), MEASURES[key][1], "\n") for key in keys))
     return table
+
+
+def _limits(content: Mapping[str, Any], spread: str) -> list[Table | Text]:
+    """What each method has learned within each limit of forgetting, and who learned most; nothing without scales."""
+    key = task_at_limits(content)
+    if key is None:
+        return []
+    limits = content["settings"]["frontier"]["limits"]
+    what = MEASURES[key][0].replace("\n", " ").capitalize()
+    table = _table(f"{what} within a limit of forgetting, everything trained scaled back to it ({spread})")
+    for heading in ("method", *(f"{limit:g}\nnats" for limit in limits), "all\nkept"):
+        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
+    for method in content["methods"]:
+        frontier = method.get("frontier") or {}
+        if "points" not in frontier:
+            table.add_row(method["name"], *("-" for _ in limits), "-")
+            continue
+        for mode, label in (("one", method["name"]), ("per_matrix", "  a scale a matrix")):
+            points = [each[mode] for each in frontier["within"]]
+            if any(points):
+                whole = frontier["points"][-1] if mode == "one" else None
+                table.add_row(label, *(_at_scale(point, key) for point in [*points, whole]))
+    return [table, *(Text(note) for note in _limit_notes(content, key))]
+
+
+def _at_scale(point: Mapping[str, Any] | None, key: str) -> str:
+    if point is None:
+        return ""
+    return f"{shown(point[key], MEASURES[key][1], chr(10))}\n×{number('{:.2f}', point['scale']['mean'])}"
+
+
+def _limit_notes(content: Mapping[str, Any], key: str) -> list[str]:
+    notes = []
+    modes = {"one": "one scale for all", "per_matrix": "a scale a matrix"}
+    for mode, words in modes.items():
+        for place, limit in enumerate(content["settings"]["frontier"]["limits"]):
+            found = leaders(content, place, key, mode)
+            if found and len(content["methods"]) > 1:
+                notes.append(f"Within {limit:g} nats, {words}: {_most(*found, len(content['settings']['seeds']))}")
+    notes.append(
+        "×: share kept of what was trained, chosen on held-out rows and one half of the control. "
+        f"{_unseen(content)} Test rows chose nothing."
+    )
+    reasons = {method["name"]: (method.get("frontier") or {}).get("why_not") for method in content["methods"]}
+    return notes + [f"{name} was not scaled back: {why}" for name, why in reasons.items() if why]
+
+
+def _most(best: str, others: Sequence[str], seeds: int) -> str:
+    if seeds < 2:
+        return f"{best} learned most (one seed: no interval)."
+    beside = f"; not told from it: {', '.join(others)}" if others else ", told apart from all others"
+    return f"{best} learned most{beside} (95% interval of the difference, seed by seed)."
+
+
+def _unseen(content: Mapping[str, Any]) -> str:
+    """How far the rise on the half of the control that chose nothing goes beyond a limit."""
+    shares = []
+    for method in content["methods"]:
+        for each in (method.get("frontier") or {}).get("within", ()):
+            points = [each[mode] for mode in ("one", "per_matrix") if each[mode] and each[mode]["rise"]]
+            shares += [(point["rise"]["mean"] / each["limit"], each["limit"], method["name"]) for point in points]
+    if not shares:
+        return ""
+    share, limit, name = max(shares)
+    if share <= 1:
+        return "On the other half, which chose nothing, every method's mean rise is within each limit too."
+    return f"On the other half, which chose nothing, {name} is furthest above one: {share * limit:.3g} at {limit:g}."
 
 
 def _costs(content: Mapping[str, Any]) -> Table:

@@ -23,8 +23,10 @@ from kappatune_plugin.forgetting.measures import base_in_place
 from kappatune_plugin.forgetting.report import finite_or_none
 from kappatune_plugin.run.end_token import IGNORED
 from kappatune_plugin.study.bench import Bench
+from kappatune_plugin.study.frontier import measure_frontier
 from kappatune_plugin.study.method_configs import arm_config, peft_refusals
 from kappatune_plugin.study.methods import Method
+from kappatune_plugin.study.settings import Frontier
 from kappatune_plugin.study.summary import first_crossing, smoothed
 
 
@@ -37,6 +39,7 @@ def train_run(
     stop_at: int | None = None,
     crossing: tuple[int, float] | None = None,
     stop_at_crossing: bool = False,
+    frontier: Frontier | None = None,
 ) -> dict[str, Any]:
     """Train a copy of the base by `method`.
 
@@ -46,12 +49,14 @@ def train_run(
         stop_at: end after this step, with the schedule and the data order of the whole run, and measure only there.
         crossing: (window, target): also measure where the loss, smoothed over `window` steps, first reaches `target`.
         stop_at_crossing: end there.
+        frontier: scale what a whole run changed back so, and measure that; None for not at all.
 
     Returns:
         "losses" after each step (None where not finite; of the task's tokens where text is mixed in), "points"
-        ({"step", and `Bench.measure`}), "at_target" (a point, or None), "validation_loss" (of whole runs), "order" (a
-        fingerprint of each training batch), "trainable" (parameters), "training_bytes" (their gradients and the
-        optimizer's state), "peak_bytes" (of a GPU; None without), "seconds" (training alone).
+        ({"step", and `Bench.measure`}), "at_target" (a point, or None), "validation_loss" and "frontier" (of whole
+        runs; `measure_frontier`), "order" (a fingerprint of each training batch), "trainable" (parameters),
+        "training_bytes" (their gradients and the optimizer's state), "peak_bytes" (of a GPU; None without), "seconds"
+        (training alone).
 
     Raises:
         KappaTuneError: the method can't be applied to this model.
@@ -83,6 +88,9 @@ def train_run(
         }
         if stop_at is None:
             record["validation_loss"] = finite_or_none(trainer.evaluate()["eval_loss"])
+            if frontier is not None:
+                trained = trainer.accelerator.unwrap_model(trainer.model)
+                record["frontier"] = measure_frontier(bench, trained, method.name, frontier)
     # modules and callbacks are in reference cycles; without collecting them this run's GPU memory stays in use
     del trainer, order, course
     if torch.cuda.is_available():

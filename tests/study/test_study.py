@@ -1,12 +1,11 @@
 """The pure parts of a comparison: arithmetic, names of methods, what each trains, tables and recommendations."""
 
-import io
 import math
 
 import pytest
 import torch
-from rich.console import Console
 
+from helpers.made_up_comparisons import entry, made_up, text
 from helpers.made_up_reports import report, row, twelve_units
 from helpers.tiny import tiny_model
 from kappatune_plugin import KappaTuneError, scan
@@ -18,7 +17,7 @@ from kappatune_plugin.study.session import recommend
 from kappatune_plugin.study.settings import Settings, Tried
 from kappatune_plugin.study.store import RunStore
 from kappatune_plugin.study.summary import changes, first_crossing, interval, over_seeds, smoothed, summarize
-from kappatune_plugin.study.tables import comparison_tables, shown
+from kappatune_plugin.study.tables import shown
 from kappatune_plugin.weights.units import find_units
 
 # two-sided 95% points of Student's t, from any printed table: degrees of freedom -> t
@@ -253,46 +252,6 @@ def test_a_measurement_at_another_target_is_not_shown():
         settings = Settings(seeds=(0,), learning_rates=(1e-3,), every=4, smooth=1, target_loss=target)
         found = summarize(tried, before, settings)["grid"]["0.001"]["at_target"]
         assert (found and found["step"]) == step, target
-
-
-def entry(name: str, accuracy: list[float], rise: list[float], reached: bool = True) -> dict:
-    at = {
-        "step": over_seeds([8.0] * len(accuracy)),
-        "task_accuracy": over_seeds(accuracy),
-        "control_loss_change": over_seeds(rise),
-        "replay_error": over_seeds([0.0] * len(accuracy)),
-    }
-    return {
-        "name": name,
-        "learning_rate": 1e-3,
-        "at_edge_of_grid": False,
-        "trainable": over_seeds([1000.0]),
-        "seconds": over_seeds([1.0]),
-        "training_mib": over_seeds([2.0]),
-        "lowest_loss": over_seeds([0.4] * len(accuracy)),
-        "matched": at if reached else None,
-        "final": at,
-        "course": [at],
-    }
-
-
-def made_up(*entries: dict, seeds: int = 3) -> dict:
-    return {
-        "settings": {"seeds": list(range(seeds)), "every": 4},
-        "target_loss": 0.5,
-        "steps": 8,
-        "parameters": 4000,
-        "before": {"task_accuracy": 0.5, "a_ppl": 2.0},
-        "recipe": {"model_name_or_path": "m"},
-        "methods": list(entries),
-    }
-
-
-def text(content: dict) -> str:
-    out = Console(file=io.StringIO(), width=120)
-    for part in comparison_tables(content):
-        out.print(part)
-    return out.file.getvalue()
 
 
 def test_the_table_says_what_did_not_reach_the_target():
