@@ -73,8 +73,8 @@ def measure(
     """The rows of `units`, in their order, the same on all ranks: each measures those that `source.work` yields there.
 
     On a GPU, in batches of equal shapes. On the CPU, as many matrices at a time as torch has threads, each measured by
-    one thread: that is faster than all threads on one matrix. Only a matrix so large that the source's memory limit
-    leaves threads idle gets several; the last digits of its numbers depend on how many (1e-11 of them was seen).
+    one thread, and as the source's memory limit allows: that is faster than all threads on one matrix, and the digits
+    don't depend on how many there are.
 
     Args:
         above: a unit's bound: measuring it stops once its kappa is certainly above. See `condition_number`.
@@ -153,7 +153,7 @@ def _in_threads(measurer: _Measurer, work: Iterator[tuple[WeightUnit, Load]], li
     threads = torch.get_num_threads()
 
     def one(unit: WeightUnit, load: Load) -> UnitReport:
-        torch.set_num_threads(max(1, threads // max(1, limit // memory(unit))))
+        torch.set_num_threads(1)
         return measurer.row(unit, load())
 
     with _workers(threads) as pool:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import transformers
+import torch
 from torch import Tensor, nn
 
 from kappatune_plugin.distributed import ranks, shards
@@ -69,9 +70,9 @@ class SafetensorsSource(Source):
         return self.files.identity(self._architecture)
 
     def memory_limit(self) -> int:
-        """Four float64 copies of the largest tensor, or less if less is free."""
+        """Four float64 copies of the largest tensor for each thread, or less if less is free."""
         largest = max(math.prod(stored.shape) for stored in self.files.tensors.values())
-        return min(4 * 8 * largest, super().memory_limit())
+        return min(torch.get_num_threads() * 4 * 8 * largest, super().memory_limit())
 
     def base_hash(self) -> str:
         return fingerprint(self.units, self.samples())
