@@ -4,6 +4,7 @@ The rule for everything that a command writes: `check_replaceable` before the wo
 A file of ours is known by how it begins; devices, links and other people's files stay as they are.
 """
 
+import ctypes
 import json
 import os
 import re
@@ -19,6 +20,8 @@ from kappatune_plugin.errors import KappaTuneError
 
 FORMAT = 1
 LOCK = ".lock"
+# of Linux's renameat2(2): paths are relative to the current folder; the two names change places
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
 def opening(first_key: str) -> str:
@@ -160,6 +163,14 @@ def as_umask_says(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_file():
             path.chmod(0o666 & ~mask)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Have two folders on one disk change places in one step; False where the system can't, and nothing was done."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None:
+        return False
+    return rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0
 
 
 @contextmanager

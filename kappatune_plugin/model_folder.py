@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.files import alone, as_umask_says
+from kappatune_plugin.files import alone, as_umask_says, exchange
 
 # what `save_pretrained` of models, tokenizers and processors leaves
 CHECKPOINT_FILES = re.compile(
@@ -63,12 +63,12 @@ def staging(output_dir: Path) -> Iterator[Path]:
     Raises:
         KappaTuneError: nothing can be written there.
     """
-    parent = output_dir if output_dir.is_dir() else output_dir.parent
     name = f".{output_dir.name}{UNFINISHED}"
+    parent = output_dir.parent if _replaceable_whole(output_dir) else output_dir
     folder = parent / f"{name}{secrets.token_hex(4)}"
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        for left in parent.glob(f"{name}*"):
+        for left in [*output_dir.parent.glob(f"{name}*"), *output_dir.glob(f"{name}*")]:
             # one that another merge is writing stays
             with suppress(KappaTuneError), alone(left, "merge"):
                 shutil.rmtree(left)
@@ -82,11 +82,26 @@ def staging(output_dir: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _replaceable_whole(output_dir: Path) -> bool:
+    """Whether another folder can take its place: it is no mount point, and this process doesn't stand in it."""
+    parent = output_dir.parent
+    if not output_dir.is_dir():
+        return True
+    stands_in_it = output_dir in (here := Path.cwd(), *here.parents)
+    return not stands_in_it and output_dir.stat().st_dev == parent.stat().st_dev and os.access(parent, os.W_OK)
+
+
 def publish(folder: Path, output_dir: Path) -> None:
-    """Put what was written to `folder` in the place of `output_dir`; a kill leaves nothing that loads wrong."""
+    """Put what was written to `folder` in the place of `output_dir`, in one step where the system has one for it.
+
+    Elsewhere (no Linux, a mount point, the current folder) a kill leaves nothing that loads wrong.
+    """
     as_umask_says(folder)
     if not output_dir.is_dir():
         os.replace(folder, output_dir)
+        return
+    folder.chmod(output_dir.stat().st_mode)
+    if exchange(folder, output_dir):
         return
     # without its config.json a folder doesn't load, whatever else is in it: neither the old model nor a mixture
     for old in sorted(_files(output_dir), key=lambda path: path.name != "config.json"):

@@ -3,22 +3,40 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from safetensors import SafetensorError
+from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
 
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.run.output_dir import UNFINISHED, publish, staging
 
 
+class CheckpointsAnew(TrainerCallback):
+    """A checkpoint that is written over an earlier one counts as incomplete until the last of its files is there.
+
+    A kill would leave the new adapter beside the old optimizer, which is no state that any run was in.
+    """
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Delete what the Trainer writes last, if it is about to save."""
+        if control.should_save and state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / TRAINER_STATE_NAME).unlink(missing_ok=True)
+
+    on_epoch_end = on_step_end
+
+
 def train_to_the_end(trainer: SFTTrainer, resume: str | None, out: Console) -> None:
     """Train, or only end what was trained to its end: the Trainer would make one more step at `max_steps`."""
     if resume is not None:
-        state = json.loads((Path(resume) / "trainer_state.json").read_text(encoding="utf-8"))
+        state = json.loads((Path(resume) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         if state["global_step"] >= _planned_steps(trainer):
             out.print(f"All {state['global_step']} steps were trained before; what follows them is done.")
             _plan_no_more(trainer)
+        trainer.add_callback(CheckpointsAnew)
     trainer.train(resume_from_checkpoint=resume)
 
 

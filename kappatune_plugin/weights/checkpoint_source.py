@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import transformers
 import torch
+import transformers
 from torch import Tensor, nn
 
 from kappatune_plugin.distributed import ranks, shards

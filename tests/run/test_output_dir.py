@@ -11,14 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Trainer
 
 from helpers.recipes import tiny_recipe, write_recipe, write_rows
 from helpers.tiny import tiny_model, tiny_tokenizer
 from helpers.training import train as train_tiny
-from kappatune_plugin import KappaTuneError
+from kappatune_plugin import KappaTuneError, model_folder
 from kappatune_plugin.files import alone
 from kappatune_plugin.forgetting.probe import ForgettingProbe
 from kappatune_plugin.recipe.recipe import load_recipe
+from kappatune_plugin.run.resume import checkpoint_problems
 from kappatune_plugin.run.train import RunResult, run_sft
 from kappatune_plugin.toolkits.shared import remove_models_with_adapters
 from kappatune_plugin.tuner.merge import merge_adapter
@@ -126,6 +128,22 @@ def test_a_run_resumed_with_more_steps_goes_on(copy):
     assert result.trainer.state.global_step == 5
     logged = [entry["step"] for entry in result.trainer.state.log_history if "forgetting/control_loss" in entry]
     assert logged == [0, 2, 4, 5], "the base's measure is step 0's, not the resumed step's"
+
+
+def test_a_checkpoint_written_over_counts_as_none_until_it_is_whole(copy, monkeypatch):
+    """Resumed from an earlier one; a kill in the middle of saving would leave two runs' files as one."""
+
+    def killed(trainer, folder):
+        raise KeyboardInterrupt
+
+    again(copy, "--overwrite_output_dir", "--save_steps", "1")
+    out = copy / "out"
+    assert checkpoint_problems(out / "checkpoint-3") == []
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", killed)
+    with pytest.raises(KeyboardInterrupt):
+        again(copy, "--resume_from_checkpoint", str(out / "checkpoint-2"), "--save_steps", "1")
+    assert checkpoint_problems(out / "checkpoint-3") == ["trainer_state.json is missing"]
+    assert checkpoint_problems(out / "checkpoint-2") == []
 
 
 def test_the_adapter_is_there_before_the_last_measurement(saved_olmoe, tmp_path, monkeypatch):
@@ -246,7 +264,7 @@ def test_only_models_with_adapters_are_removed(tmp_path):
 
 @pytest.mark.slow
 def test_kills_at_any_time_damage_nothing(finished, tmp_path):
-    """kill -9 while it merges over a checkpoint: the folder holds the old one, the new one, or what can't be loaded."""
+    """kill -9 while it merges over a checkpoint: the folder holds the old one or the new one."""
     merge_adapter(finished / "out", tmp_path / "merged")
     whole = contents(tmp_path / "merged")
     command = [sys.executable, "-m", "kappatune_plugin", "merge", str(finished / "out")]
@@ -259,10 +277,26 @@ def test_kills_at_any_time_damage_nothing(finished, tmp_path):
         time.sleep(lasts * (0.6 + 0.05 * moment))
         process.send_signal(signal.SIGKILL)
         process.wait()
-        found = {name: text for name, text in contents(tmp_path / "merged").items() if "unfinished" not in name}
-        assert found == whole or "config.json" not in found
+        assert contents(tmp_path / "merged") == whole
     merge_adapter(finished / "out", tmp_path / "merged", overwrite=True)
     assert contents(tmp_path / "merged") == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+def test_a_merge_over_a_checkpoint_takes_its_place_in_one_step(finished, tmp_path, monkeypatch):
+    """Where the system has no such step, the old one's config.json goes first."""
+    out, calls = tmp_path / "merged", []
+    merge_adapter(finished / "out", out)
+    out.chmod(0o750)
+    before, inode = contents(out), out.stat().st_ino
+    monkeypatch.setattr(Path, "unlink", lambda path, **_: calls.append(path.name) or os.unlink(path))
+    merge_adapter(finished / "out", out, overwrite=True)
+    assert contents(out) == before and out.stat().st_ino != inode and "config.json" not in calls
+    assert out.stat().st_mode & 0o777 == 0o750
+    monkeypatch.setattr(model_folder, "exchange", lambda one, other: False)
+    merge_adapter(finished / "out", out, overwrite=True)
+    assert contents(out) == before and [name for name in calls if name != ".lock"][0] == "config.json"
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
 @pytest.mark.slow
