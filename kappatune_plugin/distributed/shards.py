@@ -230,10 +230,11 @@ def _grid(shape: torch.Size, index: Index) -> tuple[range, range, int]:
     """A block of a tensor as (rows, columns, width): a grid on the flattened tensor cut into rows of `width`."""
     if not index:
         return range(1), range(shape.numel()), shape.numel()
-    expert, row_slice, column_slice = index
-    rows, columns = range(shape[1])[row_slice], range(shape[2])[column_slice]
-    first = expert * shape[1]
-    return range(first + rows.start, first + rows.stop, rows.step), columns, shape[2]
+    *expert, row_slice, column_slice = index
+    height, width = shape[-2:]
+    rows, columns = range(height)[row_slice], range(width)[column_slice]
+    first = expert[0] * height if expert else 0
+    return range(first + rows.start, first + rows.stop, rows.step), columns, width
 
 
 def _bands(low: int, high: int, width: int) -> Iterator[tuple[int, int, int, int]]:

@@ -17,6 +17,7 @@ from kappatune_plugin.selection.criteria import gain_over_forgetting
 from kappatune_plugin.selection.ranking import how_to_measure
 from kappatune_plugin.selection.report import ABOVE, KappaReport
 from kappatune_plugin.selection.selection import check_settings
+from kappatune_plugin.weights.model_source import ModelSource
 from kappatune_plugin.weights.open_source import ScanFrom, open_source
 from kappatune_plugin.weights.patterns import DEFAULT_EXCLUDE, filter_units
 from kappatune_plugin.weights.source import Source
@@ -25,7 +26,7 @@ from kappatune_plugin.weights.units import WeightUnit
 
 @together("the scan")
 def scan(
-    model_or_path: nn.Module | str | os.PathLike,
+    model_or_path: nn.Module | ModelSource | str | os.PathLike,
     include: Sequence[str] = (),
     exclude: Sequence[str] = DEFAULT_EXCLUDE,
     rtol: float = 1e-3,
@@ -47,8 +48,8 @@ def scan(
     Under torch.distributed all ranks have to call it: each measures its share, and all get the whole report.
 
     Args:
-        model_or_path: a model, or the folder or hub name of one. Files are read one tensor at a time, in the dtype
-            they were saved in. Weights that bitsandbytes quantized are dequantized.
+        model_or_path: a model, the `ModelSource` of one, or the folder or hub name of one. Files are read one tensor
+            at a time, in the dtype they were saved in. Weights that bitsandbytes quantized are dequantized.
         include, exclude: groups (`patterns.GROUPS`: "norm", "router", "attention", ...) or globs on unit names; an
             empty `include` means all.
         rtol: relative width of the interval of kappa, see `condition_number`.
@@ -92,7 +93,9 @@ def scan(
 
 
 def _source(
-    model_or_path: nn.Module | str | os.PathLike, scan_from: str | os.PathLike | None, trust_remote_code: bool
+    model_or_path: nn.Module | ModelSource | str | os.PathLike,
+    scan_from: str | os.PathLike | None,
+    trust_remote_code: bool,
 ) -> Source:
     source = open_source(model_or_path, trust_remote_code)
     return source if scan_from is None else ScanFrom(source, open_source(os.fspath(scan_from), trust_remote_code))

@@ -29,7 +29,7 @@ from kappatune_plugin.scanning.gain import GAIN
 from kappatune_plugin.study.method_configs import Pool
 from kappatune_plugin.study.methods import Method
 from kappatune_plugin.tuner.what_to_train import full_report
-from kappatune_plugin.weights.fingerprint import base_hash
+from kappatune_plugin.weights.model_source import ModelSource
 from kappatune_plugin.weights.quantized import quantization_of
 
 # one run a process, no files of its own, a loss after every step
@@ -102,8 +102,9 @@ class Bench:
         tokenizer, train, held_out = _prepared(recipe, base, learned, held_out)
         ranks = {*ranks, recipe.kappatune.rank_by}
         rank_by = "snr" if "snr" in ranks else "kappa"
-        hashes = {"base": base_hash(base)}
-        report = full_report(recipe.kappatune, base, hashes["base"], rank_by)
+        found = ModelSource(base).base_hashes()
+        hashes = {"base": found.today}
+        report = full_report(recipe.kappatune, base, found, rank_by)
         if GAIN in ranks:
             report = config_with_gain(recipe, base, tokenizer, learned, report).report
             base.cpu()

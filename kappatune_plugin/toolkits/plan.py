@@ -79,11 +79,11 @@ def _check_base(report: KappaReport, model: str, trust_remote_code: bool) -> Non
     """Refuse a report of other weights. A name on the hub isn't downloaded for it: there the toolkit will."""
     if not list(Path(model).glob("*.safetensors")):
         return
-    found = open_source(model, trust_remote_code).base_hash()
-    if found != report.base["hash"]:
+    found = open_source(model, trust_remote_code).base_hashes()
+    if report.base["hash"] not in found:
         raise KappaTuneError(
             f"The kappa report is of '{report.base['name']}' (fingerprint {report.base['hash']}), and the fingerprint "
-            f"of '{model}' is {found}. Make one with `kappatune scan`, or leave --report out."
+            f"of '{model}' is {found.today}. Make one with `kappatune scan`, or leave --report out."
         )
 
 

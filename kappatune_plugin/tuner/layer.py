@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kappatune_plugin.distributed import ranks, shards
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.tuner.values import VALUES, Original, Values
-from kappatune_plugin.weights.fingerprint import unit_hash
+from kappatune_plugin.weights.fingerprint import is_in_layers, unit_hash
 from kappatune_plugin.weights.units import WeightUnit, unit_block
 
 NOT_WRITTEN = (
@@ -108,7 +108,8 @@ class KappaTuneLayer(nn.Module, BaseTunerLayer):
             KappaTuneError: they were trained on another base.
         """
         for adapter, values in self.kappatune_values.items():
-            if values.base.item() != self.fingerprint:
+            # what isn't of a layer may be other random numbers in each process, and all of it is replaced
+            if values.base.item() != self.fingerprint and is_in_layers(self.unit):
                 raise KappaTuneError(
                     f"Adapter '{adapter}' was trained on another base model: {self.unit.name} differs from the weights "
                     "it started from. Load the base that adapter_config.json names, in the dtype it was trained in."

@@ -40,10 +40,11 @@ from kappatune_plugin.tuner.what_to_train import (
     selection_from,
     settle_modules_to_save,
     trained_whole,
+    warn_of_new_weights,
 )
 from kappatune_plugin.weights.model_source import ModelSource
 from kappatune_plugin.weights.quantized import keep_unpacked, make_whole, quantization_of, quantized_form
-from kappatune_plugin.weights.units import OWN, WeightUnit, find_units
+from kappatune_plugin.weights.units import OWN, WeightUnit
 
 SAVE_AGAIN = "`PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)` and load that."
 UNQUANTIZED = (
@@ -77,8 +78,9 @@ class KappaTuneModel(BaseTuner):
         Raises:
             KappaTuneError: the selection is empty, was made on another base, or can't be attached whole.
         """
+        source = ModelSource(model)
         if "selections" not in self.__dict__:
-            self.selections, self.reports, self._base_hash = {}, {}, ModelSource(model).base_hash()
+            self.selections, self.reports, self._base_hashes = {}, {}, source.base_hashes()
             self.register_load_state_dict_pre_hook(check_loaded_keys)
             self.register_state_dict_pre_hook(warn_not_finite)
             self._running: list[ExitStack] = []
@@ -89,7 +91,8 @@ class KappaTuneModel(BaseTuner):
         # a config may be used for several models: what it settles to here is this model's
         config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         settle_modules_to_save(config, model)
-        selection, units = self._settle(model, adapter_name, config)
+        selection, units = self._settle(source, adapter_name, config)
+        warn_of_new_weights(config, source, units)
         config.base_quantization = quantization_of(model)
         keep_unpacked(model)
         for name in _quantized_owners(model, units):
@@ -259,7 +262,7 @@ class KappaTuneModel(BaseTuner):
         del self.selections[adapter_name], self.reports[adapter_name]
 
     def _settle(
-        self, model: nn.Module, adapter_name: str, config: KappaTuneConfig
+        self, source: ModelSource, adapter_name: str, config: KappaTuneConfig
     ) -> tuple[Selection, list[WeightUnit]]:
         """Decide what `config` trains, from its selection, its report, or a scan of the base model."""
         self.reports[adapter_name] = None
@@ -267,11 +270,11 @@ class KappaTuneModel(BaseTuner):
         if selection is None:
             # writing back waits for all ranks, forever under NCCL if one died in the scan
             with together("the scan"), self._as_loaded():
-                report = self.reports[adapter_name] = report_for_selection(config, model, self._base_hash)
+                report = self.reports[adapter_name] = report_for_selection(config, source, self._base_hashes)
             selection = selection_from(report, config)
-        hint = UNQUANTIZED if config.base_quantization and not quantization_of(model) else ""
-        found = {unit.name: unit for unit in find_units(model, quantized=True)}
-        units = selected_units(selection, found, self._base_hash, hint, trained_whole(config, model))
+        hint = UNQUANTIZED if config.base_quantization and not quantization_of(source.model) else ""
+        found = {unit.name: unit for unit in source.units}
+        units = selected_units(selection, found, self._base_hashes, hint, trained_whole(config, source))
         config.k, config.order, config.rank_by = selection.k, selection.order, selection.rank_by
         config.report, config.selection = None, selection.to_dict()
         return selection, units

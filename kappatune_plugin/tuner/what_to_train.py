@@ -1,5 +1,6 @@
 """A config becomes a report and a selection: those that it names, or a scan of the model and what `select` takes."""
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,8 +14,10 @@ from kappatune_plugin.selection.budget import parse_budget
 from kappatune_plugin.selection.report import KappaReport
 from kappatune_plugin.selection.selection import Selection, select
 from kappatune_plugin.tuner.config import KappaTuneConfig
+from kappatune_plugin.weights.fingerprint import BaseHashes
+from kappatune_plugin.weights.model_source import ModelSource
 from kappatune_plugin.weights.patterns import DEFAULT_EXCLUDE
-from kappatune_plugin.weights.units import WeightUnit, find_units
+from kappatune_plugin.weights.units import WeightUnit, embedding_modules
 
 # what PEFT adds to modules_to_save, by the task and not by the model; to its own config, after the tuner copied it
 ADDED_BY_PEFT = {
@@ -25,11 +28,11 @@ ADDED_BY_PEFT = {
 TRAINED_WHOLE = "trained whole, as modules_to_save says"
 
 
-def given_report(config: KappaTuneConfig, base_hash: str | None = None) -> KappaReport | None:
+def given_report(config: KappaTuneConfig, hashes: BaseHashes | None = None) -> KappaReport | None:
     """The report that `config` names; None if it names none.
 
     Args:
-        base_hash: fingerprint of the model; None leaves unchecked whether the report is of it.
+        hashes: fingerprints of the model; None leaves unchecked whether the report is of it.
 
     Raises:
         KappaTuneError: the report can't be read, or is of another model.
@@ -37,44 +40,44 @@ def given_report(config: KappaTuneConfig, base_hash: str | None = None) -> Kappa
     if config.report is None:
         return None
     report = config.report if isinstance(config.report, KappaReport) else KappaReport.load(config.report)
-    if base_hash not in (None, report.base["hash"]):
+    if hashes is not None and report.base["hash"] not in hashes:
         raise KappaTuneError(
             f"The kappa report is of '{report.base['name']}' (fingerprint {report.base['hash']}), this model's "
-            f"fingerprint is {base_hash}. Make one with `kappatune scan`, or drop `report`."
+            f"fingerprint is {hashes.today}. Make one with `kappatune scan`, or drop `report`."
         )
     return report
 
 
-def scan_for(config: KappaTuneConfig, model: nn.Module, **wanted: Any) -> KappaReport:
-    """A scan of `model` with the config's include, exclude and rtol; `wanted` goes to `scan`: k, order, rank_by, ...
+def scan_for(config: KappaTuneConfig, source: ModelSource, **wanted: Any) -> KappaReport:
+    """A scan of a model with the config's include, exclude and rtol; `wanted` goes to `scan`: k, order, rank_by, ...
 
     What `modules_to_save` trains whole is left out: it would be trained twice.
     """
     exclude = DEFAULT_EXCLUDE if config.exclude is None else config.exclude
-    whole = trained_whole(config, model)
-    report = scan(model, include=config.include or (), exclude=(*exclude, *whole), rtol=config.rtol, **wanted)
+    whole = trained_whole(config, source)
+    report = scan(source, include=config.include or (), exclude=(*exclude, *whole), rtol=config.rtol, **wanted)
     report.left_out.update(dict.fromkeys(whole, TRAINED_WHOLE))
     return report
 
 
 def full_report(
-    config: KappaTuneConfig, model: nn.Module, base_hash: str | None = None, rank_by: str = "kappa"
+    config: KappaTuneConfig, model: nn.Module, hashes: BaseHashes | None = None, rank_by: str = "kappa"
 ) -> KappaReport:
     """A report of every matrix that `config` may train: the given one if it knows them all, else a scan."""
-    report = given_report(config, base_hash)
+    report, source = given_report(config, hashes), ModelSource(model)
     # one that was made for the lowest kappa doesn't tell which of the others could be trained
     if report is None or report.made_for is not None:
-        return scan_for(config, model, rank_by=rank_by)
-    return _without(report, trained_whole(config, model))
+        return scan_for(config, source, rank_by=rank_by)
+    return _without(report, trained_whole(config, source))
 
 
-def report_for_selection(config: KappaTuneConfig, model: nn.Module, base_hash: str) -> KappaReport:
+def report_for_selection(config: KappaTuneConfig, source: ModelSource, hashes: BaseHashes) -> KappaReport:
     """The given report, or a scan that finds out as much as the config's selection needs."""
     wanted = {key: getattr(config, key) for key in ("order", "rank_by", "seed", "scan_from")}
-    report = given_report(config, base_hash)
+    report = given_report(config, hashes)
     if report is None:
-        return scan_for(config, model, k=config.budget, refuse_more=True, **wanted)
-    return _without(report, trained_whole(config, model))
+        return scan_for(config, source, k=config.budget, refuse_more=True, **wanted)
+    return _without(report, trained_whole(config, source))
 
 
 def _without(report: KappaReport, whole: Sequence[str]) -> KappaReport:
@@ -123,15 +126,36 @@ def settle_modules_to_save(config: KappaTuneConfig, model: nn.Module) -> None:
         config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *added]))
 
 
-def trained_whole(config: KappaTuneConfig, model: nn.Module) -> list[str]:
+def trained_whole(config: KappaTuneConfig, source: ModelSource) -> list[str]:
     """Names of the units inside the modules that `modules_to_save` names, under any name of a tied weight."""
     endings = tuple(config.modules_to_save or ())
     if not endings:
         return []
-    parameters = model.named_parameters(remove_duplicate=False)
+    parameters = source.model.named_parameters(remove_duplicate=False)
     inside = {id(value) for name, value in parameters if any(each.endswith(endings) for each in _owners(name))}
-    units = find_units(model, quantized=True)
-    return [unit.name for unit in units if id(model.get_parameter(unit.parameter)) in inside]
+    return [unit.name for unit in source.units if id(source.model.get_parameter(unit.parameter)) in inside]
+
+
+def warn_of_new_weights(config: KappaTuneConfig, source: ModelSource, trained: Collection[WeightUnit]) -> None:
+    """Warn of matrices that the checkpoint doesn't hold, unless they are trained: other random numbers at each loading.
+
+    transformers 5 marks the parameters that it found in files. Embeddings and the output head that tokens were added to
+    are left out: PEFT saves them.
+    """
+    loaded = {name for name, value in source.model.named_parameters() if getattr(value, "_is_hf_initialized", False)}
+    if not loaded or config.inference_mode:
+        return
+    grown = [getattr(each, "weight", None) for each in embedding_modules(source.model)]
+    loaded |= {name for name, value in source.model.named_parameters() if any(value is each for each in grown)}
+    kept = {*trained_whole(config, source), *(unit.name for unit in trained)}
+    names = [unit.name for unit in source.units if unit.parameter not in loaded and unit.name not in kept]
+    if names:
+        warnings.warn(
+            f"{len(names)} matrices aren't in the checkpoint, such as {names[0]}: they hold random numbers that the "
+            "adapter doesn't save, so it gives other results where it is loaded. Train them: "
+            f"modules_to_save: [{names[0].rpartition('.')[0]}].",
+            stacklevel=2,
+        )
 
 
 def _owners(parameter: str) -> list[str]:
@@ -141,23 +165,23 @@ def _owners(parameter: str) -> list[str]:
 
 
 def selected_units(
-    selection: Selection, units: Mapping[str, WeightUnit], base_hash: str, hint: str, whole: Collection[str] = ()
+    selection: Selection, units: Mapping[str, WeightUnit], hashes: BaseHashes, hint: str, whole: Collection[str] = ()
 ) -> list[WeightUnit]:
     """The units that `selection` names, in its order.
 
     Args:
         units: unit name -> unit, all of the model.
-        base_hash: the model's fingerprint.
+        hashes: the model's fingerprints.
         hint: what the error for another base says at its end.
         whole: names of units that are `trained_whole`.
 
     Raises:
         KappaTuneError: the selection was made on another base, or names what the model hasn't, or what is in `whole`.
     """
-    if selection.base["hash"] != base_hash:
+    if selection.base["hash"] not in hashes:
         raise KappaTuneError(
             f"The selection was made on the base model '{selection.base['name']}' "
-            f"(fingerprint {selection.base['hash']}), but this model's fingerprint is {base_hash}. Load that "
+            f"(fingerprint {selection.base['hash']}), but this model's fingerprint is {hashes.today}. Load that "
             f"base in the dtype it was scanned in, or drop `selection` and let this model be scanned.{hint}"
         )
     wrong = [

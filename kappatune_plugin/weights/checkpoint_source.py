@@ -12,7 +12,7 @@ from kappatune_plugin.distributed import ranks, shards
 from kappatune_plugin.distributed.work import deal
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.weights.checkpoint_names import CheckpointNames
-from kappatune_plugin.weights.fingerprint import fingerprint, sample
+from kappatune_plugin.weights.fingerprint import BaseHashes, fingerprints, samples_of
 from kappatune_plugin.weights.quantized import FLOAT8_BLOCK, SCALES, dequantize_float8
 from kappatune_plugin.weights.safetensors_files import TensorFiles
 from kappatune_plugin.weights.source import Source, path_name
@@ -74,14 +74,14 @@ class SafetensorsSource(Source):
         largest = max(math.prod(stored.shape) for stored in self.files.tensors.values())
         return min(torch.get_num_threads() * 4 * 8 * largest, super().memory_limit())
 
-    def base_hash(self) -> str:
-        return fingerprint(self.units, self.samples())
+    def base_hashes(self) -> BaseHashes:
+        return fingerprints(self.units, self.samples())
 
     def samples(self) -> dict[str, Tensor]:
-        """Unit name -> the `sample` of its matrix. Collective: each rank reads its share."""
+        """The `samples_of` all units. Collective: each rank reads its share."""
         mine = deal(self.units, ranks.world())[ranks.rank()]
-        parts = ranks.exchange({unit.name: sample(self.load(unit)) for unit in mine})
-        return {name: values for part in parts for name, values in part.items()}
+        parts = ranks.exchange([samples_of(unit, self.load(unit)) for unit in mine])
+        return {name: values for part in parts for samples in part for name, values in samples.items()}
 
 
 def _float8_block(model: nn.Module) -> Sequence[int]:

@@ -1,5 +1,6 @@
 """The weights of a model in memory, whole or partitioned over ranks."""
 
+from collections import ChainMap
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from kappatune_plugin.distributed import ranks, shards
 from kappatune_plugin.distributed.work import deal, rounds
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.weights.fingerprint import base_hash, fingerprint, sample
+from kappatune_plugin.weights.fingerprint import BaseHashes, base_hashes, fingerprints, samples_of
 from kappatune_plugin.weights.quantized import dequantized, quantized_form
 from kappatune_plugin.weights.source import Load, Source, path_name
 from kappatune_plugin.weights.units import WeightUnit, as_matrix, find_units, unit_matrix
@@ -19,6 +20,7 @@ class ModelSource(Source):
     """A model in memory, on any device, whole or partitioned over ranks (ZeRO-3, FSDP2).
 
     Attributes:
+        model: the model.
         divided: whether some rank doesn't hold all of it.
     """
 
@@ -27,7 +29,8 @@ class ModelSource(Source):
         self.units = find_units(model, quantized=True)
         self.parameters = [name for name, _ in model.named_parameters()]
         self.contents = {}
-        self._model = model
+        self._hashes: BaseHashes | None = None
+        self.model = model
         partitioned = any(shards.is_partitioned(parameter) for parameter in model.parameters())
         self.divided = partitioned or shards.first_rank_loads()
         forms = {unit.name: quantized_form(model.get_parameter(unit.parameter)) for unit in self.units}
@@ -40,18 +43,22 @@ class ModelSource(Source):
 
     def dtype(self, unit: WeightUnit) -> str:
         form = self._forms.get(unit.name)
-        return f"{form}, dequantized" if form else dtype_name(self._model.get_parameter(unit.parameter).dtype)
+        return f"{form}, dequantized" if form else dtype_name(self.model.get_parameter(unit.parameter).dtype)
 
     def load(self, unit: WeightUnit) -> Tensor:
         if unit.name in self._forms:
             owner, _, name = unit.parameter.rpartition(".")
-            return as_matrix(dequantized(self._model.get_submodule(owner), name), unit)
-        return unit_matrix(self._model, unit)
+            return as_matrix(dequantized(self.model.get_submodule(owner), name), unit)
+        return unit_matrix(self.model, unit)
 
-    def base_hash(self) -> str:
-        if self._forms:
-            return fingerprint(self.units, {unit.name: sample(self.load(unit)) for unit in self.units})
-        return base_hash(self._model, self.units)
+    def base_hashes(self) -> BaseHashes:
+        """See `Source`. They are made once: a source is of its model as it was at the first call."""
+        if self._hashes is None and self._forms:
+            samples = [samples_of(unit, self.load(unit)) for unit in self.units]
+            self._hashes = fingerprints(self.units, dict(ChainMap(*samples)))
+        elif self._hashes is None:
+            self._hashes = base_hashes(self.model, self.units)
+        return self._hashes
 
     def work(self, units: Sequence[WeightUnit]) -> Iterator[tuple[WeightUnit, Load]]:
         if shards.first_rank_loads():
@@ -66,7 +73,7 @@ class ModelSource(Source):
 
     def _gather(self, unit: WeightUnit, owner: int) -> tuple[WeightUnit, Load] | None:
         """The unit and its values on the rank `owner`, None elsewhere. Collective."""
-        block = shards.whole_block(self._model.get_parameter(unit.parameter), unit.index, owner)
+        block = shards.whole_block(self.model.get_parameter(unit.parameter), unit.index, owner)
         return None if block is None else (unit, partial(as_matrix, block, unit))
 
 

@@ -11,7 +11,7 @@ from kappatune_plugin.compat import how_to_load_whole
 from kappatune_plugin.distributed import ranks
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.weights.checkpoint_source import SafetensorsSource, _Unusable
-from kappatune_plugin.weights.fingerprint import fingerprint, holds_other_values
+from kappatune_plugin.weights.fingerprint import BaseHashes, fingerprints, holds_other_values
 from kappatune_plugin.weights.load_model import empty_model, load_model, model_config
 from kappatune_plugin.weights.model_source import ModelSource
 from kappatune_plugin.weights.safetensors_files import TensorFiles, checkpoint_files
@@ -80,7 +80,7 @@ def same_on_disk(model: nn.Module, source: ModelSource) -> Source | None:
     if not all(ranks.exchange(alike)):
         return None
     samples = found.samples()
-    if fingerprint(found.units, samples) == source.base_hash():
+    if fingerprints(found.units, samples).before == source.base_hashes().before:
         return found
     matrices = [unit for unit in found.units if not unit.groups & {"embedding", "head"}]
     changed = (holds_other_values(model.get_parameter(each.parameter), each, samples[each.name]) for each in matrices)
@@ -142,8 +142,8 @@ class ScanFrom(Source):
     def load(self, unit: WeightUnit) -> Tensor:
         return self._values.load(self._theirs[unit.name])
 
-    def base_hash(self) -> str:
-        return self._model.base_hash()
+    def base_hashes(self) -> BaseHashes:
+        return self._model.base_hashes()
 
     def memory_limit(self) -> int:
         return self._values.memory_limit()
@@ -152,15 +152,15 @@ class ScanFrom(Source):
         return self._theirs[unit.name].shape
 
 
-def open_source(model_or_path: nn.Module | str | os.PathLike, trust_remote_code: bool = False) -> Source:
+def open_source(model_or_path: nn.Module | ModelSource | str | os.PathLike, trust_remote_code: bool = False) -> Source:
     """The weights of a model, or of the folder or hub name of one. Collective where several ranks run.
 
     Raises:
         KappaTuneError: it is neither, or the model can't be loaded.
     """
-    if isinstance(model_or_path, nn.Module):
-        source = ModelSource(model_or_path)
-        return (same_on_disk(model_or_path, source) or source) if source.divided else source
+    if isinstance(model_or_path, nn.Module | ModelSource):
+        source = model_or_path if isinstance(model_or_path, ModelSource) else ModelSource(model_or_path)
+        return (same_on_disk(source.model, source) or source) if source.divided else source
     if isinstance(model_or_path, str | os.PathLike):
         return checkpoint_source(os.fspath(model_or_path), trust_remote_code)
     kind = type(model_or_path).__name__

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kappatune_plugin.distributed import ranks
 from kappatune_plugin.distributed.work import deal
+from kappatune_plugin.weights.fingerprint import BaseHashes
 from kappatune_plugin.weights.units import WeightUnit
 
 Load = Callable[[], Tensor]
@@ -38,7 +39,11 @@ class Source:
         raise NotImplementedError
 
     def base_hash(self) -> str:
-        """The fingerprint of all units, as `fingerprint.base_hash` makes it."""
+        """The model's fingerprint, as `fingerprint.base_hash` makes it."""
+        return self.base_hashes().today
+
+    def base_hashes(self) -> BaseHashes:
+        """`base_hash`, and the fingerprint that earlier versions made."""
         raise NotImplementedError
 
     def identity(self) -> str | None:

@@ -21,7 +21,8 @@ from kappatune_plugin.weights.quantized import is_scale, quantized_form
 FUSED_PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj")}
 # children that the tuner adds to the modules it trains
 OWN = "kappatuned_"
-HEAD_NAMES = ("lm_head", "embed_out", "score", "classifier", "qa_outputs")
+TASK_HEADS = ("score", "classifier", "qa_outputs")
+HEAD_NAMES = ("lm_head", "embed_out", *TASK_HEADS)
 ROUTER_NAMES = ("gate", "router")
 # classes whose weights are no matrices, or never trained: transformers freezes sinusoids, and PEFT all of a model
 NO_UNITS = re.compile("Norm|Sinusoidal")
@@ -63,7 +64,7 @@ def find_units(model: nn.Module, quantized: bool = False) -> list[WeightUnit]:
         KappaTuneError: a weight is quantized in another form, or at all without `quantized`.
     """
     names = CheckpointNames(model)
-    inputs, outputs = _embedding_modules(model)
+    inputs, outputs = embedding_modules(model)
     in_tower = _towers(model, inputs)
     units: dict[int, list[WeightUnit]] = {}
     for module_name, module in model.named_modules():
@@ -168,7 +169,7 @@ def _output_axis(module: nn.Module, gate_up: Tensor) -> int | None:
     return 2 if gate_up.shape[1:] == (down.shape[2], 2 * down.shape[1]) else None
 
 
-def _embedding_modules(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+def embedding_modules(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
     """The input and output embeddings of `model` as it names them itself; None where it has none."""
     found = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
