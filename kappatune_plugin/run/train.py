@@ -1,6 +1,7 @@
 """A recipe in, a trained adapter out: TRL's own SFTTrainer, run as `trl sft` runs it."""
 
 import os
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +11,7 @@ from traceback import extract_tb
 from datasets import Dataset
 from rich.console import Console
 from safetensors import SafetensorError
+from torch import nn
 from trl import SFTConfig, SFTTrainer
 
 from kappatune_plugin.compat import newer_tokenizer
@@ -46,9 +48,11 @@ from kappatune_plugin.run.resume import checkpoint_to_resume
 from kappatune_plugin.run.settings import setting_problem
 from kappatune_plugin.selection.auto_budget import levels, prefix_count
 from kappatune_plugin.selection.budget import parse_budget
+from kappatune_plugin.selection.names import layer_and_type
 from kappatune_plugin.selection.selection import Selection
-from kappatune_plugin.selection.table import report_table
+from kappatune_plugin.selection.table import ranked_and_left_out, report_table
 from kappatune_plugin.tuner.saved_selection import check_selection
+from kappatune_plugin.tuner.values import VALUES
 from kappatune_plugin.weights.load_model import cannot_load
 
 
@@ -262,6 +266,19 @@ def _settle_budget(trainer: SFTTrainer, forgetting: ForgettingReport) -> Selecti
     return tuner.selections["default"]
 
 
+def _trained_by_group(model: nn.Module, selection: Selection) -> Counter[str]:
+    """How many parameters of each type of matrix, and of each module beside them, are trained."""
+    groups = Counter()
+    for unit in selection.units:
+        groups[layer_and_type(unit.name)[1]] += unit.shape[0] * unit.shape[1]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and f".{VALUES}." not in name:
+            place = name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
+            # under ZeRO-3 this process holds a part
+            groups[place] += getattr(parameter, "ds_numel", parameter.numel())
+    return groups
+
+
 def _show_decisions(trainer: SFTTrainer, out: Console) -> Selection:
     tuner = trainer.model.base_model
     selection, report = tuner.selections["default"], tuner.reports["default"]
@@ -269,8 +286,11 @@ def _show_decisions(trainer: SFTTrainer, out: Console) -> Selection:
         out.print(f"Training the {len(selection.units)} matrices of the selection given.")
     else:
         out.print(report_table(report, selection))
+        out.print(f"Of {len(report.units) + len(report.left_out)} matrices {ranked_and_left_out(report)}.")
     if trainer.is_world_process_zero():
         trainer.model.print_trainable_parameters()
+    groups = [f"{group} {count:,}" for group, count in _trained_by_group(trainer.model, selection).items()]
+    out.print(f"Trained parameters by group: {', '.join(groups)}.", highlight=False, markup=False, soft_wrap=True)
     return selection
 
 

@@ -175,6 +175,17 @@ def _caption(report: "KappaReport", chosen: set[str], many: bool) -> Text:
     if above:
         lines.append(f"{above} matrices were measured only until it was certain that they are above (>) the lowest.")
     if report.left_out:
-        reasons = Counter(report.left_out.values()).items()
-        lines.append("Left out: " + ", ".join(f"{count} {reason}" for reason, count in reasons) + ".")
+        lines.append(f"Left out: {_reasons(report)}.")
     return Text("\n".join(lines))
+
+
+def _reasons(report: "KappaReport") -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in Counter(report.left_out.values()).items())
+
+
+def ranked_and_left_out(report: "KappaReport") -> str:
+    """ "58 were ranked, 2 of them without a kappa (2 zero), and 2 left out (1 excluded by 'head', ...)" """
+    without = [unit for unit in report.units if unit.status not in ("ok", "above")]
+    none = f", {len(without)} of them without a kappa ({_statuses(without)})" if without else ""
+    left_out = f"{len(report.left_out)} left out ({_reasons(report)})" if report.left_out else "none left out"
+    return f"{len(report.units)} were ranked{none}, and {left_out}"

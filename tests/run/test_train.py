@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -42,6 +43,20 @@ def test_leaves_what_is_documented(saved_olmoe, tmp_path, capsys):
     shown, values = capsys.readouterr().out, sum(unit.shape[0] * unit.shape[1] for unit in selection.units)
     for words in ("7 trained (*)", f"trainable params: {values:,}", "What was learned", f"kappatune merge {out}"):
         assert words in shown, words
+
+
+def test_the_log_says_what_was_ranked_left_out_and_trained(saved_olmoe, tmp_path, capsys):
+    kappatune = {"k": 7, "modules_to_save": ["lm_head"], "exclude": ["embedding", "head", "*.q_proj.weight"]}
+    result = train(tmp_path, saved_olmoe, kappatune=kappatune, max_steps=1, forgetting=None)
+    shown = capsys.readouterr().out
+    said = re.search(r"Of (\d+) matrices (\d+) were ranked, and (\d+) left out \((.+?)\)\.", shown.replace("\n", " "))
+    assert [int(number) for number in said.groups()[:3]] == [60, 56, 4]
+    assert "1 excluded by 'embedding'" in said[4] and "2 excluded by '*.q_proj.weight'" in said[4]
+    line = next(line for line in shown.splitlines() if line.startswith("Trained parameters by group: "))
+    groups = dict(group.rsplit(" ", 1) for group in line.partition(": ")[2].removesuffix(".").split(", "))
+    numbers = [int(number.replace(",", "")) for number in groups.values()]
+    assert "lm_head.weight" in groups and len(groups) > 1
+    assert sum(numbers) == sum(each.numel() for each in result.trainer.model.parameters() if each.requires_grad)
 
 
 def test_resolved_recipe_repeats_the_run(saved_olmoe, tmp_path):
