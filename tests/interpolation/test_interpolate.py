@@ -8,6 +8,7 @@ from peft import AdaLoraConfig, LoraConfig, OFTConfig, PeftModel, VeraConfig, ge
 from torch import nn
 
 from helpers.learner import documents, learner, loss, train
+from helpers.quantize import needs_bitsandbytes, quantize
 from helpers.tiny import tiny_model
 from kappatune_plugin import KappaTuneConfig, KappaTuneError
 from kappatune_plugin.forgetting.measures import base_of
@@ -56,6 +57,25 @@ def test_both_ends_are_exact(base, method):
     assert not torch.equal(logits(model), trained)
     changes.set(0.0)
     assert torch.equal(logits(model), logits(base))
+    changes.set(1.0)
+    assert torch.equal(logits(model), trained)
+    assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("method", ["kappatune", "lora"])
+def test_both_ends_are_exact_on_a_quantized_base(method):
+    """Alpha 0 is the base as it was dequantized, and what stays quantized is never touched."""
+    # bitsandbytes' blocks have 64 columns
+    quantized = quantize(tiny_model("llama", hidden_size=64, intermediate_size=128), "nf4")
+    model = train(get_peft_model(quantized, METHODS[method]()), documents(2, 100, 7), 10, 1e-2).eval()
+    trained, values, changes = logits(model), state(model), changes_of_adapter(model)
+    with model.disable_adapter():
+        base = logits(model)
+    assert not torch.equal(trained, base)
+    changes.set(0.5)
+    changes.set(0.0)
+    assert torch.equal(logits(model), base)
     changes.set(1.0)
     assert torch.equal(logits(model), trained)
     assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())

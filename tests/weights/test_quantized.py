@@ -1,6 +1,5 @@
 """Quantized weights: ranked as what they stand for, or by the weights they were made of; the selected are trained."""
 
-import importlib.util
 import json
 from importlib.metadata import version
 
@@ -12,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
+from helpers.quantize import needs_bitsandbytes, quantize
 from helpers.tiny import tiny_model, tiny_tokenizer
 from kappatune_plugin import KappaTuneConfig
 from kappatune_plugin.condition.number import condition_number
@@ -23,29 +23,6 @@ from kappatune_plugin.selection.selection import select
 from kappatune_plugin.tuner.merge import merge_adapter
 from kappatune_plugin.weights.quantized import dequantized, whole_model
 from kappatune_plugin.weights.units import find_units
-
-needs_bitsandbytes = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes isn't installed"
-)
-
-
-def quantize(model: nn.Module, kind: str) -> nn.Module:
-    """Every linear layer but the head, as bitsandbytes and transformers do it."""
-    import bitsandbytes as bnb
-
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear) or name == "lm_head":
-            continue
-        size = module.in_features, module.out_features
-        if kind == "int8":
-            new = bnb.nn.Linear8bitLt(*size, bias=False, has_fp16_weights=False)
-            new.weight = bnb.nn.Int8Params(module.weight.data, has_fp16_weights=False, requires_grad=False)
-        else:
-            new = bnb.nn.Linear4bit(*size, bias=False, quant_type=kind, compute_dtype=torch.float32)
-            new.weight = bnb.nn.Params4bit(module.weight.data, quant_type=kind, requires_grad=False)
-        owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, new)
-    return model.to("cpu")
 
 
 def model() -> nn.Module:
