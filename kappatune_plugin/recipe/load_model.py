@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 from trl import get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
+from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.recipe.recipe import Recipe
 from kappatune_plugin.weights.load_model import cannot_load
 
@@ -32,7 +33,8 @@ def load_base(recipe: Recipe, trained: str | None = None) -> nn.Module:
         del options["revision"]
     try:
         return create_model_from_path(name, **options)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        # TypeError: model_init_kwargs that no model has
         raise cannot_load(name, error) from error
 
 
@@ -50,8 +52,14 @@ def _trusts_remote_code(recipe: Recipe) -> bool:
 
 
 def model_init_kwargs(recipe: Recipe) -> dict[str, Any]:
-    """How to load the recipe's model, as trl/scripts/sft.py gives it to `from_pretrained`."""
+    """How to load the recipe's model, as trl/scripts/sft.py gives it to `from_pretrained`.
+
+    Raises:
+        KappaTuneError: the recipe's `model_init_kwargs` are no mapping.
+    """
     args, model = recipe.training_args, recipe.model_args
+    if not isinstance(args.model_init_kwargs, dict | None):
+        raise KappaTuneError(f"model_init_kwargs: {args.model_init_kwargs!r} is not a mapping.")
     quantization = get_quantization_config(model)
     return {
         **({"quantization_config": quantization} if quantization else {}),

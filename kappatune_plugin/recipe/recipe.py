@@ -201,7 +201,7 @@ def _build(owner: type, arguments: dict[str, Any], problems: list[str]) -> Any:
         arguments["bf16"] = mine["bf16"] = False
     try:
         return owner(**mine)
-    except (ValueError, TypeError, ImportError, OSError) as error:
+    except (ValueError, TypeError, ArithmeticError, ImportError, OSError) as error:
         problems.append(str(error).strip())
 
 

@@ -1,10 +1,12 @@
 """A recipe's text: the YAML file, and the `--key value` overrides of the command line laid over it."""
 
+import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.constructor import ConstructorError
 
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.recipe.trl_keys import is_flag, takes_list
@@ -14,14 +16,25 @@ BLOCKS = ("kappatune", "data", "forgetting", "env")
 FLAT = "kappatune_"
 # YAML would read "Tweet: {text}" as a mapping, " {label}" too, and a split or a name of digits as a number
 TEXTS = ("prompt", "completion", "path", "name", "split", "label_column")
+NO_CHARACTER = re.compile("[\0\ud800-\udfff]")
 
 
 class _Loader(yaml.SafeLoader):
-    """yaml.safe_load, which silently keeps the last of two equal keys, with a note of each repeated one."""
+    """yaml.safe_load, which silently keeps the last of two equal keys, with a note of each repeated one.
+
+    It refuses characters that no path and no file can hold, which YAML can spell ("\\0", "\\uD800").
+    """
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
         self.repeated: list[str] = []
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+        """The text of a scalar, as `yaml` has it."""
+        text = super().construct_scalar(node)
+        if isinstance(text, str) and NO_CHARACTER.search(text):
+            raise ConstructorError(None, None, "NUL, or half a character (a surrogate): delete it", node.start_mark)
+        return text
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         lines: dict[str, int] = {}

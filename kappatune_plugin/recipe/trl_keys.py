@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from datetime import date
 from enum import Enum
 from functools import cache
 from importlib.metadata import version
@@ -121,7 +122,7 @@ def _scalar(value: Any, types: tuple[Any, ...]) -> Any:
             number = _number(value, each) if each in types else None
             if number is not None:
                 return number
-        if str in types:
+        if str in types and isinstance(value, str | int | float | date):
             return str(value)
     lists = [each for each in types if get_origin(each) is list]
     if lists and isinstance(value, str):
@@ -135,7 +136,7 @@ def _number(value: Any, kind: type) -> int | float | None:
     """`value` as an int or a float, None if that would change it."""
     try:
         number = kind(value)
-    except (ValueError, OverflowError):
+    except (ValueError, TypeError, OverflowError):
         return None
     return number if number == float(value) else None
 

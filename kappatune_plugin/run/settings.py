@@ -2,21 +2,49 @@
 
 import math
 import os
+from collections.abc import Iterator
 
 from trl import SFTConfig
+
+WHOLE, POSITIVE, NOT_NEGATIVE = "a whole number from 1 on", "a number above 0", "a number from 0 on"
+LEAST = {
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_length"),
+        (1, WHOLE),
+    ),
+    **dict.fromkeys(("save_steps", "logging_steps", "eval_steps", "adam_epsilon"), (math.ulp(0), POSITIVE)),
+    **dict.fromkeys(("weight_decay", "max_grad_norm", "warmup_steps", "adam_beta1", "adam_beta2"), (0, NOT_NEGATIVE)),
+    "learning_rate": (0, f"{NOT_NEGATIVE}, such as 5.0e-5"),
+}
+# numpy's generators take no others
+SEEDS = range(2**32)
 
 
 def setting_problem(args: SFTConfig) -> str | None:
     """What is wrong with settings that TRL takes and no training works with; None if nothing is."""
-    at_least_1 = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-    wrong = [(key, "a whole number from 1 on") for key in at_least_1 if getattr(args, key) < 1]
-    if not (math.isfinite(args.learning_rate) and args.learning_rate >= 0):
-        wrong.append(("learning_rate", "a number from 0 on, such as 5.0e-5"))
-    if not isinstance(args.dataset_kwargs, dict | None):
-        wrong.append(("dataset_kwargs", "a mapping"))
+    return " ".join(f"{key}: {getattr(args, key)} is not {expected}." for key, expected in _wrong(args)) or None
+
+
+def _wrong(args: SFTConfig) -> Iterator[tuple[str, str]]:
+    """Each setting that can't be, and what would be expected."""
+    for key, value in vars(args).items():
+        least, expected = LEAST.get(key, (-math.inf, "a finite number"))
+        if isinstance(value, float) and not math.isfinite(value):
+            yield key, expected
+        elif isinstance(value, int | float) and value < least:
+            yield key, expected
+        elif key.endswith("_kwargs") and not isinstance(value, dict | None):
+            yield key, "a mapping"
+    for key in ("adam_beta1", "adam_beta2"):
+        if getattr(args, key) >= 1:
+            yield key, "a number below 1"
+    for key in ("seed", "data_seed"):
+        if getattr(args, key) is not None and getattr(args, key) not in SEEDS:
+            yield key, f"a whole number from 0 to {SEEDS[-1]}"
+    if args.optim_args and not all("=" in part for part in args.optim_args.split(",")):
+        yield "optim_args", "text such as 'betas=0.9, eps=1e-8'"
     template = getattr(args, "chat_template_path", None)
     if template and template.endswith((".jinja", ".j2")) and not os.path.isfile(template):
-        wrong.append(("chat_template_path", "a file that is there"))
-    if args.max_steps <= 0 and not (math.isfinite(args.num_train_epochs) and args.num_train_epochs > 0):
-        wrong.append(("num_train_epochs", "a number above 0"))
-    return " ".join(f"{key}: {getattr(args, key)} is not {expected}." for key, expected in wrong) or None
+        yield "chat_template_path", "a file that is there"
+    if args.max_steps <= 0 and args.num_train_epochs <= 0:
+        yield "num_train_epochs", POSITIVE

@@ -1,6 +1,7 @@
 """A recipe in, a trained adapter out: TRL's own SFTTrainer, run as `trl sft` runs it."""
 
 import os
+import re
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -192,9 +193,9 @@ def _trainer(recipe: Recipe, train: Dataset, test: Dataset | None) -> SFTTrainer
                 f"push_to_hub: can't make the repository: {error}\nLog in with `hf auth login`, or delete push_to_hub."
             ) from error
         raise cannot_load(model.model_name_or_path, error) from error
-    except RuntimeError as error:
-        # transformers: the weights' shapes are not the config's
-        if "ignore_mismatched_sizes" not in str(error):
+    except (RuntimeError, TypeError) as error:
+        # transformers: the weights' shapes are not the config's, or model_init_kwargs that no model has
+        if not re.search("ignore_mismatched_sizes|unexpected keyword argument", str(error)):
             raise
         raise cannot_load(model.model_name_or_path, error) from error
     except ValueError as error:
