@@ -15,7 +15,8 @@ from kappatune_plugin.files import alone, as_umask_says, exchange
 
 # what `save_pretrained` of models, tokenizers and processors leaves
 CHECKPOINT_FILES = re.compile(
-    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|(generation_|preprocessor_|processor_)?config\.json"
+    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+    r"|(generation_|(video_)?preprocessor_|processor_)?config\.json"
     r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json|(merges|vocab)\.txt"
     r"|(tokenizer|spiece|sentencepiece\.bpe)\.model|.*\.jinja|(modeling|configuration|tokenization)_\w+\.py"
 )

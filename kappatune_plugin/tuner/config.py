@@ -111,6 +111,9 @@ class KappaTuneConfig(PeftConfig):
     base_quantization: dict[str, Any] | None = field(
         default=None, metadata={"help": "How the base was quantized, noted for `kappatune merge`."}
     )
+    labels: list[str] | None = field(
+        default=None, metadata={"help": "Names of a classifier's classes, noted for `kappatune merge`."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

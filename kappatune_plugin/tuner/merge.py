@@ -1,19 +1,41 @@
 """An adapter and its base in, a plain checkpoint out."""
 
 import os
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
+import transformers
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedModel
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.quantizers import AutoQuantizationConfig
+from transformers.utils import cached_file
 
 from kappatune_plugin.compat import newer_tokenizer
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.model_folder import check_free, publish, staging
-from kappatune_plugin.tuner.adapter_folder import adapter_config, check_adapter, load_adapter
+from kappatune_plugin.tuner.adapter_folder import ADAPTER, adapter_config, check_adapter, load_adapter
+from kappatune_plugin.weights.load_model import model_class
 from kappatune_plugin.weights.quantized import whole_model
+from kappatune_plugin.weights.units import TASK_HEADS, embedding_modules
 
+TASKS = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+# the matrix of a task head that has a row a class
+LAST_OF_HEAD = ("classifier.weight", "score.weight", "out_proj.weight")
+PEFT_PREFIX = "base_model.model."
+TOKENIZER = "tokenizer_config.json"
+# of models that see or hear; copied as they are, since reading them takes packages that merging doesn't
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # a rounding that changes the trained update by more than this share of its size is said
 ROUNDING_SAID = 0.01
@@ -28,6 +50,9 @@ def merge_adapter(
     dtype: str | None = None,
 ) -> Path:
     """Write the base with the adapter's values in it to `output_dir`, as `save_pretrained` does, with the tokenizer.
+
+    The model is of the class that was trained: a language model, a classifier with its classes' names, a reward model,
+    or one that sees, with the files of its processor. Tokens that were added are in it.
 
     A base that was quantized in training is quantized again, and written as what the quantized weights stand for: the
     checkpoint computes what was trained and measured.
@@ -55,54 +80,135 @@ def merge_adapter(
         raise KappaTuneError(f"--dtype {dtype} is none of {', '.join(DTYPES)}.")
     check_adapter(adapter)
     check_free(output_dir, [adapter, Path(base)], overwrite)
-    options = {"revision": config.revision} if model is None and config.revision else {}
-    merged = _merged(adapter, base, config, {"trust_remote_code": trust_remote_code, **options}, dtype or "auto")
-    tokenizer = _tokenizer(adapter, base, trust_remote_code)
+    options = {"trust_remote_code": trust_remote_code}
+    if model is None and config.revision:
+        options["revision"] = config.revision
+    tokenizer = _tokenizer(adapter, base, options)
+    merged = _merged(adapter, base, config, options, dtype or "auto", tokenizer)
     with staging(output_dir) as folder:
         merged.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        for path in filter(None, (_file(name, adapter, base, options) for name in PROCESSOR_FILES)):
+            shutil.copyfile(path, folder / path.name)
         publish(folder, output_dir)
     return output_dir
 
 
-def _merged(adapter: Path, base: str, config: PeftConfig, options: dict[str, Any], dtype: str) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
-    try:
-        quantization = _quantization(base, config, options)
-        model = whole_model(AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **options, **quantization))
-    except Exception as error:
-        # a damaged base raises SafetensorError, RuntimeError, OSError or ValueError
-        raise KappaTuneError(f"Can't load the base model '{base}': {error}\nGive its place with --model.") from error
+def _merged(
+    adapter: Path, base: str, config: PeftConfig, options: dict[str, Any], dtype: str, tokenizer: Any
+) -> PreTrainedModel:
+    model = _base(adapter, base, config, {**options, "dtype": dtype})
+    _add_tokens(model, _shapes(adapter))
     tuned = load_adapter(model, adapter)
     _say_rounding(tuned)
     try:
-        return tuned.merge_and_unload(safe_merge=True)
+        merged = tuned.merge_and_unload(safe_merge=True)
     except (ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
         # values that aren't finite, a method of PEFT that can't be merged
         raise KappaTuneError(f"Can't merge the adapter '{adapter}': {error}") from error
+    text = merged.config.get_text_config()
+    if "SequenceClassification" in type(merged).__name__ and getattr(text, "pad_token_id", None) is None:
+        # such a model looks for the last token before the padding; a run sets it in memory
+        text.pad_token_id = getattr(tokenizer, "pad_token_id", None)
+    return merged
 
 
-def _quantization(base: str, config: PeftConfig, options: dict[str, Any]) -> dict[str, Any]:
-    """What to give to `from_pretrained` for the base that was quantized when it was loaded for training."""
-    from transformers import AutoConfig
-    from transformers.quantizers import AutoQuantizationConfig
-
-    noted = getattr(config, "base_quantization", None)
-    if not noted or getattr(AutoConfig.from_pretrained(base, **options), "quantization_config", None):
-        return {}
-    return {"quantization_config": AutoQuantizationConfig.from_dict(noted)}
-
-
-def _tokenizer(adapter: Path, base: str, trust_remote_code: bool) -> object:
-    from transformers import AutoTokenizer
-
-    where = str(adapter) if (adapter / "tokenizer_config.json").is_file() else base
+def _base(adapter: Path, base: str, config: PeftConfig, options: dict[str, Any]) -> PreTrainedModel:
+    """The base in the class that was trained, with as many classes, quantized as it was and then dequantized."""
     try:
-        return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
+        settings = AutoConfig.from_pretrained(base, **{key: options[key] for key in options if key != "dtype"})
+        labels = _labels(config, settings, _shapes(adapter))
+        if labels:
+            settings.id2label = dict(enumerate(labels))
+            settings.label2id = {label: number for number, label in enumerate(labels)}
+        noted = getattr(config, "base_quantization", None)
+        if noted and not getattr(settings, "quantization_config", None):
+            options["quantization_config"] = AutoQuantizationConfig.from_dict(noted)
+        loader = _trained_class(config, settings)
+        model, info = loader.from_pretrained(base, config=settings, output_loading_info=True, **options)
+    except Exception as error:
+        # a damaged base raises SafetensorError, RuntimeError, OSError or ValueError
+        raise KappaTuneError(f"Can't load the base model '{base}': {error}\nGive its place with --model.") from error
+    saved = {name.removeprefix(PEFT_PREFIX) for name in _shapes(adapter)}
+    random = sorted(name for name in info["missing_keys"] if name not in saved)
+    if random:
+        warnings.warn(
+            f"Neither '{base}' nor the adapter holds {random[0]}"
+            f"{f' and {len(random) - 1} more weights' if random[1:] else ''}: they are random numbers in the merged "
+            "model, and were others in training. Train again with their modules in modules_to_save.",
+            stacklevel=4,
+        )
+    return whole_model(model)
+
+
+def _trained_class(config: PeftConfig, settings: PretrainedConfig) -> Any:
+    """The class that was trained, by the adapter; else the one that the base's files name."""
+    noted = (config.auto_mapping or {}).get("base_model_class", "")
+    if hasattr(transformers, noted):
+        return getattr(transformers, noted)
+    remote = getattr(settings, "auto_map", None) or {}
+    task = TASKS.get(config.task_type, "")
+    for auto, place in remote.items():
+        if auto == task or (noted and str(place).endswith(f".{noted}")):
+            return getattr(transformers, auto)
+    if task and type(settings) in getattr(transformers, task)._model_mapping:
+        return getattr(transformers, task)
+    return model_class(settings)
+
+
+def _labels(config: PeftConfig, settings: PretrainedConfig, shapes: dict[str, tuple[int, ...]]) -> list[str] | None:
+    """The names of a classifier's classes where they aren't the base's; PEFT's other methods tell only how many."""
+    noted = getattr(config, "labels", None)
+    if noted or config.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
+        return noted
+    heads = {name.removeprefix(PEFT_PREFIX): shape for name, shape in shapes.items() if len(shape) == 2}
+    names = [name for name in heads if name.startswith(TASK_HEADS) and name.endswith((*LAST_OF_HEAD,))]
+    count = heads[names[0]][0] if len(names) == 1 else settings.num_labels
+    return None if count == settings.num_labels else [f"LABEL_{number}" for number in range(count)]
+
+
+def _shapes(adapter: Path) -> dict[str, tuple[int, ...]]:
+    with safe_open(adapter / ADAPTER, "pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def _add_tokens(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Give `model` the rows of tokens that were added in training, where the adapter holds larger embeddings."""
+    embeddings = embedding_modules(model)[0]
+    if not isinstance(embeddings, nn.Embedding):
+        return
+    place = f"{PEFT_PREFIX}{next(name for name, module in model.named_modules() if module is embeddings)}."
+    width = embeddings.embedding_dim
+    saved = [shape[0] for name, shape in shapes.items() if name.startswith(place) and shape[1:] == (width,)]
+    if max(saved, default=0) > embeddings.num_embeddings:
+        model.resize_token_embeddings(max(saved), mean_resizing=False)
+
+
+def _tokenizer(adapter: Path, base: str, options: dict[str, Any]) -> Any:
+    """The adapter's tokenizer or the base's; None for a base that has none, as models of images."""
+    where = str(adapter) if (adapter / TOKENIZER).is_file() else base
+    if where == base and _file(TOKENIZER, adapter, base, options) is None and _has_processor(adapter, base, options):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(where, **options)
     except (OSError, ValueError) as error:
         hint = newer_tokenizer(error) or ""
         raise KappaTuneError(f"Can't load the tokenizer from '{where}': {error} {hint}".rstrip()) from error
+
+
+def _has_processor(adapter: Path, base: str, options: dict[str, Any]) -> bool:
+    return any(_file(name, adapter, base, options) for name in PROCESSOR_FILES)
+
+
+def _file(name: str, adapter: Path, base: str, options: dict[str, Any]) -> Path | None:
+    """A file of the adapter, else of the base's folder or repository; None if neither has it."""
+    if (adapter / name).is_file():
+        return adapter / name
+    if Path(base).is_dir():
+        return Path(base, name) if Path(base, name).is_file() else None
+    found = cached_file(base, name, revision=options.get("revision"), _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(found)
 
 
 def _say_rounding(tuned: PeftModel) -> None:

@@ -35,6 +35,7 @@ from kappatune_plugin.tuner.trainer_hooks import follow, in_step
 from kappatune_plugin.tuner.values import VALUES
 from kappatune_plugin.tuner.what_to_train import (
     given_selection,
+    note_base,
     report_for_selection,
     selected_units,
     selection_from,
@@ -93,7 +94,7 @@ class KappaTuneModel(BaseTuner):
         settle_modules_to_save(config, model)
         selection, units = self._settle(source, adapter_name, config)
         warn_of_new_weights(config, source, units)
-        config.base_quantization = quantization_of(model)
+        note_base(config, model)
         keep_unpacked(model)
         for name in _quantized_owners(model, units):
             make_whole(model, name)

@@ -17,6 +17,7 @@ from kappatune_plugin.tuner.config import KappaTuneConfig
 from kappatune_plugin.weights.fingerprint import BaseHashes
 from kappatune_plugin.weights.model_source import ModelSource
 from kappatune_plugin.weights.patterns import DEFAULT_EXCLUDE
+from kappatune_plugin.weights.quantized import quantization_of
 from kappatune_plugin.weights.units import WeightUnit, embedding_modules
 
 # what PEFT adds to modules_to_save, by the task and not by the model; to its own config, after the tuner copied it
@@ -124,6 +125,16 @@ def settle_modules_to_save(config: KappaTuneConfig, model: nn.Module) -> None:
         raise KappaTuneError(f"modules_to_save: the model has no module {', '.join(missing)}.{hint}")
     if added:
         config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *added]))
+
+
+def note_base(config: KappaTuneConfig, model: nn.Module) -> None:
+    """Note in `config` what merging can't learn from the base's files: class, quantization, names of its classes."""
+    # PEFT notes the class only where there is no `task_type`, which leaves several classes open
+    config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+    config.base_quantization = quantization_of(model)
+    names = getattr(getattr(model, "config", None), "id2label", None)
+    if names and "Classification" in type(model).__name__:
+        config.labels = [names[number] for number in sorted(names)]
 
 
 def trained_whole(config: KappaTuneConfig, source: ModelSource) -> list[str]:
