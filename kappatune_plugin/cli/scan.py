@@ -88,6 +88,7 @@ def select(
     ] = "lowest",
     rank_by: RankBy = "kappa",
     seed: Annotated[int, typer.Option(help="Of the random orders.")] = 0,
+    within: Annotated[Path | None, typer.Option(help="A selection: choose among its matrices only.")] = None,
     table: TableRows = "summary",
     output: Annotated[Path, typer.Option("--output", help="Where to write the selection.")] = Path("selection.json"),
 ) -> None:
@@ -95,10 +96,14 @@ def select(
     from kappatune_plugin import KappaReport
     from kappatune_plugin import select as select_units
     from kappatune_plugin.files import check_output, opening
+    from kappatune_plugin.selection.selection import Selection
+    from kappatune_plugin.selection.selection import within as rows_within
     from kappatune_plugin.selection.table import report_table
 
     check_output(output, opening("k"))
     loaded = KappaReport.load(report)
+    if within is not None:
+        loaded = rows_within(loaded, Selection.load(within))
     selection = select_units(loaded, k=budget(k), order=order, rank_by=rank_by, seed=seed)
     selection.save(output)
     console().print(report_table(loaded, selection, table == "full"))

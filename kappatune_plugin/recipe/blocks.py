@@ -10,9 +10,10 @@ from kappatune_plugin.data.rows import TEMPLATES, DataSet, DataSets, one_or_more
 from kappatune_plugin.data.templates import TemplateText, check_template
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.forgetting.config import ForgettingConfig
-from kappatune_plugin.scanning.gain import GAIN, GainConfig
+from kappatune_plugin.scanning.gain import GainConfig
 from kappatune_plugin.schema import Block, Whole, read
 from kappatune_plugin.selection.auto_budget import AUTO, AutoBudget
+from kappatune_plugin.selection.criteria import ON_ROWS
 from kappatune_plugin.selection.report import KappaReport
 from kappatune_plugin.selection.selection import Selection
 from kappatune_plugin.selection.settings import check_budget
@@ -27,7 +28,7 @@ class KappaTuneBlock(KappaTuneSettings):
         description=f"{KappaTuneSettings.model_fields['k'].description} auto decides it during training.",
     )
     auto: AutoBudget | None = Field(default=None, description="How `k: auto` decides.")
-    gain: GainConfig | None = Field(default=None, description=f"How `rank_by: {GAIN}` is measured.")
+    gain: GainConfig | None = Field(default=None, description=f"How a `rank_by` of {', '.join(ON_ROWS)} is measured.")
 
     @field_validator("k")
     @classmethod
@@ -51,13 +52,13 @@ class KappaTuneBlock(KappaTuneSettings):
             problems.append(f"auto is given, but k is {self.k!r}: write `k: auto`, or delete auto.")
         if self.k == AUTO and self.modules_to_save:
             problems.append("modules_to_save: k: auto can't take back what whole modules learned: delete it.")
-        if self.rank_by == GAIN and "order" not in self.model_fields_set and self.selection is None:
+        if self.rank_by in ON_ROWS and "order" not in self.model_fields_set and self.selection is None:
             problems.append(
-                f"order is missing: with rank_by {GAIN} the highest are those that gain most. Write `order: highest`, "
-                "or lowest for the control."
+                f"order is missing: with rank_by {self.rank_by} the highest are those to train. Write `order: "
+                "highest`, or lowest for the control."
             )
-        if self.rank_by == GAIN and self.scan_from is not None:
-            problems.append(f"scan_from: {GAIN} is measured on the model that is trained: delete it.")
+        if self.rank_by in ON_ROWS and self.scan_from is not None:
+            problems.append(f"scan_from: {self.rank_by} is measured on the model that is trained: delete it.")
         return problems
 
     def config(self) -> KappaTuneConfig:

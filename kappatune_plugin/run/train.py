@@ -28,7 +28,7 @@ from kappatune_plugin.interpolation.dial import Dialed
 from kappatune_plugin.recipe.held_out import hold_out, interpolates
 from kappatune_plugin.recipe.load_model import load_base, load_tokenizer, model_init_kwargs, tokenizer_error
 from kappatune_plugin.recipe.load_rows import eval_rows, load_data, task_examples
-from kappatune_plugin.recipe.measure_gain import config_with_gain, needs_gain
+from kappatune_plugin.recipe.measure_on_rows import config_with_scores, needs_rows
 from kappatune_plugin.recipe.recipe import Recipe, public_yaml
 from kappatune_plugin.run.auto_budget import AutoBudgetCallback
 from kappatune_plugin.run.diagnosis import findings
@@ -79,8 +79,8 @@ class RunResult:
 
 
 def needs_one_process(recipe: Recipe) -> bool:
-    """Whether `recipe` asks for what several processes can't do: `k: auto`, or measuring gain over forgetting."""
-    return recipe.auto is not None or needs_gain(recipe.kappatune)
+    """Whether `recipe` asks for what several processes can't do: `k: auto`, or ranking by what its rows say."""
+    return recipe.auto is not None or needs_rows(recipe.kappatune)
 
 
 def run_sft(recipe: Recipe) -> RunResult:
@@ -178,9 +178,9 @@ def _trainer(recipe: Recipe, train: Dataset, test: Dataset | None) -> SFTTrainer
     test = eval_rows(recipe, test)
     try:
         base = model.model_name_or_path
-        if needs_gain(config):
+        if needs_rows(config):
             base = load_base(recipe)
-            config = config_with_gain(recipe, base, load_tokenizer(recipe), train)
+            config = config_with_scores(recipe, base, load_tokenizer(recipe), train)
             args.model_init_kwargs = None
         trainer = SFTTrainer(model=base, args=args, train_dataset=train, eval_dataset=test, peft_config=config)
         _forget_secrets(args)

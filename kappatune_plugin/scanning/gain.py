@@ -41,7 +41,7 @@ Example = tuple[list[int], int]
 
 
 class GainConfig(Block):
-    """How `gain_over_forgetting` is measured: the block `kappatune.gain:` of a recipe.
+    """How the criteria that take the task's rows are measured: the block `kappatune.gain:` of a recipe.
 
     Raises:
         KappaTuneError: values that can't be right, a line each.
@@ -50,7 +50,7 @@ class GainConfig(Block):
     examples: Whole = Field(
         default=64, ge=1, description="Examples of the task: the first of the shuffled training rows."
     )
-    samples: Whole = Field(default=32, ge=1, description="Texts that the model writes.")
+    samples: Whole = Field(default=32, ge=1, description="Texts that the model writes; the experts' ranks need none.")
     max_length: Whole = Field(
         default=256,
         ge=3,
@@ -85,11 +85,8 @@ def gain_over_forgetting(
     config = config or GainConfig()
     if hasattr(model, "peft_config"):
         raise KappaTuneError("gain_over_forgetting is measured on the base model: before an adapter is attached.")
-    if not rows:
-        raise KappaTuneError("gain_over_forgetting needs training rows, and there are none.")
     units = find_units(model) if units is None else units
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
-    examples = [to_example(tokenizer, *rows[index], config.max_length) for index in order[: config.examples]]
+    examples = shuffled_examples(tokenizer, rows, config)
     gain = _finite(task_gain(model, units, examples, config.batch_size))
     written = sample_base(model, tokenizer, config.samples, config.max_length, config.seed, config.batch_size)
     information = _finite(fisher_information(model, units, written, config.batch_size))
@@ -135,7 +132,7 @@ def training_pairs(rows: Dataset, end: str, text_field: str = "text") -> list[tu
         if all(isinstance(text, str) for pair in found for text in pair):
             return [(prompt, text if end and text.endswith(end) else text + end) for prompt, text in found]
     raise KappaTuneError(
-        f"rank_by: gain_over_forgetting reads training rows of text, in columns prompt and completion or {text_field}; "
+        f"What is ranked by reads training rows of text, in columns prompt and completion or {text_field}; "
         f"these have {', '.join(rows.column_names)}. Make these columns with data.prompt and data.completion."
     )
 
@@ -182,6 +179,16 @@ def fisher_information(
             nats.backward()
             count += tokens
     return {name: total / count for name, total in totals.items()}
+
+
+def shuffled_examples(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple[str, str]], config: GainConfig
+) -> list[Example]:
+    """The first `config.examples` of the rows, (prompt, completion), shuffled by the seed. KappaTuneError for none."""
+    if not rows:
+        raise KappaTuneError("A ranking that is measured on rows needs training rows, and there are none.")
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    return [to_example(tokenizer, *rows[index], config.max_length) for index in order[: config.examples]]
 
 
 def to_example(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, max_length: int) -> Example:

@@ -13,7 +13,7 @@ from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.scanning.cache import Cache, cache_folder
 from kappatune_plugin.scanning.lowest import can_settle, settle
 from kappatune_plugin.scanning.measure import Bar, measure
-from kappatune_plugin.selection.criteria import gain_over_forgetting
+from kappatune_plugin.selection.criteria import ON_ROWS
 from kappatune_plugin.selection.ranking import how_to_measure
 from kappatune_plugin.selection.report import ABOVE, KappaReport
 from kappatune_plugin.selection.selection import check_settings
@@ -67,7 +67,7 @@ def scan(
             can't be measured by a scan.
     """
     budget = check_settings(k, order, rank_by, seed) if k is not None else None
-    if rank_by == gain_over_forgetting.__name__:
+    if rank_by in ON_ROWS:
         raise KappaTuneError(f"rank_by: {rank_by}: a scan can't measure it. {how_to_measure(rank_by)}")
     source = _source(model_or_path, scan_from, trust_remote_code)
     kept, left_out = filter_units(source.units, include, exclude, source.parameters)

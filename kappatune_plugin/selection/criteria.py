@@ -71,3 +71,22 @@ def gain_over_forgetting(row: "UnitReport") -> float:
     """Squared task gradient over Fisher information, in a report that a run left (see `gain`). The `highest` gain most
     for what is forgotten. A scan can't measure it: that takes the task's rows, in a run of a recipe or a comparison."""
     return row.scores["gain_over_forgetting"]
+
+
+@criterion
+def expert_share(row: "UnitReport") -> float:
+    """Share of the task's tokens that are routed to the matrix's expert, in a report that a run left. ESFT (arXiv
+    2407.01906, its token selection ratio) trains the `highest`. Only the experts of a mixture are ranked."""
+    return row.scores["expert_share"]
+
+
+@criterion
+def expert_gate(row: "UnitReport") -> float:
+    """Mean gate score of the matrix's expert over the task's tokens, in a report that a run left. ESFT (arXiv
+    2407.01906, its average gate score) trains the `highest`. Only the experts of a mixture are ranked."""
+    return row.scores["expert_gate"]
+
+
+EXPERTS = (expert_share.__name__, expert_gate.__name__)
+# what no scan can measure: it takes the task's rows
+ON_ROWS = (gain_over_forgetting.__name__, *EXPERTS)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.selection.budget import Budget
-from kappatune_plugin.selection.criteria import RANKS, gain_over_forgetting
+from kappatune_plugin.selection.criteria import ON_ROWS, RANKS
 from kappatune_plugin.selection.report import ABOVE, UnitReport
 
 RANDOM = ("random", "shape_matched_random")
@@ -38,10 +38,10 @@ def rank_values(rows: Sequence[UnitReport], rank_by: str) -> dict[str, float]:
 
 def how_to_measure(rank_by: str) -> str:
     """How to get a report with the values of `rank_by`, for errors."""
-    if rank_by == gain_over_forgetting.__name__:
+    if rank_by in ON_ROWS:
         return (
             "They are measured on a task's rows: `kappatune sft` with a recipe that has this rank_by leaves a "
-            "kappa_report.json with them, `gain.with_gain` adds them to a report in Python."
+            "kappa_report.json with them, `with_gain` and `with_expert_use` add them to a report in Python."
         )
     return f"Scan again with rank_by {rank_by} (`kappatune scan MODEL --rank_by {rank_by}`)."
 

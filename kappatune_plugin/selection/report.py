@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any
 
 import torch
@@ -15,6 +15,7 @@ from kappatune_plugin.condition.null_condition import null_condition
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.files import read_json, write_json
 from kappatune_plugin.schema import not_one_of, read_as
+from kappatune_plugin.selection.criteria import EXPERTS
 from kappatune_plugin.selection.file_checks import FILE, Base, Finite, Name, Shape, repeated_names
 from kappatune_plugin.version import __version__
 
@@ -36,8 +37,8 @@ class UnitReport:
         null: median kappa of a Gaussian matrix of this shape.
         log_volume, stable_rank, sigma_max, sigma_min, frobenius, method: as in `condition.kappa.Kappa`.
         groups: the groups "embedding", "head", "router" that the unit belongs to, sorted.
-        scores: other ranking values by name: "snr" if the scan was asked for it, "gain_over_forgetting" if a run
-            measured it.
+        scores: other ranking values by name: "snr" if the scan was asked for it, those of `criteria.ON_ROWS` if a run
+            measured them.
     """
 
     __pydantic_config__ = FILE
@@ -151,3 +152,12 @@ class KappaReport:
             advice = "Make it again with `kappatune scan`."
             raise KappaTuneError(f"{path} is not a kappa report:\n{shortened(problems)}\n{advice}")
         return report
+
+
+def only_ranked(report: KappaReport, rank_by: str) -> KappaReport:
+    """`report`, with the matrices that `rank_by` doesn't rank left out: by the use of experts all but the experts'."""
+    beside = {row.name: f"{rank_by} ranks experts only" for row in report.units if rank_by not in row.scores}
+    if rank_by not in EXPERTS or len(beside) == len(report.units):
+        return report
+    kept = [row for row in report.units if row.name not in beside]
+    return replace(report, units=kept, left_out={**report.left_out, **beside})

@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -124,8 +124,8 @@ def select(
             as many as those.
         order: "lowest" is the method, the others are controls: "highest"; "random", any units; "shape_matched_random",
             random units, as many of each shape as "lowest" takes. Lowest and highest refer to the values of `rank_by`.
-        rank_by: "kappa", "kappa_over_null", "log_volume", "stable_rank", "snr" or "gain_over_forgetting"; `ranking`
-            defines them.
+        rank_by: "kappa", "kappa_over_null", "log_volume", "stable_rank", "snr", or one of
+            `criteria.ON_ROWS`; `criteria` defines them.
         seed: of the random orders.
 
     Raises:
@@ -148,6 +148,24 @@ def select(
     units = [SelectedUnit(unit.name, unit.shape, unit.kappa) for unit in taken]
     reasons = _reasons(report, ranking, taken, budget, order, rank_by, seed)
     return Selection(units, budget.written, order, rank_by, seed, dict(report.base), reasons)
+
+
+def within(report: KappaReport, selection: Selection) -> KappaReport:
+    """`report` with all but the matrices of `selection` left out: to rank within what another criterion chose.
+
+    Raises:
+        KappaTuneError: a matrix of `selection` is not in the report.
+    """
+    names = {unit.name for unit in selection.units}
+    kept = [row for row in report.units if row.name in names]
+    if len(kept) < len(names):
+        missing = sorted(names - {row.name for row in kept})
+        raise KappaTuneError(
+            f"{len(missing)} of the {len(names)} matrices to select within are not in the report, such as "
+            f"{missing[0]}: give a report of the same model."
+        )
+    others = {row.name: "not in the selection to choose within" for row in report.units if row.name not in names}
+    return replace(report, units=kept, left_out={**report.left_out, **others})
 
 
 def check_settings(k: Any, order: str, rank_by: str, seed: int) -> Budget:

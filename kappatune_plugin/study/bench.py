@@ -21,11 +21,11 @@ from kappatune_plugin.forgetting.measures import blocks, kl_to_base
 from kappatune_plugin.forgetting.probe import ForgettingData, ForgettingProbe
 from kappatune_plugin.recipe.load_model import load_base
 from kappatune_plugin.recipe.load_rows import load_data, task_examples
-from kappatune_plugin.recipe.measure_gain import config_with_gain
+from kappatune_plugin.recipe.measure_on_rows import with_scores
 from kappatune_plugin.recipe.recipe import Recipe, load_recipe
 from kappatune_plugin.run.end_token import leave_out_end_token
 from kappatune_plugin.run.replay import mixed, replay_texts
-from kappatune_plugin.scanning.gain import GAIN
+from kappatune_plugin.selection.criteria import ON_ROWS
 from kappatune_plugin.study.method_configs import Pool
 from kappatune_plugin.study.methods import Method
 from kappatune_plugin.tuner.what_to_train import full_report
@@ -105,8 +105,8 @@ class Bench:
         found = ModelSource(base).base_hashes()
         hashes = {"base": found.today}
         report = full_report(recipe.kappatune, base, found, rank_by)
-        if GAIN in ranks:
-            report = config_with_gain(recipe, base, tokenizer, learned, report).report
+        for rank in sorted(ranks & set(ON_ROWS)):
+            report = with_scores(recipe, base, tokenizer, learned, report, rank)
             base.cpu()
         texts = [_right_text(example) for example in task[:TASK_TEXTS]]
         hashes["data"] = _digest([*_rows(train), "held out", *_rows(held_out)])

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.selection.names import layer_and_type
-from kappatune_plugin.selection.report import KappaReport, UnitReport
+from kappatune_plugin.selection.report import KappaReport, UnitReport, only_ranked
 from kappatune_plugin.selection.selection import SelectedUnit, Selection, select
 from kappatune_plugin.study.methods import PER_TYPE, Method, peft_methods
 from kappatune_plugin.tuner.config import KappaTuneConfig
@@ -43,7 +43,7 @@ class Pool:
     @classmethod
     def of(cls, report: KappaReport, k: Any, rank_by: str = "kappa") -> "Pool":
         """The pool whose reference is the selection of `k` lowest by `rank_by` in `report`."""
-        chosen = select(report, k=k, rank_by=rank_by).units
+        chosen = select(only_ranked(report, rank_by), k=k, rank_by=rank_by).units
         return cls(report, k, rank_by, sum(math.prod(unit.shape) for unit in chosen))
 
 
@@ -70,8 +70,8 @@ def choose(method: Method, pool: Pool, units: Sequence[WeightUnit], seed: int) -
         units: of the base model, for patterns that the method sets.
         seed: of the random orders.
     """
-    report = _allowed(method, pool.report, units)
     rank_by = method.settings.get("rank_by", pool.rank_by)
+    report = only_ranked(_allowed(method, pool.report, units), rank_by)
     by_shape = method.base == "shape_matched_random"
     if method.part == PER_TYPE:
         return _per_type(method, report, method.settings.get("k", pool.k), rank_by, seed)

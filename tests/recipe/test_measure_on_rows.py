@@ -11,7 +11,7 @@ from helpers import training
 from helpers.recipes import ROWS, tiny_recipe, write_recipe, write_rows
 from helpers.tiny import tiny_model, tiny_tokenizer
 from kappatune_plugin import KappaReport, KappaTuneConfig, KappaTuneError, scan, select
-from kappatune_plugin.recipe import measure_gain
+from kappatune_plugin.recipe import measure_on_rows
 from kappatune_plugin.recipe.recipe import load_recipe
 from kappatune_plugin.scanning.gain import GAIN, GainConfig, gain_over_forgetting, training_pairs, with_gain
 from kappatune_plugin.weights.units import find_units
@@ -42,7 +42,7 @@ def test_a_run_trains_what_gains_most(saved_olmoe, tmp_path):
 
 def test_its_report_needs_no_measurement_again(saved_olmoe, tmp_path, monkeypatch):
     first = train(tmp_path, saved_olmoe)
-    monkeypatch.setattr(measure_gain, "with_gain", None)
+    monkeypatch.setattr(measure_on_rows, "with_gain", None)
     given = ["--kappatune.report", str(tmp_path / "out" / "kappa_report.json"), "--output_dir", str(tmp_path / "again")]
     assert train(tmp_path, saved_olmoe, *given).selection.units == first.selection.units
     report = KappaReport.load(tmp_path / "out" / "kappa_report.json")
