@@ -16,6 +16,18 @@ FSDP1 = (
     "(`--accelerate_config fsdp2`, `fsdp_version: 2`)."
 )
 
+OFFLOADED = (
+    "{name} is offloaded by accelerate (cpu_offload, disk_offload, or a device_map with parts on the CPU or a disk): "
+    "its values are there only while it runs, so it can't be ranked or trained. Load the model whole on a device, "
+    "divide it over GPUs (device_map), or offload by ZeRO-3."
+)
+
+
+def offloads(module: nn.Module) -> bool:
+    """Whether a hook of accelerate takes the values of `module` away between two forwards."""
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(each, "offload", False) for each in (hook, *getattr(hook, "hooks", ())))
+
 
 def check_mode(model: nn.Module, args: Any) -> None:
     """Raise KappaTuneError if training `model` in a Trainer with the arguments `args` would fail or save nothing."""

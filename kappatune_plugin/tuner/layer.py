@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from kappatune_plugin.distributed import ranks, shards
+from kappatune_plugin.distributed.unsupported import OFFLOADED, offloads
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.tuner.values import VALUES, Original, Values
 from kappatune_plugin.weights.fingerprint import is_in_layers, unit_hash
@@ -91,7 +92,8 @@ class KappaTuneLayer(nn.Module, BaseTunerLayer):
             return None
         # the versions of divided values say nothing
         if self.moved and not self.original.divided:
-            raise KappaTuneError(f"{self.unit.name} {NOT_WRITTEN}")
+            why = OFFLOADED if offloads(self.owner) else f"{{name}} {NOT_WRITTEN}"
+            raise KappaTuneError(why.format(name=self.unit.name))
         if not master.requires_grad:
             return None
         shards.gather_while_running(self.owner, master)

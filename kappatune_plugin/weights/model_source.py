@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kappatune_plugin.distributed import ranks, shards
+from kappatune_plugin.distributed.unsupported import OFFLOADED, offloads
 from kappatune_plugin.distributed.work import deal, rounds
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.weights.fingerprint import BaseHashes, base_hashes, fingerprints, samples_of
@@ -25,6 +26,9 @@ class ModelSource(Source):
     """
 
     def __init__(self, model: nn.Module) -> None:
+        offloaded = next((name for name, module in model.named_modules() if offloads(module)), None)
+        if offloaded is not None:
+            raise KappaTuneError(OFFLOADED.format(name=offloaded or "The model"))
         self.name = _model_name(model)
         self.units = find_units(model, quantized=True)
         self.parameters = [name for name, _ in model.named_parameters()]

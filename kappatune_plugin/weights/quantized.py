@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from kappatune_plugin.distributed import shards
 from kappatune_plugin.errors import KappaTuneError
 
 # the names of bitsandbytes' parameter classes
@@ -30,6 +32,23 @@ def quantized_form(parameter: Tensor) -> tuple[str, tuple[int, ...]] | None:
     if parameter.dtype in FLOAT8 and parameter.ndim == 2:
         return str(parameter.dtype).removeprefix("torch."), tuple(parameter.shape)
     return None
+
+
+def unusable_form(parameter: Tensor, quantized: bool) -> str | None:
+    """How a parameter is stored, if it can't be ranked so; None if it can.
+
+    Tensor classes of other libraries (torchao's, quanto's) say that they are bfloat16, and what is written into them is
+    quantized anew.
+
+    Args:
+        quantized: whether the forms that `dequantized` knows can be ranked.
+    """
+    form, whole = quantized_form(parameter), shards.layout(parameter)
+    if form is not None:
+        return None if quantized else form[0]
+    if is_traceable_wrapper_subclass(parameter) and not shards.is_partitioned(parameter):
+        return type(parameter).__name__
+    return None if whole.is_floating_point() and whole.element_size() > 1 else str(whole.dtype)
 
 
 def is_scale(name: str) -> bool:

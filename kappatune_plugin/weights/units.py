@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from kappatune_plugin.distributed import shards
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.weights.checkpoint_names import CheckpointNames
-from kappatune_plugin.weights.quantized import is_scale, quantized_form
+from kappatune_plugin.weights.quantized import is_scale, quantized_form, unusable_form
 
 FUSED_PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj")}
 # children that the tuner adds to the modules it trains
@@ -82,11 +82,12 @@ def find_units(model: nn.Module, quantized: bool = False) -> list[WeightUnit]:
             if whole.ndim < 2 or short_name.endswith("bias"):
                 continue
             full_name = f"{module_name}.{short_name}" if module_name else short_name
-            if (form is not None and not quantized) or not whole.is_floating_point() or whole.element_size() < 2:
+            stored = unusable_form(parameter, quantized)
+            if stored is not None:
                 raise KappaTuneError(
-                    f"{full_name} is stored as {form[0] if form else whole.dtype}: load the model in bfloat16, "
-                    "float16 or float32. Of quantized weights those of bitsandbytes (NF4, FP4, int8) can be ranked and "
-                    "trained, float8 ones ranked; comparisons and gain_over_forgetting take none."
+                    f"{full_name} is stored as {stored}: load the model in bfloat16, float16 or float32. Of quantized "
+                    "weights those of bitsandbytes (NF4, FP4, int8) can be ranked and trained, float8 ones ranked; "
+                    "comparisons and gain_over_forgetting take none."
                 )
             groups = _groups(model, module_name, module, inputs, outputs)
             if "head" not in groups and in_tower(f"{module_name}."):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from accelerate import dispatch_model
+from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -79,6 +79,15 @@ def test_hooks_that_are_removed_again():
     tuned = _attached(_hooked(tiny_model("llama")))
     remove_hook_from_module(tuned, recurse=True)
     _check_gradients(tuned)
+
+
+def test_what_accelerate_offloads_is_refused():
+    with pytest.raises(KappaTuneError, match="offloaded by accelerate"):
+        _attached(cpu_offload(tiny_model("llama"), execution_device="cpu"))
+    tuned, tokens = _attached(tiny_model("llama")), random_batches(1)[0][0]
+    cpu_offload(tuned, execution_device="cpu")
+    with pytest.raises(KappaTuneError, match="offloaded by accelerate"):
+        tuned(input_ids=tokens, labels=tokens)
 
 
 @pytest.mark.parametrize("name", ["default", "__base__"])

@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
@@ -264,3 +265,13 @@ def test_config_takes_scan_from(saved_olmoe):
         KappaTuneConfig(report="a.json", scan_from="b")
     with pytest.raises(KappaTuneError, match="scan_from: 3"):
         KappaTuneConfig(scan_from=3)
+
+
+def test_tensor_classes_of_other_libraries_are_refused():
+    """torchao's and quanto's look like bfloat16; torch has one of the same kind for its own tests."""
+    model = tiny_model("llama")
+    layer = model.model.layers[0].mlp.up_proj
+    layer.weight = nn.Parameter(TwoTensor(layer.weight.detach(), layer.weight.detach()), requires_grad=False)
+    for use in (lambda: scan(model, progress=False), lambda: get_peft_model(model, KappaTuneConfig(k=2))):
+        with pytest.raises(KappaTuneError, match=r"layers.0.mlp.up_proj.weight is stored as TwoTensor"):
+            use()
