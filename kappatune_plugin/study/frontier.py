@@ -80,13 +80,12 @@ class _Line:
         changes.set(0.0)
         self.choosing, self.unseen = [], []
         for name, pieces in bench.probe.controls.items():
-            middle = len(pieces) // 2
-            if not middle:
+            if len(pieces) < 2:
                 raise KappaTuneError(f"forgetting.control {name} is one piece of text: two are the least to divide it.")
-            # the pieces of a text stay together
-            first, second = (texts(model, [[(piece, 1)] for piece in half], size) for half in _halves(pieces, middle))
-            self.choosing.append(Control(first.up_to(ENOUGH_TOKENS)))
-            self.unseen.append(Control(second))
+            whole = texts(model, [[(piece, 1)] for piece in pieces], size)
+            first, second = halves(len(pieces))
+            self.choosing.append(Control(whole.take(first).up_to(ENOUGH_TOKENS)))
+            self.unseen.append(Control(whole.take(second)))
         self._points: dict[float, dict[str, float | None]] = {}
         self._losses: dict[float, float] = {}
         self._rises: dict[float, float] = {}
@@ -181,8 +180,10 @@ def _batches(places: Sequence[int], size: int) -> list[Sequence[int]]:
     return [places[first : first + size] for first in range(0, len(places), size)]
 
 
-def _halves(pieces: list[list[int]], middle: int) -> tuple[list[list[int]], list[list[int]]]:
-    return pieces[:middle], pieces[middle:]
+def halves(count: int) -> tuple[list[int], list[int]]:
+    """The positions of the pieces that choose, and of the others: drawn, since a file may be sorted."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    return order[: count // 2], order[count // 2 :]
 
 
 def _worst(controls: Sequence[Control]) -> float:

@@ -83,22 +83,16 @@ def limits_plot(content: Mapping[str, Any], path: Path) -> None:
     limits = content["settings"]["frontier"]["limits"]
     methods = [(i, each) for i, each in enumerate(content["methods"]) if "points" in (each.get("frontier") or {})]
     for i, method in methods:
-        points = [point for point in method["frontier"]["points"] if point[key] and point["rise"]]
+        points = [*method["frontier"]["points"], *(each["one"] for each in method["frontier"]["within"])]
+        points = sorted((each for each in points if each[key] and each["rise"]), key=lambda each: each["scale"]["mean"])
         rises, means = ([point[of]["mean"] for point in points] for of in ("rise", key))
         above.plot(rises, [mean * factor for mean in means], label=_broken(method["name"]), **_style(i))
     for limit in limits:
         above.axvline(limit, color="0.6", linewidth=0.8, linestyle=":")
     above.set_xlabel("Forgotten: rise of the control loss (nats a token), limits dotted")
-    _scale(
-        above,
-        [
-            each["frontier"]["points"][-1]["rise"]["mean"]
-            for _, each in methods
-            if each["frontier"]["points"][-1]["rise"]
-        ],
-    )
-    scales = ", ".join(f"{scale:g}" for scale in (0, *content["settings"]["frontier"]["scales"], 1))
-    above.set_title(_title(content, f"What was trained, scaled back to {scales}"), loc="left")
+    # what everything kept forgets may be many times the limits
+    above.set_xlim(-0.05 * max(limits), 1.5 * max(limits))
+    above.set_title(_title(content, "What was trained, scaled back step by step"), loc="left")
     above.legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, fontsize=9)
     width = 0.8 / max(1, len(methods))
     for row, (i, method) in enumerate(methods):
@@ -118,7 +112,7 @@ def limits_plot(content: Mapping[str, Any], path: Path) -> None:
     below.set_title("Learned within each limit, one scale for all: mean and 95% interval", loc="left")
     for axes in (above, below):
         axes.set_ylabel(f"Learned: {label[0].lower()}{label[1:]}")
-    figure.subplots_adjust(hspace=0.5)
+    figure.subplots_adjust(hspace=0.4)
     _save(figure, path)
 
 

@@ -107,13 +107,15 @@ def _limit_notes(content: Mapping[str, Any], key: str) -> list[str]:
     notes = []
     modes = {"one": "one scale for all", "per_matrix": "a scale a matrix"}
     for mode, words in modes.items():
+        alike: dict[str, list[str]] = {}
         for place, limit in enumerate(content["settings"]["frontier"]["limits"]):
             found = leaders(content, place, key, mode)
             if found and len(content["methods"]) > 1:
-                notes.append(f"Within {limit:g} nats, {words}: {_most(*found, len(content['settings']['seeds']))}")
+                alike.setdefault(_most(*found, len(content["settings"]["seeds"])), []).append(f"{limit:g}")
+        notes += [f"Within {', '.join(limits)} nats, {words}: {said}" for said, limits in alike.items()]
     notes.append(
         "×: share kept of what was trained, chosen on held-out rows and one half of the control. "
-        f"{_unseen(content)} Test rows chose nothing."
+        f"{_unseen(content)} Neither that half nor test rows chose anything."
     )
     reasons = {method["name"]: (method.get("frontier") or {}).get("why_not") for method in content["methods"]}
     return notes + [f"{name} was not scaled back: {why}" for name, why in reasons.items() if why]
@@ -122,8 +124,9 @@ def _limit_notes(content: Mapping[str, Any], key: str) -> list[str]:
 def _most(best: str, others: Sequence[str], seeds: int) -> str:
     if seeds < 2:
         return f"{best} learned most (one seed: no interval)."
-    beside = f"; not told from it: {', '.join(others)}" if others else ", told apart from all others"
-    return f"{best} learned most{beside} (95% interval of the difference, seed by seed)."
+    if not others:
+        return f"{best} learned most, by more than chance (95% interval of each difference, seed by seed)."
+    return f"{best} learned most; by the 95% interval of the difference it may be chance against {', '.join(others)}."
 
 
 def _unseen(content: Mapping[str, Any]) -> str:
@@ -137,8 +140,8 @@ def _unseen(content: Mapping[str, Any]) -> str:
         return ""
     share, limit, name = max(shares)
     if share <= 1:
-        return "On the other half, which chose nothing, every method's mean rise is within each limit too."
-    return f"On the other half, which chose nothing, {name} is furthest above one: {share * limit:.3g} at {limit:g}."
+        return "On the other half every method's mean rise is within each limit too."
+    return f"On the other half {name} is furthest above its limit: {share * limit:.3g} at {limit:g}."
 
 
 def _costs(content: Mapping[str, Any]) -> Table:
