@@ -81,12 +81,11 @@ def limits_plot(content: Mapping[str, Any], path: Path) -> None:
     label, factor = TASKS[key]
     figure, (above, below) = _figure(7.6, LEGEND_BESIDE, rows=2, sharex=False)
     limits = content["settings"]["frontier"]["limits"]
-    methods = [(i, each) for i, each in enumerate(content["methods"]) if "points" in (each.get("frontier") or {})]
-    for i, method in methods:
-        points = [*method["frontier"]["points"], *(each["one"] for each in method["frontier"]["within"])]
-        points = sorted((each for each in points if each[key] and each["rise"]), key=lambda each: each["scale"]["mean"])
-        rises, means = ([point[of]["mean"] for point in points] for of in ("rise", key))
-        above.plot(rises, [mean * factor for mean in means], label=_broken(method["name"]), **_style(i))
+    scaled = [(i, each) for i, each in enumerate(content["methods"]) if "points" in (each.get("frontier") or {})]
+    for row, (i, method) in enumerate(scaled):
+        _along_scale(above, method, key, factor, _style(i))
+        offset = 0.8 * ((row + 0.5) / len(scaled) - 0.5)
+        _within_limits(below, method, key, factor, offset, {**_style(i), "linestyle": "none"})
     for limit in limits:
         above.axvline(limit, color="0.6", linewidth=0.8, linestyle=":")
     above.set_xlabel("Forgotten: rise of the control loss (nats a token), limits dotted")
@@ -94,19 +93,6 @@ def limits_plot(content: Mapping[str, Any], path: Path) -> None:
     above.set_xlim(-0.05 * max(limits), 1.5 * max(limits))
     above.set_title(_title(content, "What was trained, scaled back step by step"), loc="left")
     above.legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, fontsize=9)
-    width = 0.8 / max(1, len(methods))
-    for row, (i, method) in enumerate(methods):
-        offset = (row - (len(methods) - 1) / 2) * width
-        within = [
-            (place, each["one"][key]) for place, each in enumerate(method["frontier"]["within"]) if each["one"][key]
-        ]
-        below.errorbar(
-            [place + offset for place, _ in within],
-            [measure["mean"] * factor for _, measure in within],
-            yerr=[(measure["half"] or 0) * factor for _, measure in within],
-            **{**_style(i), "linestyle": "none"},
-            capsize=2,
-        )
     below.set_xticks(range(len(limits)), [f"{limit:g}" for limit in limits])
     below.set_xlabel("Limit of the rise of the control loss (nats a token)")
     below.set_title("Learned within each limit, one scale for all: mean and 95% interval", loc="left")
@@ -114,6 +100,26 @@ def limits_plot(content: Mapping[str, Any], path: Path) -> None:
         axes.set_ylabel(f"Learned: {label[0].lower()}{label[1:]}")
     figure.subplots_adjust(hspace=0.4)
     _save(figure, path)
+
+
+def _along_scale(axes: Axes, method: Mapping[str, Any], key: str, factor: float, style: Mapping[str, Any]) -> None:
+    """A method's curve from the base to all that was trained, means over seeds."""
+    points = [*method["frontier"]["points"], *(each["one"] for each in method["frontier"]["within"])]
+    points = sorted((each for each in points if each[key] and each["rise"]), key=lambda each: each["scale"]["mean"])
+    rises, means = ([point[of]["mean"] for point in points] for of in ("rise", key))
+    axes.plot(rises, [mean * factor for mean in means], label=_broken(method["name"]), **style)
+
+
+def _within_limits(
+    axes: Axes, method: Mapping[str, Any], key: str, factor: float, offset: float, style: Mapping[str, Any]
+) -> None:
+    """A mark with its interval beside each limit, `offset` from its tick."""
+    measures = [(place, each["one"][key]) for place, each in enumerate(method["frontier"]["within"])]
+    there = [(place + offset, measure["mean"], measure["half"] or 0) for place, measure in measures if measure]
+    if there:
+        places, means, halves = zip(*there, strict=True)
+        scaled = [[value * factor for value in values] for values in (means, halves)]
+        axes.errorbar(places, scaled[0], yerr=scaled[1], **style, capsize=2)
 
 
 def budget_plot(content: Mapping[str, Any], path: Path, recommended: str | None) -> None:
