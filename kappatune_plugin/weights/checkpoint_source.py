@@ -24,7 +24,7 @@ STORED_FLOAT8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 STACKING = {"SplitModulelist", "Chunk"}
 
 
-class _Unusable(Exception):
+class Unusable(Exception):
     """The units' values can't be read from the files; the message says why."""
 
 
@@ -104,19 +104,19 @@ class _Finder:
             self._aliases.setdefault(id(parameter), []).append(name)
 
     def place(self, unit: WeightUnit) -> _Place:
-        """Where `unit` is. Raises _Unusable if that can't be said for certain."""
+        """Where `unit` is. Raises Unusable if that can't be said for certain."""
         operations = self._names.operations(unit.parameter)
         if operations - STACKING if unit.index else operations:
-            raise _Unusable(f"{unit.name} is stored in another form ({', '.join(sorted(operations))})")
+            raise Unusable(f"{unit.name} is stored in another form ({', '.join(sorted(operations))})")
         shape = tuple(shards.layout(self._parameters[unit.parameter]).shape)
         if unit.index and (own := self._stored(unit.name)):
             return self._checked(own, unit.shape)
         holders = self._aliases[id(self._parameters[unit.parameter])]
         found = [name for holder in holders if (name := self._stored(self._names.whole(holder)))]
         if not found:
-            raise _Unusable(f"no file holds {unit.name} under that name")
+            raise Unusable(f"no file holds {unit.name} under that name")
         if len(found) > 1:
-            raise _Unusable(f"{found[0]} and {found[1]} are one weight, stored twice")
+            raise Unusable(f"{found[0]} and {found[1]} are one weight, stored twice")
         return self._checked(found[0], shape, unit.index)
 
     def _stored(self, name: str) -> str | None:
@@ -127,16 +127,16 @@ class _Finder:
     def _checked(self, name: str, shape: tuple[int, ...], index: tuple[int | slice, ...] = ()) -> _Place:
         stored = self._tensors[name]
         if stored.shape != shape:
-            raise _Unusable(f"{name} has shape {list(stored.shape)} where its model has {list(shape)}")
+            raise Unusable(f"{name} has shape {list(stored.shape)} where its model has {list(shape)}")
         if stored.dtype in DTYPES:
             return _Place(name, index)
         if stored.dtype not in STORED_FLOAT8 or index:
-            raise _Unusable(f"{name} is stored as {stored.dtype}")
+            raise Unusable(f"{name} is stored as {stored.dtype}")
         scales = next((name + ending for ending in SCALES if name + ending in self._tensors), None)
         if scales is None:
             problem = f"{name} is stored as {stored.dtype} without scales ({name}{SCALES[0]} or {SCALES[1]})"
             if self._quantized:
                 # transformers may know where that kind of checkpoint keeps them
-                raise _Unusable(problem)
+                raise Unusable(problem)
             raise KappaTuneError(f"{problem}: what it stands for can't be told. Scan the unquantized checkpoint.")
         return _Place(name, index, scales)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kappatune_plugin.compat import how_to_load_whole
 from kappatune_plugin.distributed import ranks
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.weights.checkpoint_source import SafetensorsSource, _Unusable
+from kappatune_plugin.weights.checkpoint_source import SafetensorsSource, Unusable
 from kappatune_plugin.weights.fingerprint import BaseHashes, fingerprints, holds_other_values
 from kappatune_plugin.weights.load_model import empty_model, load_model, model_config
 from kappatune_plugin.weights.model_source import ModelSource
@@ -33,7 +33,7 @@ def checkpoint_source(path: str, trust_remote_code: bool = False) -> Source:
         files, model = TensorFiles(_files(path)), _empty(path, trust_remote_code)
         _warn_of_more_layers(path, files.tensors, model)
         return SafetensorsSource(path, files, model)
-    except _Unusable as reason:
+    except Unusable as reason:
         model = load_model(path, trust_remote_code)
         warnings.warn(f"'{path}' is loaded whole, since {reason}.", stacklevel=2)
         return ModelSource(model)
@@ -73,7 +73,7 @@ def same_on_disk(model: nn.Module, source: ModelSource) -> Source | None:
     path = getattr(getattr(model, "config", None), "_name_or_path", "")
     try:
         found = SafetensorsSource(path, TensorFiles(_files(path)), model) if path else None
-    except (KappaTuneError, _Unusable):
+    except (KappaTuneError, Unusable):
         # the weights in memory can still be gathered
         found = None
     alike = found is not None and _forms(found) == _forms(source)
@@ -108,7 +108,7 @@ def _forms(source: Source) -> list[tuple[str, tuple[int, int], str]]:
 def _files(path: str) -> list:
     files = checkpoint_files(path)
     if not files:
-        raise _Unusable("it has no safetensors files")
+        raise Unusable("it has no safetensors files")
     return files
 
 
@@ -117,7 +117,7 @@ def _empty(path: str, trust_remote_code: bool) -> nn.Module:
         return empty_model(path, trust_remote_code)
     except Exception as error:
         # transformers and remote code raise anything where a model can't be built without memory
-        raise _Unusable(f"its architecture can't be built empty ({type(error).__name__}: {error})") from error
+        raise Unusable(f"its architecture can't be built empty ({type(error).__name__}: {error})") from error
 
 
 class ScanFrom(Source):

@@ -21,6 +21,9 @@ from kappatune_plugin.weights.quantized import is_scale, quantized_form, unusabl
 FUSED_PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj")}
 # children that the tuner adds to the modules it trains
 OWN = "kappatuned_"
+# what PEFT's wrappers train whole or by rows, and where they hold the module that they wrap
+BESIDE = {"modules_to_save", "trainable_tokens_delta"}
+WRAPPED = re.compile(r"\.(original_module|token_adapter\.base_layer)\.")
 TASK_HEADS = ("score", "classifier", "qa_outputs")
 HEAD_NAMES = ("lm_head", "embed_out", *TASK_HEADS)
 ROUTER_NAMES = ("gate", "router")
@@ -70,7 +73,7 @@ def find_units(model: nn.Module, quantized: bool = False) -> list[WeightUnit]:
     for module_name, module in model.named_modules():
         if isinstance(module, ParametrizationList) or NO_UNITS.search(type(module).__name__):
             continue
-        if f".{OWN}" in f".{module_name}":
+        if f".{OWN}" in f".{module_name}" or BESIDE & set(module_name.split(".")):
             continue
         for short_name, parameter in module.named_parameters(recurse=False):
             whole = shards.layout(parameter)
@@ -95,8 +98,10 @@ def find_units(model: nn.Module, quantized: bool = False) -> list[WeightUnit]:
             if id(parameter) in units:
                 units[id(parameter)] = [replace(unit, groups=unit.groups | groups) for unit in units[id(parameter)]]
             else:
-                found = _units_of(module, full_name, whole, names)
-                units[id(parameter)] = [replace(unit, groups=unit.groups | groups) for unit in found]
+                units[id(parameter)] = [
+                    replace(unit, name=WRAPPED.sub(".", unit.name), groups=unit.groups | groups)
+                    for unit in _units_of(module, full_name, whole, names)
+                ]
     return [unit for found in units.values() for unit in found if min(unit.shape) > 1]
 
 

@@ -74,6 +74,19 @@ def test_what_is_trained_whole_is_not_ranked_too(given, inside, tmp_path):
         assert losses == sorted(losses, reverse=True)
 
 
+@pytest.mark.parametrize(
+    "first", [{"modules_to_save": ["self_attn", "lm_head"]}, {"trainable_token_indices": {"embed_tokens": [60, 61]}}]
+)
+def test_a_second_adapter_knows_the_base_in_its_wrappers(first):
+    model, alone = tiny_model("llama"), get_peft_model(tiny_model("llama"), KappaTuneConfig(k="100%"))
+    model = get_peft_model(model, KappaTuneConfig(k=3, **first))
+    train(model, 1)
+    model.add_adapter("second", KappaTuneConfig(k="100%"))
+    model.set_adapter("second")
+    assert model.base_model.selections["second"].to_dict() == alone.base_model.selections["default"].to_dict()
+    assert train(model, 2) == train(alone, 2)
+
+
 def test_a_weight_that_is_tied_to_one_trained_whole_is_left_out():
     model = get_peft_model(
         tiny_model("llama", tie_word_embeddings=True),

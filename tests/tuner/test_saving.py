@@ -14,6 +14,8 @@ from helpers.loops import TOKENS, logits, mixed_selection, steps, train, trainab
 from helpers.reference import random_batches
 from helpers.tiny import MOE_KINDS, tiny_model
 from kappatune_plugin import KappaTuneConfig, KappaTuneError, scan, select
+from kappatune_plugin.weights import fingerprint
+from kappatune_plugin.weights.units import find_units
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
@@ -125,6 +127,14 @@ def test_a_whole_model_is_pickled(tmp_path):
     loaded = torch.load(tmp_path / "model.pt", weights_only=False)
     assert torch.equal(logits(loaded), logits(model))
     assert train(loaded) == train(model)
+
+
+def test_the_base_is_walked_for_its_fingerprint_once(monkeypatch):
+    calls, real = [], fingerprint._samples_over_ranks
+    monkeypatch.setattr(fingerprint, "_samples_over_ranks", lambda units: calls.append(len(units)) or real(units))
+    get_peft_model(tiny_model("llama"), KappaTuneConfig(k=4))
+    # the units, and the first rows of embedding and head; then one call for each matrix that is trained
+    assert calls == [len(find_units(tiny_model("llama"))) + 2, 1, 1, 1, 1]
 
 
 def test_what_diverged_is_saved_as_it_is_and_said(tmp_path):
