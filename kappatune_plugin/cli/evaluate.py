@@ -34,7 +34,6 @@ def evaluate(
     recipe = load_recipe(config, context.args)
     check_output(output, opening("base"))
     places = [recipe.training_args.output_dir] if models is None else [each.strip() for each in models.split(",")]
-    evaluation = evaluate(recipe, places)
-    evaluation.save(output)
+    evaluation = evaluate(recipe, places, lambda found: found.save(output))
     console().print(evaluation.table())
     typer.echo(f"What was measured is in {output}.")

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from decimal import Decimal, DecimalException
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.forgetting.measures import measuring
+from kappatune_plugin.forgetting.measures import batches, measuring
 
 # what stands before a final answer; the first of them that a text has counts
 MARKS = ("The answer is: ", "The answer is ", "The final answer is: ", "The final answer is ", "#### ")
@@ -45,6 +46,7 @@ def answer_accuracy(
     max_new_tokens: int = 300,
     max_length: int | None = None,
     batch_size: int = 8,
+    written: list[dict[str, Any]] | None = None,
 ) -> float:
     """Share of (prompt, right answer) pairs where the model's text ends in the right answer's `final_answer`.
 
@@ -54,6 +56,7 @@ def answer_accuracy(
     Args:
         max_new_tokens: of an answer.
         max_length: of prompt and answer together, in tokens; None for no limit.
+        written: gets {"prompt", "right", "written", "correct"} of each pair.
 
     Raises:
         KappaTuneError: no pairs, or a right answer without a final answer in it.
@@ -67,12 +70,17 @@ def answer_accuracy(
             f"forgetting.generate: the completion {right!r:.200} has no final answer; one is announced by "
             f"{', '.join(repr(mark) for mark in MARKS)}. Delete `generate` to measure the task by its loss."
         )
-    right = 0
-    for start in range(0, len(pairs), batch_size):
-        prompts = [prompt for prompt, _ in pairs[start : start + batch_size]]
-        written = write_answers(model, tokenizer, prompts, max_new_tokens, max_length)
-        right += sum(final_answer(text) == answer for text, answer in zip(written, expected[start:], strict=False))
-    return right / len(pairs)
+    answers = []
+    for batch in batches(pairs, batch_size, "task, answers that it writes"):
+        prompts = [prompt for prompt, _ in batch]
+        answers += write_answers(model, tokenizer, prompts, max_new_tokens, max_length)
+    correct = [final_answer(text) == answer for text, answer in zip(answers, expected, strict=True)]
+    if written is not None:
+        rows = zip(pairs, answers, correct, strict=True)
+        written += [
+            {"prompt": prompt, "right": right, "written": text, "correct": good} for (prompt, right), text, good in rows
+        ]
+    return sum(correct) / len(pairs)
 
 
 def write_answers(

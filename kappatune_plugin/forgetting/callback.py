@@ -1,5 +1,6 @@
 """Measures forgetting before, during and after a Trainer's run."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,12 @@ from torch import nn
 from transformers import TrainerCallback
 
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.forgetting.measures import base_of, measuring
-from kappatune_plugin.forgetting.probe import ForgettingProbe
-from kappatune_plugin.forgetting.report import ForgettingReport
+from kappatune_plugin.files import write_text
+from kappatune_plugin.forgetting.measures import base_of, measuring, shown_as
+from kappatune_plugin.forgetting.probe import ForgettingProbe, Remember, measured_now
+
+# what the trained model wrote to the task's prompts, beside the scores
+ANSWERS = "answers.jsonl"
 
 
 class ForgettingCallback(TrainerCallback):
@@ -18,34 +22,38 @@ class ForgettingCallback(TrainerCallback):
 
     Attributes:
         trainer: set it after adding the callback, and measurements are logged as the Trainer's own metrics are.
+        remember: keeps what was measured of the base for other runs, see `ForgettingProbe.measure`.
         save: called when training has ended, before the last measurement: that may take hours, or fail.
     """
 
     def __init__(self, probe: ForgettingProbe, output_dir: str | Path, every: int = 0) -> None:
         self.probe, self.every = probe, every
         self.path = Path(output_dir) / "forgetting.json"
-        self.report = ForgettingReport(list(probe.controls), probe.metric, len(probe.facts))
+        self.report = probe.new_report()
         self.trainer: Any = None
         self.save: Callable[[], None] | None = None
+        self.remember: Remember = measured_now
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
         self.report.take_over_steps(self.path, state.global_step)
-        with base_of(model):
-            self.report.before = self.probe.measure(model)
+        with base_of(model), shown_as(None if args.disable_tqdm else "base"):
+            self.report.before = self.probe.measure(model, remember=self.remember)
         # a resumed run is past the step that the base belongs to, and its file holds more than is known again here
         if not state.global_step:
             self._note(state, model, self.report.before)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
         if self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:
-            measured = self.probe.measure(model, quick=True)
+            with shown_as(None if args.disable_tqdm else f"step {state.global_step}"):
+                measured = self.probe.measure(model, quick=True)
             self.report.steps.append({"step": state.global_step, **measured})
             self._note(state, model, measured)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
         self.save_adapter()
         try:
-            self.report.after = {**self.probe.measure(model), **self.probe.divergences(model)}
+            with shown_as(None if args.disable_tqdm else "trained"):
+                self.report.after = {**self.probe.measure(model), **self.probe.divergences(model)}
         except Exception as error:
             # models, tokenizers and harnesses raise anything; what has been trained is not lost by it
             kept = f" The adapter was saved before, in {self.path.parent}." if self.save else ""
@@ -54,6 +62,9 @@ class ForgettingCallback(TrainerCallback):
                 "`kappatune eval` measures again."
             ) from error
         self._note(state, model, self.report.after)
+        if self.probe.answers and state.is_world_process_zero:
+            rows = (json.dumps(row, ensure_ascii=False) + "\n" for row in self.probe.answers)
+            write_text(self.path.with_name(ANSWERS), "".join(rows))
 
     def save_adapter(self) -> None:
         """Call `save`, if it is set."""

@@ -70,7 +70,16 @@ class ForgettingConfig(Block):
     )
     batch_size: Whole = Field(default=8, ge=1, description="Texts measured at once.")
     max_length: Whole = Field(default=256, ge=2, description="Longest piece of text that is measured, in tokens.")
-    max_samples: Whole | None = Field(default=200, ge=1, description="Texts of each control, and facts; null for all.")
+    max_samples: Whole | None = Field(
+        default=200,
+        ge=1,
+        description="Texts of each control, at even distances over all of them, and the first facts; null for all.",
+    )
+    running_text: bool = Field(
+        default=False,
+        description="Read all of a control's texts as one, in blocks of max_length tokens, whatever max_samples: so "
+        "perplexities of WikiText are reported.",
+    )
     text_column: str = Field(default="text", description="The control's column.")
     samples: Whole = Field(default=64, ge=1, description="Texts that the base model writes for control: self.")
     seed: Whole = Field(default=0, ge=0, description="Of what the base model writes.")

@@ -7,18 +7,38 @@ state as they were.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from kappatune_plugin.data.examples import ChoiceExample
 from kappatune_plugin.errors import KappaTuneError
 
 Pair = tuple[list[int], list[int]]
+# what the bar of a measurement says in front of its name; None for no bar
+_shown: ContextVar[str | None] = ContextVar("shown", default=None)
+
+
+@contextmanager
+def shown_as(title: str | None) -> Iterator[None]:
+    """Measurements in the context show a bar with the time left: "base: wikitext, 200 texts". None shows none."""
+    token = _shown.set(title)
+    try:
+        yield
+    finally:
+        _shown.reset(token)
+
+
+def bar(total: int, name: str) -> tqdm:
+    """The bar of one measurement of `total` texts, on standard error, gone when it is done."""
+    title = _shown.get()
+    return tqdm(total=total, desc=f"{title}: {name}", unit="text", leave=False, disable=title is None)
 
 
 @dataclass(frozen=True)
@@ -126,7 +146,7 @@ def completion_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: 
     return whole[:start], whole[start:]
 
 
-def token_loss(model: nn.Module, pieces: Sequence[Sequence[int]], batch_size: int = 8) -> TokenLoss:
+def token_loss(model: nn.Module, pieces: Sequence[Sequence[int]], batch_size: int = 8, name: str = "loss") -> TokenLoss:
     """Mean loss of every token but the first of each piece: all nats over all tokens, not a mean of means.
 
     As PEFT's MetaMathQA benchmark (method_comparison/MetaMathQA, `calculate_mean_per_token_loss`) defines it since its
@@ -136,7 +156,7 @@ def token_loss(model: nn.Module, pieces: Sequence[Sequence[int]], batch_size: in
     """
     nats, tokens = 0.0, 0
     with measuring(model):
-        for batch in _batches(pieces, batch_size):
+        for batch in batches(pieces, batch_size, name):
             losses, mask = token_losses(model, batch)
             nats += losses[mask].double().sum().item()
             tokens += int(mask.sum())
@@ -144,7 +164,11 @@ def token_loss(model: nn.Module, pieces: Sequence[Sequence[int]], batch_size: in
 
 
 def kl_to_base(
-    model: nn.Module, pieces: Sequence[Sequence[int]], batch_size: int = 8, starts: Sequence[int] | None = None
+    model: nn.Module,
+    pieces: Sequence[Sequence[int]],
+    batch_size: int = 8,
+    starts: Sequence[int] | None = None,
+    name: str = "KL to the base",
 ) -> float:
     """Mean over tokens of KL(base || model) of the next-token distribution, in nats.
 
@@ -156,7 +180,7 @@ def kl_to_base(
     total, tokens = 0.0, 0
     rows = list(zip(pieces, starts or [1] * len(pieces), strict=True))
     with measuring(model):
-        for batch in _batches(rows, batch_size):
+        for batch in batches(rows, batch_size, name):
             ids = [piece for piece, _ in batch]
             tuned, mask = _log_probabilities(model, ids)
             with base_of(model):
@@ -184,7 +208,7 @@ def completion_kl(
         raise KappaTuneError("There are no test examples to measure the task's KL on.")
     divided = [completion_ids(tokenizer, *pair) for pair in pairs]
     pieces = [prompt + completion for prompt, completion in divided]
-    return kl_to_base(model, pieces, batch_size, starts=[len(prompt) for prompt, _ in divided])
+    return kl_to_base(model, pieces, batch_size, [len(prompt) for prompt, _ in divided], "task, KL to the base")
 
 
 def label_accuracy(
@@ -204,7 +228,7 @@ def label_accuracy(
         if len(example.choices) < 2:
             raise KappaTuneError(f"An example has {len(example.choices)} choices, two at least: {example.prompt!r}.")
         pairs += [completion_ids(tokenizer, example.prompt, choice) for choice in example.choices]
-    found = [-nats for nats, _ in _completion_losses(model, pairs, batch_size)]
+    found = [-nats for nats, _ in _completion_losses(model, pairs, batch_size, "task")]
     if any(map(math.isnan, found)):
         # nothing is greater than NaN: the first choice would win
         return math.nan
@@ -226,7 +250,7 @@ def completion_loss(
     if not pairs:
         raise KappaTuneError("There are no test examples to measure the task's loss on.")
     divided = [completion_ids(tokenizer, *pair) for pair in pairs]
-    nats = sum(nats for nats, _ in _completion_losses(model, divided, batch_size))
+    nats = sum(nats for nats, _ in _completion_losses(model, divided, batch_size, "task"))
     return nats / sum(len(completion) for _, completion in divided)
 
 
@@ -243,7 +267,7 @@ def exact_recall(
     """
     if not pairs:
         raise KappaTuneError("There are no facts to recall.")
-    found = _completion_losses(model, [completion_ids(tokenizer, *pair) for pair in pairs], batch_size)
+    found = _completion_losses(model, [completion_ids(tokenizer, *pair) for pair in pairs], batch_size, "recall")
     if any(math.isnan(nats) for nats, _ in found):
         return math.nan
     return sum(greedy for _, greedy in found) / len(pairs)
@@ -264,9 +288,10 @@ def sample_base(
         raise KappaTuneError("control: self needs a start or end token, and this tokenizer has none: give a data set.")
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     pieces = []
-    with measuring(model), base_of(model):
+    with measuring(model), base_of(model), bar(samples, "texts that it writes") as shown:
         torch.manual_seed(seed)
         while len(pieces) < samples:
+            shown.update(len(pieces) - shown.n)
             prompt = torch.full((min(batch_size, samples - len(pieces)), 1), start, device=model.device)
             written = model.generate(
                 input_ids=prompt,
@@ -289,9 +314,12 @@ def _until_end(row: list[int], end: int | None) -> list[int]:
     return row[: row.index(end, 1) + 1] if end in row[1:] else row
 
 
-def _batches(pieces: Sequence[Sequence[int]], batch_size: int) -> Iterator[Sequence[Sequence[int]]]:
-    for start in range(0, len(pieces), batch_size):
-        yield pieces[start : start + batch_size]
+def batches(rows: Sequence[Any], batch_size: int, name: str) -> Iterator[Sequence[Any]]:
+    """`rows` in parts of `batch_size`, behind a `bar`."""
+    with bar(len(rows), name) as shown:
+        for start in range(0, len(rows), batch_size):
+            yield rows[start : start + batch_size]
+            shown.update(len(rows[start : start + batch_size]))
 
 
 def _log_probabilities(model: nn.Module, batch: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -308,11 +336,11 @@ def token_losses(model: nn.Module, batch: Sequence[Sequence[int]]) -> tuple[Tens
     return -log_probabilities.gather(-1, following.unsqueeze(-1)).squeeze(-1), mask
 
 
-def _completion_losses(model: nn.Module, pairs: Sequence[Pair], batch_size: int) -> list[tuple[float, bool]]:
+def _completion_losses(model: nn.Module, pairs: Sequence[Pair], batch_size: int, name: str) -> list[tuple[float, bool]]:
     """For each pair the summed loss of its completion in nats, and whether greedy decoding gives it."""
     found = []
     with measuring(model):
-        for batch in _batches(pairs, batch_size):
+        for batch in batches(pairs, batch_size, name):
             rows = [prompt + completion for prompt, completion in batch]
             log_probabilities, _ = _log_probabilities(model, rows)
             for row, (prompt, completion) in zip(log_probabilities, batch, strict=True):

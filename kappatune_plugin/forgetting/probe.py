@@ -1,6 +1,7 @@
 """How much a run forgets: what it measures, when, and what it leaves behind."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,15 @@ from kappatune_plugin.forgetting.measures import (
     sample_base,
     token_loss,
 )
+from kappatune_plugin.forgetting.report import ForgettingReport
 
+Remember = Callable[[str, Callable[[], dict[str, float]]], dict[str, float]]
 Task = list[ChoiceExample] | list[tuple[str, str]] | list[tuple[list, list]]
+
+
+def measured_now(what: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """Measures, and remembers nothing."""
+    return measure()
 
 
 @dataclass
@@ -73,6 +81,7 @@ class ForgettingProbe:
         task, facts: as `ForgettingData` has them, conversations as the tokenizer's chat template writes them.
         generate: settings of `answer_accuracy`; None measures the task by likelihood.
         harness: settings of `harness.run_harness`; None runs none.
+        answers: what the model wrote in the last measurement, see `answers.answer_accuracy`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -82,6 +91,7 @@ class ForgettingProbe:
     batch_size: int = 8
     generate: dict[str, int] | None = None
     harness: dict[str, Any] | None = None
+    answers: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def build(
@@ -109,6 +119,15 @@ class ForgettingProbe:
         task = [_as_text(tokenizer, each) for each in data.task]
         return cls(tokenizer, controls, task, data.facts, config.batch_size, generate, harness)
 
+    def cost(self) -> str:
+        """What one measurement reads, for a person who is to wait for it."""
+        parts = [f"{name} ({sum(map(len, pieces)):,} tokens)" for name, pieces in self.controls.items()]
+        if self.task:
+            parts.append(f"{len(self.task)} test examples" + (", written" if self.generate is not None else ""))
+        parts += [f"{len(self.facts)} facts"] if self.facts else []
+        parts += ["the harness"] if self.harness is not None else []
+        return ", ".join(parts)
+
     @property
     def metric(self) -> str | None:
         """How the task is measured; None for no task.
@@ -122,28 +141,45 @@ class ForgettingProbe:
             return "accuracy"
         return "loss" if self.generate is None else "answer_accuracy"
 
-    def measure(self, model: nn.Module, quick: bool = False) -> dict[str, float]:
+    def new_report(self) -> ForgettingReport:
+        """A report of what this measures, still without values."""
+        answers = Counter(each.choices[each.answer] for each in self.task if isinstance(each, ChoiceExample))
+        majority = max(answers.values()) / len(self.task) if answers else None
+        return ForgettingReport(list(self.controls), self.metric, len(self.facts), len(self.task), majority)
+
+    def measure(self, model: nn.Module, quick: bool = False, remember: Remember = measured_now) -> dict[str, float]:
         """The losses and perplexities of the controls, the task's metric, the share of facts recalled, the harness.
 
         Args:
             quick: leave out what writes text or runs the harness: for measurements during a run.
+            remember: called for each measure with what it is measured on, as a text, and a function that measures.
         """
         found = {}
         for name, pieces in self.controls.items():
-            loss = token_loss(model, pieces, self.batch_size)
-            found[f"{name}_loss"], found[f"{name}_ppl"] = loss.nats_per_token, loss.perplexity
+            loss = remember(f"loss {pieces}", lambda pieces=pieces, name=name: self._loss(model, pieces, name))
+            found[f"{name}_loss"], found[f"{name}_ppl"] = loss["loss"], loss["ppl"]
         if self.metric in ("accuracy", "loss"):
             measure = label_accuracy if self.metric == "accuracy" else completion_loss
-            found[f"task_{self.metric}"] = measure(model, self.tokenizer, self.task, self.batch_size)
+            settings = model, self.tokenizer, self.task, self.batch_size
+            key = f"task_{self.metric}"
+            found |= remember(f"{key} {self.task}", lambda: {key: measure(*settings)})
         if self.facts:
-            found["recall"] = exact_recall(model, self.tokenizer, self.facts, self.batch_size)
+            settings = model, self.tokenizer, self.facts, self.batch_size
+            found |= remember(f"recall {self.facts}", lambda: {"recall": exact_recall(*settings)})
         return found if quick else {**found, **self._slow(model)}
+
+    def _loss(self, model: nn.Module, pieces: list[list[int]], name: str) -> dict[str, float]:
+        loss = token_loss(model, pieces, self.batch_size, name)
+        return {"loss": loss.nats_per_token, "ppl": loss.perplexity}
 
     def _slow(self, model: nn.Module) -> dict[str, float]:
         found = {}
         if self.metric == "answer_accuracy":
             settings = {"batch_size": self.batch_size, **self.generate}
-            found["task_answer_accuracy"] = answer_accuracy(model, self.tokenizer, self.task, **settings)
+            self.answers = []
+            found["task_answer_accuracy"] = answer_accuracy(
+                model, self.tokenizer, self.task, **settings, written=self.answers
+            )
         if self.harness is not None:
             from kappatune_plugin.forgetting.harness import run_harness
 
@@ -152,7 +188,10 @@ class ForgettingProbe:
 
     def divergences(self, model: nn.Module) -> dict[str, float]:
         """KL(base || model) a token in nats: on each control, and on the completions of the task as `task_kl`."""
-        found = {f"{name}_kl": kl_to_base(model, pieces, self.batch_size) for name, pieces in self.controls.items()}
+        found = {
+            f"{name}_kl": kl_to_base(model, pieces, self.batch_size, name=f"{name}, KL to the base")
+            for name, pieces in self.controls.items()
+        }
         if self.task:
             found["task_kl"] = completion_kl(model, self.tokenizer, task_pairs(self.task), self.batch_size)
         return found
@@ -198,7 +237,12 @@ def _control_texts(spec: Mapping[str, Any], name: str, config: ForgettingConfig,
         raise KappaTuneError(
             f"forgetting.control {name}: its column '{column}' holds {other!r:.60}, which is no text. Give text_column."
         )
-    return [text for text in texts if text.strip()][: config.max_samples]
+    texts = [text for text in texts if text.strip()]
+    if config.running_text:
+        return ["\n\n".join(texts)]
+    # at even distances over all of them: the first ones of a file are alike
+    count = min(config.max_samples or len(texts), len(texts))
+    return [texts[position * len(texts) // count] for position in range(count)]
 
 
 def _facts(config: ForgettingConfig, folder: Path | None) -> list[tuple[str, str]]:

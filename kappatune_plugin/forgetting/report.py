@@ -22,12 +22,17 @@ class ForgettingReport:
         before, after: as `ForgettingProbe.measure` gives them; `after` with the divergences too, and empty until then.
         steps: [{"step": n, ...}] of those in between.
         kept: as `after`, once what was trained was scaled back; empty where it wasn't.
+        examples: how many the task has.
+        majority: share of the task's examples whose answer is the most frequent one; None for a task without labels.
         budget: what `k: auto` decided: {"start", "most", "matrices", "steps": [{"step", "action", "matrices",
             "reason"}]}; None for a fixed k.
     """
 
-    def __init__(self, controls: list[str], metric: str | None, facts: int) -> None:
+    def __init__(
+        self, controls: list[str], metric: str | None, facts: int, examples: int = 0, majority: float | None = None
+    ) -> None:
         self.controls, self.metric, self.facts = controls, metric, facts
+        self.examples, self.majority = examples, majority
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
         self.kept: dict[str, float] = {}
@@ -58,7 +63,13 @@ class ForgettingReport:
                 "before": before.get(key),
                 "after": after.get(key),
                 "kl_after": kl,
+                "examples": self.examples,
             }
+            if self.metric in SHARES:
+                for when, value in (("before", before.get(key)), ("after", after.get(key))):
+                    content["task"][f"interval_{when}"] = share_interval(value, self.examples)
+            if self.majority is not None:
+                content["task"]["majority"] = self.majority
         if self.facts:
             recall = {"before": before.get("recall"), "after": after.get("recall")}
             content["recall"] = {"metric": "exact_match", "facts": self.facts, **recall}
@@ -87,31 +98,42 @@ class ForgettingReport:
                 decided = content.get("budget", {}).get("steps", [])
                 self.budget["steps"] += [step for step in decided if step["step"] <= before_step]
 
-    def rows(self) -> list[tuple[str, str, bool]]:
-        """What is measured before and after: its title, its key in `before` and `after`, whether it is a share."""
+    def rows(self) -> list[tuple[str, str, int]]:
+        """What is measured before and after: its title, its key in `before` and `after`, and of how many a share is."""
         rows = []
         if self.metric:
-            rows.append((f"task {self.metric.replace('_', ' ')}", f"task_{self.metric}", self.metric in SHARES))
+            count = self.examples if self.metric in SHARES else 0
+            title = f"task {self.metric.replace('_', ' ')}" + (f" ({count} examples)" if count else "")
+            rows.append((title, f"task_{self.metric}", count))
         if self.facts:
-            rows.append((f"recall of {self.facts} facts", "recall", True))
+            rows.append((f"recall of {self.facts} facts", "recall", self.facts))
         for name in self.controls:
-            rows.append((f"{name}: loss a token (nats)", f"{name}_loss", False))
-            rows.append((f"{name}: perplexity", f"{name}_ppl", False))
-        return rows + [(key.removeprefix(HARNESS), key, False) for key in self.before if key.startswith(HARNESS)]
+            rows.append((f"{name}: loss a token (nats)", f"{name}_loss", 0))
+            rows.append((f"{name}: perplexity", f"{name}_ppl", 0))
+        return rows + [(key.removeprefix(HARNESS), key, 0) for key in self.before if key.startswith(HARNESS)]
 
     def divergence_rows(self) -> list[tuple[str, str]]:
         """What is measured against the base, after only: its title and its key in `after`."""
         names = [*self.controls, *(["task"] if self.metric else [])]
         return [(f"{name}: KL to the base (nats)", f"{name}_kl") for name in names]
 
+    @property
+    def caption(self) -> str | None:
+        """What a reader of the table needs to know of its shares; None without any."""
+        if not any(count for _, _, count in self.rows()):
+            return None
+        said = "In brackets: 95% interval (Wilson)."
+        return said if self.majority is None else f"{said} Always the most frequent answer: {self.majority:.1%}."
+
     def table(self) -> Table:
         """Before, after and change, a row for each measure; after what was kept too, where that is less."""
         later = {"trained": self.after, "kept": self.kept} if self.kept else {"after": self.after}
-        table = Table("", "before", *later, "change", title="What was learned, what was forgotten")
-        for title, key, share in self.rows():
+        titles = {"title": "What was learned, what was forgotten", "caption": self.caption}
+        table = Table("", "before", *later, "change", **titles)
+        for title, key, count in self.rows():
             values = [measured.get(key, math.nan) for measured in (self.before, *later.values())]
-            change = shown_change(values[-1] - values[0], share)
-            table.add_row(title, *(shown(value, share) for value in values), change)
+            change = shown_change(values[-1] - values[0], count)
+            table.add_row(title, *(shown(value, count) for value in values), change)
         for title, key in self.divergence_rows():
             values = (number("{:.4f}", measured.get(key, math.nan)) for measured in later.values())
             table.add_row(title, "0", *values, "")
@@ -126,14 +148,28 @@ class ForgettingReport:
         return max(rise if math.isfinite(rise) else math.inf for rise in rises) if rises else None
 
 
-def shown(value: float, share: bool) -> str:
-    """A measure as tables show it."""
-    return number("{:.1%}" if share else "{:.3f}", value)
+def shown(value: float, count: int) -> str:
+    """A measure as tables show it; with its 95% interval a share of `count` examples, which is 0 for other measures."""
+    if not count:
+        return number("{:.3f}", value)
+    interval = share_interval(value, count)
+    return f"{value:.1%}" + (" [{:.0f}, {:.0f}]".format(*(100 * end for end in interval)) if interval else "")
 
 
-def shown_change(change: float, share: bool) -> str:
-    """The change of a measure as tables show it."""
-    return number("{:+.1f} points", 100 * change) if share else number("{:+.3f}", change)
+def shown_change(change: float, count: int) -> str:
+    """The change of a measure as tables show it; `count` as in `shown`."""
+    return number("{:+.1f} points", 100 * change) if count else number("{:+.3f}", change)
+
+
+def share_interval(share: float | None, count: int) -> list[float] | None:
+    """Wilson's 95% interval of a share of `count` examples; None for what isn't a share of any."""
+    if share is None or not math.isfinite(share) or not count:
+        return None
+    # scipy takes long to load
+    from scipy.stats import binomtest
+
+    interval = binomtest(round(share * count), count).proportion_ci(method="wilson")
+    return [round(float(interval.low), 4), round(float(interval.high), 4)]
 
 
 def finite_or_none(value: float) -> float | None:

@@ -1,7 +1,7 @@
 """What models trained before have learned and forgotten: adapters of any PEFT method, and whole checkpoints."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,12 +12,13 @@ from torch import nn
 from kappatune_plugin.console import number
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.files import write_json
-from kappatune_plugin.forgetting.measures import base_in_place, base_of
+from kappatune_plugin.forgetting.measures import base_in_place, base_of, shown_as
 from kappatune_plugin.forgetting.probe import ForgettingData, ForgettingProbe
 from kappatune_plugin.forgetting.report import ForgettingReport, shown, shown_change
 from kappatune_plugin.recipe.load_model import load_base, load_tokenizer
 from kappatune_plugin.recipe.load_rows import load_test_rows, task_examples
 from kappatune_plugin.recipe.recipe import Recipe
+from kappatune_plugin.scanning.cache import Cache, cache_folder, identity_of
 from kappatune_plugin.tuner.adapter_folder import (
     ADAPTER_CONFIG,
     adapter_config,
@@ -51,29 +52,33 @@ class Evaluation:
     def table(self) -> Table:
         """A row for each measure, a column for the base and for each model, with its change from the base."""
         reports = list(self.reports.values())
-        table = Table("", "base", *_short(list(self.reports)), title="What was learned, what was forgotten")
-        for title, key, share in reports[0].rows():
+        titles = {"title": "What was learned, what was forgotten", "caption": reports[0].caption}
+        table = Table("", "base", *_short(list(self.reports)), **titles)
+        for title, key, count in reports[0].rows():
             before, *after = reports[0].before[key], *(report.after[key] for report in reports)
-            changes = (f"{shown(value, share)} ({shown_change(value - before, share)})" for value in after)
-            table.add_row(title, shown(before, share), *changes)
+            changes = (f"{shown(value, count)} ({shown_change(value - before, count)})" for value in after)
+            table.add_row(title, shown(before, count), *changes)
         for title, key in reports[0].divergence_rows():
             table.add_row(title, "0", *(number("{:.4f}", report.after[key]) for report in reports))
         return table
 
 
-def evaluate(recipe: Recipe, places: Sequence[str]) -> Evaluation:
+def evaluate(
+    recipe: Recipe, places: Sequence[str], measured: Callable[[Evaluation], None] = lambda found: None
+) -> Evaluation:
     """Measure the recipe's model and what was trained from it, by the recipe's blocks `data.test` and `forgetting`.
 
     Args:
         places: folders with an adapter or with a checkpoint of the same architecture; a name on the hub is a
             checkpoint's.
+        measured: called after each of them with what is known so far. What was measured before is in the cache.
 
     Raises:
         KappaTuneError: nothing to measure, data or models that can't be loaded, an adapter of another base.
     """
     _check(recipe, places)
     data = ForgettingData.load(recipe.forgetting, task_examples(recipe.data, load_test_rows(recipe)), recipe.folder)
-    tokenizer, probe, reports = load_tokenizer(recipe), None, {}
+    tokenizer, probe, reports, cache = load_tokenizer(recipe), None, {}, Cache(cache_folder())
     for place in places:
         # an adapter changes the model that it is put on: each gets its own
         base = load_on_device(recipe)
@@ -81,11 +86,16 @@ def evaluate(recipe: Recipe, places: Sequence[str]) -> Evaluation:
             named = {"name": recipe.model_args.model_name_or_path, "hash": ModelSource(base).base_hash()}
         model = load_trained(recipe, place, base)
         if probe is None:
-            probe = ForgettingProbe.build(recipe.forgetting, data, model, tokenizer)
-            with base_of(model):
-                before = probe.measure(model)
-        report = reports[place] = ForgettingReport(list(probe.controls), probe.metric, len(probe.facts))
-        report.before, report.after = before, {**probe.measure(model), **probe.divergences(model)}
+            with shown_as("base"):
+                probe = ForgettingProbe.build(recipe.forgetting, data, model, tokenizer)
+                identity = identity_of(base, named["hash"], recipe.forgetting.batch_size)
+                with base_of(model):
+                    before = probe.measure(model, remember=partial(cache.remembered, identity))
+        report = probe.new_report()
+        with shown_as(place):
+            report.before, report.after = before, {**probe.measure(model), **probe.divergences(model)}
+        reports[place] = report
+        measured(Evaluation(named, reports))
         del base, model
     return Evaluation(named, reports)
 

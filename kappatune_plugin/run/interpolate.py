@@ -17,7 +17,7 @@ from trl import SFTTrainer
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.files import write_text
 from kappatune_plugin.forgetting.callback import ForgettingCallback
-from kappatune_plugin.forgetting.measures import base_of
+from kappatune_plugin.forgetting.measures import base_of, shown_as
 from kappatune_plugin.forgetting.probe import ForgettingData, ForgettingProbe
 from kappatune_plugin.forgetting.report import ForgettingReport
 from kappatune_plugin.interpolation.dial import PER_MATRIX, TRAINED, Dialed, DialSettings
@@ -69,7 +69,8 @@ def turn_dial(
     except KappaTuneError as error:
         raise KappaTuneError(f"{error}\nWhat was trained is in {folder / WHOLE}; no adapter was saved.") from error
     report = callback.report
-    report.kept = {**callback.probe.measure(model), **callback.probe.divergences(model)}
+    with shown_as(None if quiet else "kept"):
+        report.kept = {**callback.probe.measure(model), **callback.probe.divergences(model)}
     if trainer.is_world_process_zero():
         report.save(callback.path)
         write_result(dialed, folder)
@@ -118,7 +119,7 @@ def interpolate_trained(
     changes = changes_of_adapter(model) if adapter else changes_of_checkpoint(base, model)
     tokenizer = load_tokenizer(recipe)
     probe = ForgettingProbe.build(recipe.forgetting, data, model, tokenizer)
-    report = ForgettingReport(list(probe.controls), probe.metric, len(probe.facts))
+    report = probe.new_report()
     with base_of(model):
         report.before = probe.measure(model)
     report.after = probe.measure(model)
@@ -180,10 +181,10 @@ def _affordable(recipe: Recipe, rows: list[list[Piece]], model: nn.Module) -> in
 
 
 def _control_documents(recipe: Recipe, data: ForgettingData, probe: ForgettingProbe) -> dict[str, list[list[Piece]]]:
-    """Of text that the base wrote each sample is a document."""
+    """Of text that the base wrote each sample is a document, of running text each block."""
     config, found = recipe.forgetting, {}
     for name, texts in data.controls.items():
-        if texts is None:
+        if texts is None or config.running_text:
             found[name] = [[(piece, 1)] for piece in probe.controls[name]]
         else:
             truncate = config.long_texts == "truncate"

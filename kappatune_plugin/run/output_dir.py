@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.files import as_umask_says, check_replaceable, check_writable, opening
+from kappatune_plugin.forgetting.callback import ANSWERS
 from kappatune_plugin.tuner.adapter_folder import ADAPTER, ADAPTER_CONFIG
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -69,7 +70,7 @@ def holds_adapter(output_dir: Path) -> bool:
 
 def clear(output_dir: Path) -> None:
     """Delete an earlier run: its adapter, its checkpoints and its reports; other files stay."""
-    for name in (ADAPTER_CONFIG, ADAPTER, RECIPE, *OPENINGS):
+    for name in (ADAPTER_CONFIG, ADAPTER, RECIPE, ANSWERS, *OPENINGS):
         (output_dir / name).unlink(missing_ok=True)
     for folder in checkpoints(output_dir):
         shutil.rmtree(folder)

@@ -2,7 +2,8 @@
 
 It lies in the user's cache folder, or in the one that the environment variable KAPPATUNE_CACHE names: `matrices/` has a
 file for each matrix, `files/` has for each checkpoint read from disk the hashes of its matrices, so that known files
-need not be read again, and `replay/` has texts that base models wrote. The folder may be deleted at any time.
+need not be read again, `replay/` has texts that base models wrote, and `measured/` what models lost on texts. The
+folder may be deleted at any time.
 """
 
 import functools
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 import xxhash
-from torch import Tensor
+from torch import Tensor, nn
 
 from kappatune_plugin import condition
 from kappatune_plugin.checks import is_number
@@ -26,6 +27,7 @@ from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.files import write_text
 from kappatune_plugin.selection.file_checks import maps_strings
 from kappatune_plugin.selection.report import ABOVE, NUMBERS, ROW_STATUSES, UnitReport
+from kappatune_plugin.weights.quantized import quantization_of
 from kappatune_plugin.weights.units import WeightUnit
 
 VARIABLE = "KAPPATUNE_CACHE"
@@ -80,6 +82,16 @@ class Cache:
         """Keep texts, as token ids, that a model wrote; `identity` says which model, and how."""
         self._write("replay", _digest(identity.encode()), {"rows": rows})
 
+    def remembered(self, model: str, what: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """What `measure` gives, or gave before for the same `model` (see `identity_of`) on the same texts, `what`."""
+        key = _digest(f"{model} {what}".encode())
+        entry = self._read("measured", key, _is_measured)
+        if entry is None:
+            entry = measure()
+            if _is_measured(entry):
+                self._write("measured", key, entry)
+        return entry
+
     def _read(self, kind: str, key: str, is_right: Callable[[Any], bool]) -> dict[str, Any] | None:
         if self.folder is None:
             return None
@@ -118,6 +130,13 @@ def cache_folder() -> Path:
     if os.environ.get(VARIABLE):
         return Path(os.environ[VARIABLE]).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kappatune"
+
+
+def identity_of(model: nn.Module, base: str, *more: object) -> str:
+    """What a model's measurements depend on: the fingerprint of its base, and how and where it runs."""
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    parts = (base, quantization_of(model), next(model.parameters()).dtype, model.device.type, attention, *more)
+    return json.dumps([*map(str, parts), _engine()])
 
 
 def content_hash(matrix: Tensor) -> str:
@@ -159,6 +178,10 @@ def _is_row(entry: Any) -> bool:
 
 def _is_files(entry: Any) -> bool:
     return isinstance(entry, dict) and maps_strings(entry.get("contents")) and isinstance(entry.get("base_hash"), str)
+
+
+def _is_measured(entry: Any) -> bool:
+    return isinstance(entry, dict) and all(is_number(value) and math.isfinite(value) for value in entry.values())
 
 
 def _is_written(entry: Any) -> bool:

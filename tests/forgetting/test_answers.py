@@ -58,6 +58,10 @@ def test_accuracy_counts_final_answers(learned, batch_size):
     model, tokenizer, texts = learned
     pairs = [(texts[0][0], "#### 5.0"), (texts[1][0], "by other words\n#### 14/2"), (texts[2][0], "#### 3")]
     assert answer_accuracy(model, tokenizer, pairs, 40, batch_size=batch_size) == pytest.approx(2 / 3)
+    written: list[dict] = []
+    answer_accuracy(model, tokenizer, pairs, 40, batch_size=batch_size, written=written)
+    assert [row["correct"] for row in written] == [True, True, False]
+    assert [row["written"] for row in written] == [answer for _, answer in texts[:3]]
     # no room for the answer: prompt and answer together
     assert answer_accuracy(model, tokenizer, pairs, 40, max_length=4, batch_size=batch_size) == 0
 

@@ -1,5 +1,7 @@
 import json
 import math
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,11 +16,14 @@ from helpers.tiny import tiny_tokenizer
 from helpers.training import ON_CPU, losses
 from kappatune_plugin import KappaTuneConfig, KappaTuneError
 from kappatune_plugin.data.examples import ChoiceExample
+from kappatune_plugin.forgetting import probe as probe_module
 from kappatune_plugin.forgetting.callback import ForgettingCallback
 from kappatune_plugin.forgetting.config import ForgettingConfig
-from kappatune_plugin.forgetting.measures import completion_kl, completion_loss, kl_to_base, token_loss
+from kappatune_plugin.forgetting.measures import completion_kl, completion_loss, kl_to_base, shown_as, token_loss
 from kappatune_plugin.forgetting.probe import ForgettingData, ForgettingProbe
+from kappatune_plugin.forgetting.report import ForgettingReport
 from kappatune_plugin.recipe.load_rows import task_examples
+from kappatune_plugin.scanning.cache import Cache
 
 TEXTS = [f"the cat {i} sat on the mat {j} times" for i in range(4) for j in range(4)]
 TASK = [ChoiceExample("the cat", (" yes", " no"), answer) for answer in (0, 1, 0)]
@@ -127,6 +132,23 @@ def test_steps_of_an_interrupted_run_are_kept(saved_olmoe, tmp_path):
     assert callback.report.before["control_loss"] == pytest.approx(
         whole.state.log_history[0]["forgetting/control_loss"]
     )
+
+
+def test_a_share_has_its_interval_and_what_the_most_frequent_answer_gets():
+    """Wilson's interval, by its formula."""
+    report = ForgettingReport([], "accuracy", 0, examples=200, majority=0.62)
+    report.before, report.after = {"task_accuracy": 0.5}, {"task_accuracy": 0.9, "task_kl": 0.0}
+    z, n, p = 1.959964, 200, 0.9
+    middle, half = (p + z * z / 2 / n), z * math.sqrt(p * (1 - p) / n + z * z / 4 / n / n)
+    task = report.to_dict()["task"]
+    assert task["interval_after"] == pytest.approx([(middle + s * half) / (1 + z * z / n) for s in (-1, 1)], abs=1e-4)
+    assert task["examples"] == 200 and task["majority"] == 0.62
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(report.table())
+    shown = capture.get()
+    assert "task accuracy (200 examples)" in shown and "90.0% [85, 93]" in shown
+    assert "Always the most frequent answer: 62.0%" in " ".join(shown.split())
 
 
 def test_table_shows_before_after_and_change(saved_olmoe, tmp_path):
@@ -270,3 +292,40 @@ def test_control_texts_have_to_be_texts(tmp_path):
     (tmp_path / "latin.txt").write_bytes("caf\xe9 and more".encode("latin-1"))
     with pytest.raises(KappaTuneError, match="latin.txt' isn't UTF-8 text"):
         ForgettingData.load(ForgettingConfig(control={"path": str(tmp_path / "latin.txt")}))
+
+
+def test_a_measurement_shows_a_bar_with_its_name_and_nothing_else_does(saved_olmoe, capsys):
+    model = AutoModelForCausalLM.from_pretrained(saved_olmoe)
+    capsys.readouterr()
+    token_loss(model, [[1, 2, 3]] * 20, 4, "wikitext")
+    assert "wikitext" not in capsys.readouterr().err
+    with shown_as("base"):
+        token_loss(model, [[1, 2, 3]] * 20, 4, "wikitext")
+    assert "base: wikitext:" in capsys.readouterr().err
+
+
+def test_what_is_known_of_the_base_is_not_measured_again(saved_olmoe, tmp_path, monkeypatch):
+    cache, model = Cache(tmp_path / "cache"), AutoModelForCausalLM.from_pretrained(saved_olmoe)
+    one = trainer(saved_olmoe, tmp_path / "out")
+    found = probe(one, tmp_path)
+    remember = partial(cache.remembered, "the base")
+    first = found.measure(model, remember=remember)
+    assert first == found.measure(model) and len(first) == 4
+    with monkeypatch.context() as patched:
+        patched.setattr(probe_module, "token_loss", None)
+        assert found.measure(model, remember=remember) == first
+        with pytest.raises(TypeError):
+            found.measure(model, remember=partial(cache.remembered, "another"))
+    # of what a killed measurement had, all but the last is known
+    changed = replace(found, facts=found.facts[:1])
+    patched = changed.measure(model, remember=remember)
+    assert patched["control_loss"] == first["control_loss"] and patched["recall"] in (0, 1)
+
+
+def test_control_texts_are_spread_over_the_file_or_run_on(tmp_path):
+    rows = [{"text": f"text {position}"} for position in range(100)]
+    spec = {"path": str(write_rows(tmp_path / "many.jsonl", rows))}
+    loaded = ForgettingData.load(ForgettingConfig(control=spec, max_samples=5))
+    assert next(iter(loaded.controls.values())) == [f"text {position}" for position in (0, 20, 40, 60, 80)]
+    run_on = ForgettingData.load(ForgettingConfig(control=spec, max_samples=5, running_text=True))
+    assert next(iter(run_on.controls.values())) == ["\n\n".join(row["text"] for row in rows)]

@@ -52,7 +52,7 @@ def flat(content: dict, *names: str) -> dict:
     for key, value in content.items():
         if isinstance(value, dict):
             found |= flat(value, *names, key)
-        elif key != "metric":
+        elif isinstance(value, float | int):
             found[(*names, key)] = value
     return found
 
@@ -62,7 +62,7 @@ def test_adapter_and_checkpoint_give_what_the_run_measured(trained, tmp_path):
     evaluation = evaluate(load_recipe(trained / "recipe.yaml"), [str(trained / "out"), str(tmp_path / "merged")])
     evaluation.save(tmp_path / "eval.json")
     expected = flat(measured_by_the_run(trained))
-    assert len(expected) == 11
+    assert len(expected) == 13
     assert expected["control", "control", "kl_after"] > 1e-4
     content = json.loads((tmp_path / "eval.json").read_text())
     assert content["format"] == 1 and list(content["models"]) == list(evaluation.reports)
