@@ -2,10 +2,13 @@
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 PROBLEMS_SHOWN = 5
+# NUL, and halves of characters (surrogates): no path and no file in UTF-8 holds them
+NO_CHARACTER = re.compile("[\\0\\ud800-\\udfff]")
 
 
 def is_number(value: Any) -> bool:

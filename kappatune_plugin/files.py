@@ -129,7 +129,8 @@ def read_json(path: str | os.PathLike, what: str) -> dict[str, Any]:
         raise KappaTuneError(f"Can't read {what} at {_shown(path)}: {_reason(error)}.") from error
     except (ValueError, RecursionError) as error:
         raise KappaTuneError(f"{_shown(path)} is not {what}: it isn't JSON ({error}). Make it again.") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    # True is 1
+    if not isinstance(content, dict) or content.get("format") != FORMAT or isinstance(content["format"], bool):
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise KappaTuneError(f'{path} is not {what} of this version: expected "format": {FORMAT}, found {found!r:.60}.')
     return content

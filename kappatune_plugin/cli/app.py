@@ -2,6 +2,7 @@
 
 import functools
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -61,3 +62,7 @@ def _options(
     ] = False,
 ) -> None:
     """Shared by all commands."""
+    for stream in (sys.stdout, sys.stderr):
+        # a path may hold bytes that are no character
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")

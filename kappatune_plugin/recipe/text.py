@@ -1,6 +1,5 @@
 """A recipe's text: the YAML file, and the `--key value` overrides of the command line laid over it."""
 
-import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import yaml
 from yaml.constructor import ConstructorError
 
+from kappatune_plugin.checks import NO_CHARACTER
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.recipe.trl_keys import is_flag, takes_list
 
@@ -16,7 +16,6 @@ BLOCKS = ("kappatune", "data", "forgetting", "env")
 FLAT = "kappatune_"
 # YAML would read "Tweet: {text}" as a mapping, " {label}" too, and a split or a name of digits as a number
 TEXTS = ("prompt", "completion", "path", "name", "split", "label_column")
-NO_CHARACTER = re.compile("[\0\ud800-\udfff]")
 
 
 class _Loader(yaml.SafeLoader):

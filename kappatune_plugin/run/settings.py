@@ -4,6 +4,9 @@ import math
 import os
 from collections.abc import Iterator
 
+import torch
+from torch.optim import SGD
+from transformers import get_scheduler
 from trl import SFTConfig
 
 WHOLE, POSITIVE, NOT_NEGATIVE = "a whole number from 1 on", "a number above 0", "a number from 0 on"
@@ -43,8 +46,18 @@ def _wrong(args: SFTConfig) -> Iterator[tuple[str, str]]:
             yield key, f"a whole number from 0 to {SEEDS[-1]}"
     if args.optim_args and not all("=" in part for part in args.optim_args.split(",")):
         yield "optim_args", "text such as 'betas=0.9, eps=1e-8'"
+    if args.lr_scheduler_kwargs and isinstance(args.lr_scheduler_kwargs, dict):
+        yield from _wrong_schedule(args)
     template = getattr(args, "chat_template_path", None)
     if template and template.endswith((".jinja", ".j2")) and not os.path.isfile(template):
         yield "chat_template_path", "a file that is there"
     if args.max_steps <= 0 and args.num_train_epochs <= 0:
         yield "num_train_epochs", POSITIVE
+
+
+def _wrong_schedule(args: SFTConfig) -> Iterator[tuple[str, str]]:
+    optimizer = SGD([torch.zeros(1, requires_grad=True)])
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, args.lr_scheduler_kwargs)
+    except (TypeError, ValueError) as error:
+        yield "lr_scheduler_kwargs", f"what {args.lr_scheduler_type} takes ({error})"

@@ -13,6 +13,7 @@ from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.scanning.cache import Cache, cache_folder
 from kappatune_plugin.scanning.lowest import can_settle, settle
 from kappatune_plugin.scanning.measure import Bar, measure
+from kappatune_plugin.selection.budget import DEFAULT_K
 from kappatune_plugin.selection.criteria import ON_ROWS
 from kappatune_plugin.selection.ranking import how_to_measure
 from kappatune_plugin.selection.report import ABOVE, KappaReport
@@ -66,7 +67,8 @@ def scan(
         KappaTuneError: the model can't be loaded, a pattern matches nothing, no weight matrix is left, or `rank_by`
             can't be measured by a scan.
     """
-    budget = check_settings(k, order, rank_by, seed) if k is not None else None
+    settings = check_settings(DEFAULT_K if k is None else k, order, rank_by, seed)
+    budget = settings if k is not None else None
     if rank_by in ON_ROWS:
         raise KappaTuneError(f"rank_by: {rank_by}: a scan can't measure it. {how_to_measure(rank_by)}")
     source = _source(model_or_path, scan_from, trust_remote_code)

@@ -76,6 +76,7 @@ class UnitReport:
 
 
 RANKED_BY = ("log_volume", "stable_rank", "frobenius")
+SIZES = ("frobenius", "stable_rank", "sigma_max", "sigma_min")
 NUMBERS = ("kappa", "lo", "hi", "log_volume", "stable_rank", "sigma_max", "sigma_min", "frobenius")
 
 
@@ -87,9 +88,12 @@ def _selectable(row: UnitReport) -> UnitReport:
     elif row.status == "ok":
         if row.kappa is None or row.kappa < 1:
             problems.append(f"status is ok, but kappa is {row.kappa!r}; it is at least 1.")
-        elif not (row.lo or 1) <= row.kappa <= (row.hi or math.inf):
-            problems.append(f"kappa {row.kappa:g} is not between lo and hi ({row.lo}, {row.hi}).")
+        elif not 1 <= (1 if row.lo is None else row.lo) <= row.kappa <= (math.inf if row.hi is None else row.hi):
+            problems.append(f"kappa {row.kappa:g} is not between lo and hi ({row.lo}, {row.hi}), or lo is below 1.")
         problems += [f"status is ok, but {key} is null." for key in RANKED_BY if getattr(row, key) is None]
+        sizes = {key: getattr(row, key) for key in SIZES}
+        wrong = {key: size for key, size in sizes.items() if size is not None and size <= 0}
+        problems += [f"{key} is {size:g}, expected a number above 0." for key, size in wrong.items()]
     elif row.status == ABOVE and row.lo is None:
         problems.append("status is above, but lo, above which kappa is, is null.")
     if row.null <= 0:

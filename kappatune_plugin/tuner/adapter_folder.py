@@ -6,6 +6,7 @@ from pathlib import Path
 from peft import PeftConfig, PeftModel
 from torch import nn
 
+from kappatune_plugin.checks import NO_CHARACTER
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.tuner.register import NAME
 from kappatune_plugin.tuner.values import VALUES, renamed
@@ -27,8 +28,9 @@ def adapter_config(adapter: Path) -> PeftConfig:
         raise KappaTuneError(f"'{adapter}' holds no {ADAPTER_CONFIG}. Give the output_dir of a run.")
     try:
         config = PeftConfig.from_pretrained(str(adapter))
-        if not isinstance(config.base_model_name_or_path, str | None):
-            raise TypeError(f"base_model_name_or_path is {config.base_model_name_or_path!r}, expected a text")
+        base = config.base_model_name_or_path
+        if not isinstance(base, str | None) or NO_CHARACTER.search(base or ""):
+            raise TypeError(f"base_model_name_or_path is {base!r}, expected a text")
         return config
     except KeyError as error:
         raise KappaTuneError(f"{adapter / ADAPTER_CONFIG}: peft_type {error} is no method of PEFT.") from error

@@ -43,6 +43,8 @@ def filter_units(
     for key, patterns in (("include", include), ("exclude", exclude)):
         if isinstance(patterns, str):
             raise KappaTuneError(f"{key}: '{patterns}' is not a list: write [{patterns}].")
+        if others := [pattern for pattern in patterns if not isinstance(pattern, str)]:
+            raise KappaTuneError(f"{key}: {others[0]!r} is no pattern, expected a text such as '*.q_proj.weight'.")
     names = [unit.name for unit in units]
     problems = [_problem("include", pattern, names) for pattern in include if not _known(pattern, names)]
     others = [*names, *parameters]

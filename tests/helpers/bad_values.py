@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 # of any key of a recipe: numbers that are none, other types, texts that no file system, encoding or parser takes
@@ -104,3 +105,60 @@ def write(path: Path, text: str | bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
     return path
+
+
+NUMBERS = ("nan", "inf", "-inf", "-1", "abc", "", "0", "1e400", "9" * 5000, "1,,", "[1]")
+BUDGETS = (
+    *(
+        "0",
+        "-1",
+        "1.5",
+        "1000000",
+        "abc",
+        "",
+        "%",
+        "101%",
+        "-5%",
+        "nan%",
+        "inf%",
+        "[1]",
+        "{}",
+        "{a: 1}",
+        "true",
+        "null",
+    ),
+    *(
+        "{params: -1}",
+        "{params: nan}",
+        "{kappa: .nan}",
+        "{kappa: .inf}",
+        "{params: 1, kappa: 2}",
+        "9" * 5000,
+        "{",
+        "2024-02-30",
+    ),
+)
+TEXTS = ("", " ", "nothing", "a\0b", "[", "ä" * 200, "../..", "~nobody/x", "{}", "%", "a=b", ",,")
+
+NAN = float("nan")
+API_CALLS = (
+    *(
+        ("condition_number", (w,), {}, "condition_number")
+        for w in (None, 3, [[1.0]], torch.ones(2), torch.ones(2, 2, 2))
+    ),
+    *(("condition_number", (torch.ones(shape),), {}, "condition_number") for shape in ((0, 3), (3, 0), ())),
+    *(
+        ("condition_number", (torch.ones(2, 2, dtype=kind),), {}, "condition_number")
+        for kind in (torch.int64, torch.complex64, torch.bool)
+    ),
+    *(("condition_number", (torch.eye(3),), {"rtol": value}, "rtol") for value in (0, 1, -1, NAN, 2.0)),
+    *(("scan", (model,), {}, "scan") for model in (None, 3, {}, [], b"x")),
+    *(("scan", (torch.nn.Linear(4, 4),), {"k": value}, "k") for value in (0, -1, "abc", 1.5, [], {"a": 1})),
+    *(("scan", (torch.nn.Linear(4, 4),), {"rank_by": value}, "rank_by") for value in ("x", "", 3)),
+    *(("scan", (torch.nn.Linear(4, 4),), {"include": value}, "include") for value in (["nothing"], "nothing", [3])),
+    *(("KappaTuneConfig", (), {"k": value}, "k") for value in (0, -1, "abc", NAN, [], {"params": 0})),
+    *(("KappaTuneConfig", (), {"order": value}, "order") for value in ("x", "", 3, None)),
+    *(("KappaTuneConfig", (), {"rank_by": value}, "rank_by") for value in ("x", "", 3, None)),
+    *(("KappaTuneConfig", (), {"seed": value}, "seed") for value in (-1, "x", NAN, 1.5, None)),
+    *(("KappaTuneConfig", (), {"include": value}, "include") for value in (3, [3], {"a": 1})),
+)
