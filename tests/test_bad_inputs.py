@@ -39,6 +39,12 @@ LORA = "model_name_or_path: model\ndataset_name: rows\noutput_dir: out\nuse_peft
 SOME = pytest.mark.parametrize("step", [37, pytest.param(1, marks=pytest.mark.slow)])
 FEW = pytest.mark.parametrize("step", [97, pytest.param(1, marks=pytest.mark.slow)])
 
+# of `words`: what isn't wrong there
+FINE = {
+    *(("--learning_rate", "0"), ("--data.test.split", ""), ("--forgetting.max_delta", ""), ("--model", "")),
+    *(("--k", "1000000"), ("--k", ""), ("--k", "null")),
+}
+
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
@@ -127,6 +133,9 @@ def test_runs_of_recipes_that_load(copy):
     path, wrong = copy / "changed.yaml", []
     shutil.rmtree(copy / "out")
     for key, raw in recipes(1):
+        if key == "output_dir" and raw in ("'~'", "///"):
+            # they would be written to
+            continue
         write(path, with_value(recipe_of(copy), key, raw))
         how, recipe = outcome(lambda: load_recipe(path))
         if how == "done":
@@ -251,16 +260,18 @@ def words(copy: Path) -> Iterable[list[str]]:
     }
     for command, wrong in options.items():
         for option, values in wrong.items():
-            yield from ([*command, f"{option}={value}"] for value in values)
+            yield from ([*command, f"{option}={value}"] for value in values if (option, value.strip()) not in FINE)
     for place in places_to_write(copy):
         yield ["scan", "model", "--k", "2", f"--output={place}"]
         yield ["scan", "model", "--k", "2", f"--plot={place}", *made]
         yield ["select", "report.json", "--k", "2", f"--output={place}"]
         yield ["eval", *config, f"--output={place}"]
         yield ["merge", "out", f"--output_dir={place}"]
-        yield ["merge", "out", f"--output_dir={place}", "--overwrite"]
+        if place != "model":
+            # a checkpoint that may be replaced, and a folder that a run may write to
+            yield ["merge", "out", f"--output_dir={place}", "--overwrite"]
+            yield ["sft", *config, f"--output_dir={place}"]
         yield ["interpolate", "out", *config, "--max_delta", "1", f"--output_dir={place}"]
-        yield ["sft", *config, f"--output_dir={place}"]
         yield ["convert", "lora.yaml", "--write", f"--output={place}"]
     for place in (*TEXTS, "notes.txt", "/dev/null", "link", "loop", "x" * 300, "a\0b", "/", "train.jsonl"):
         yield ["scan", place, *made]
@@ -289,7 +300,8 @@ def test_commands(copy, step):
             wrong.append((" ".join(each)[:120], how, str(what)[:200], sorted(set(after) ^ set(before))[:3]))
             for name in set(after) - set(before):
                 (copy / name).unlink()
-    assert wrong == []
+            before = contents(copy)
+    assert not wrong, "\n".join(map(str, wrong))
 
 
 @pytest.mark.parametrize("call", API_CALLS, ids=str)

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,10 @@ def at_home(path: Any) -> Any:
     return type(path)(os.path.expanduser(path)) if isinstance(path, str | Path) else path
 
 
+# what the system says of a path that can't be, wherever it is first used
+NO_PATH = re.compile("File name too long|embedded null (byte|character)|Symlink loop|Too many levels of symbolic links")
+
+
 def clean_errors(command: Callable[..., None]) -> Callable[..., None]:
     """Print a KappaTuneError as one message and exit with 2: the user's mistake needs no traceback."""
 
@@ -41,7 +46,9 @@ def clean_errors(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
             command(*map(at_home, args), **{name: at_home(value) for name, value in kwargs.items()})
-        except KappaTuneError as error:
+        except (KappaTuneError, OSError, ValueError, RuntimeError) as error:
+            if not isinstance(error, KappaTuneError) and not NO_PATH.search(str(error)):
+                raise
             Console(stderr=True, soft_wrap=True).print("Error: ", style="bold red", end="")
             Console(stderr=True, soft_wrap=True).print(str(error), style="red", markup=False, highlight=False)
             raise typer.Exit(2) from error
