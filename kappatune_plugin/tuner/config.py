@@ -14,6 +14,7 @@ from kappatune_plugin.selection.settings import SelectSettings, check_budget
 from kappatune_plugin.tuner.register import register_peft_type
 from kappatune_plugin.weights.patterns import DEFAULT_EXCLUDE
 
+READ_BY = "Install the Python package kappatune_plugin and `import kappatune_plugin` before PEFT loads this folder."
 NAMES_EXAMPLE = "[norm, bias, '*.q_proj.weight']"
 
 
@@ -113,6 +114,10 @@ class KappaTuneConfig(PeftConfig):
     )
     labels: list[str] | None = field(
         default=None, metadata={"help": "Names of a classifier's classes, noted for `kappatune merge`."}
+    )
+
+    read_by: str = field(
+        default=READ_BY, metadata={"help": "What loads the adapter, for who gets PEFT's KeyError: 'KAPPATUNE'."}
     )
 
     def __post_init__(self) -> None:

@@ -44,6 +44,13 @@ def test_adapter_config_carries_the_selection(tmp_path):
     assert len(saved["selection"]["units"]) == 5 and saved["selection"]["base"]["hash"]
 
 
+def test_a_folder_says_which_package_reads_it(tmp_path):
+    """Without the package PEFT says only KeyError: 'KAPPATUNE'; the folder is where one looks next."""
+    get_peft_model(tiny_model("olmoe"), KappaTuneConfig(k=2)).save_pretrained(tmp_path)
+    assert "kappatune_plugin" in json.loads((tmp_path / "adapter_config.json").read_text())["read_by"]
+    assert PeftModel.from_pretrained(tiny_model("olmoe"), tmp_path).peft_config["default"].peft_type == "KAPPATUNE"
+
+
 def test_loading_on_another_base_is_an_error(tmp_path):
     get_peft_model(tiny_model("olmoe"), KappaTuneConfig(k=5)).save_pretrained(tmp_path)
     with pytest.raises(KappaTuneError, match="fingerprint"):
