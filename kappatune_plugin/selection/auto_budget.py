@@ -56,7 +56,7 @@ class Decision:
 
     Attributes:
         action: "keep" training as it is; "grow" the budget; "shrink" it to what it was at the last measurement within
-            max_delta, go back to the values of then and grow no more; "stop" there.
+            max_delta, go back to the earlier values and grow no more; "stop" there.
     """
 
     action: str

@@ -54,8 +54,8 @@ def merge_adapter(
     The model is of the class that was trained: a language model, a classifier with its classes' names, a reward model,
     or one that sees, with the files of its processor. Tokens that were added are in it.
 
-    A base that was quantized in training is quantized again, and written as what the quantized weights stand for: the
-    checkpoint computes what was trained and measured.
+    A base that was quantized in training is quantized again, and written dequantized: the checkpoint computes what was
+    trained and measured.
 
     The folder appears under its name when it is complete, or not at all; in a folder that is there already, config.json
     comes last, so that what a kill leaves half done can't be loaded. A warning says if rounding to the checkpoint's

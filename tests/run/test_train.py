@@ -170,6 +170,7 @@ def test_the_papers_recipe_on_a_small_model(saved_olmoe, tmp_path):
     assert {"task", "control"} < result.forgetting.to_dict().keys()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"no real models and texts in {DATA} (set KAPPATUNE_DATA)")
 @pytest.mark.parametrize("model", ["tinystories-656k", "tinystories-656k-upcycled-moe-DERIVED"])
 def test_real_models_learn_real_text(tmp_path, model):
