@@ -44,6 +44,7 @@ def test_hands_are_even_and_each_matrix_is_in_one():
     assert names == [["64", "63", "62", "61"], ["60", "59", "32", "16"], ["8"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["fsdp2", ZERO3])
 def test_gathering_takes_the_memory_of_one_matrix(mode):
     for matrix, peaks in run_ranks(gather_peak, mode=mode, rows=256, columns=1024):

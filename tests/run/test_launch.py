@@ -174,6 +174,7 @@ def test_fsdp_that_cant_run_here(saved_olmoe, tmp_path, monkeypatch):
     assert "delete cpu_offload" in fsdp_problem(args)
 
 
+@pytest.mark.slow
 def test_one_process_is_launched_once(saved_olmoe, tmp_path):
     """accelerate tells one that runs alone nothing, and the recipe says again how many there are."""
     path = run_recipe(tmp_path, saved_olmoe, use_cpu=True, num_processes=1, mixed_precision="no")

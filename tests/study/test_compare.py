@@ -92,6 +92,7 @@ def test_other_batches_are_refused(bench, tmp_path, monkeypatch):
         compare(bench, METHODS[:2], Settings(seeds=(0,), learning_rates=(1e-3,), every=6, smooth=2), tmp_path)
 
 
+@pytest.mark.slow
 def test_the_state_at_the_target_is_that_of_its_step(bench, whole):
     """The measurements at the crossing against those of a run that measures after every step."""
     _, content = whole

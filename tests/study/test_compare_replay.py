@@ -79,6 +79,7 @@ def test_what_the_loss_has_beside_stays(saved_olmoe, tmp_path):
     assert mixed == pytest.approx(plain, abs=0.02)
 
 
+@pytest.mark.slow
 def test_batches_are_compared_among_those_with_the_same_text(bench, tmp_path, monkeypatch):
     content = compare(bench, METHODS, SETTINGS, tmp_path / "compared")
     assert [method["name"] for method in content["methods"]] == [method.name for method in METHODS]

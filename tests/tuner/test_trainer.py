@@ -154,6 +154,7 @@ def test_saved_model_reproduces_the_evaluation(saved_olmoe, tmp_path):
         assert torch.equal(loaded(tokens.input_ids, tokens.attention_mask).logits, expected)
 
 
+@pytest.mark.slow
 def test_killed_while_saving_leaves_the_checkpoint_before_it(saved_olmoe, tmp_path):
     """kill -9 between the files of checkpoint-4: checkpoint-2 still loads."""
     script = tmp_path / "killed.py"

@@ -252,6 +252,7 @@ def made_checkpoint(folder: Path, layers: int, width: int, inner: int) -> int:
     return largest
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read as Linux tells it")
 @pytest.mark.parametrize(
     ("layers", "width", "inner", "megabytes", "threads"),
