@@ -129,7 +129,9 @@ def test_the_metamathqa_recipe_on_gsm8k(saved_llama, tmp_path):
         assert tokenizer.decode(ids[labels != -100]) == text
 
 
-@pytest.mark.parametrize("task", study_gpu.TASKS)
+@pytest.mark.parametrize(
+    "task", [pytest.param(each, marks=[pytest.mark.slow] * bool(place)) for place, each in enumerate(study_gpu.TASKS)]
+)
 def test_the_study_for_a_gpu(saved_olmoe, tmp_path, task):
     """As it stands but for the model, the rows and their number; bfloat16 as there."""
     given = {

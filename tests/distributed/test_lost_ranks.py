@@ -18,7 +18,14 @@ needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is No
 ZERO2, ZERO3 = (pytest.param(mode, marks=needs_deepspeed) for mode in ("zero2", "zero3"))
 
 
-@pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp2", marks=pytest.mark.distributed), ZERO3])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "ddp",
+        pytest.param("fsdp2", marks=pytest.mark.distributed),
+        pytest.param("zero3", marks=[pytest.mark.distributed, needs_deepspeed]),
+    ],
+)
 def test_killed_in_a_scan(mode, saved_olmoe):
     ((error, seconds),) = run_ranks(scan_until_killed, dies=1, mode=mode, model=str(saved_olmoe))
     assert error.startswith("the scan: rank 1 has given no sign of life for") and seconds < 60

@@ -89,6 +89,7 @@ def test_resumed_equals_uninterrupted(saved_olmoe, tmp_path):
     assert steps == json.loads((whole / "out" / "forgetting.json").read_text())["steps"]
 
 
+@pytest.mark.slow
 def test_report_and_selection_of_an_earlier_run_are_taken(saved_olmoe, tmp_path):
     train(tmp_path, saved_olmoe)
     out = tmp_path / "out"

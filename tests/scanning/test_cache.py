@@ -195,6 +195,7 @@ print([process.exitcode for process in processes])
 """
 
 
+@pytest.mark.slow
 def test_two_scans_at_once_and_one_killed(tmp_path):
     """Whatever a killed process left, those that run beside it and after it find what one alone finds."""
     tiny_model("olmoe", num_experts=24).save_pretrained(tmp_path / "model")

@@ -225,6 +225,7 @@ def test_runs_measured_on_other_data_are_not_taken(saved_olmoe, tmp_path, change
     assert before == again != Bench.load(path, validation=0.25).identity
 
 
+@pytest.mark.slow
 def test_a_target_given_beforehand_is_measured_on_the_way(bench, whole, tmp_path):
     """The same as repeating the runs up to there, which a target that only shows at the end needs."""
     given = Settings(**{**vars(SETTINGS), "target_loss": whole[1]["target_loss"]})
