@@ -28,11 +28,11 @@ from transformers import PreTrainedTokenizerBase
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.forgetting.measures import completion_ids, measuring, padded, sample_base
 from kappatune_plugin.schema import Block, Whole
-from kappatune_plugin.selection.criteria import gain_over_forgetting
+from kappatune_plugin.selection import criteria
 from kappatune_plugin.selection.report import KappaReport
 from kappatune_plugin.weights.units import WeightUnit, find_units, unit_block
 
-GAIN = gain_over_forgetting.__name__
+GAIN = criteria.gain_over_forgetting.__name__
 # share of the mean Fisher information per entry that is added to all: an expert that no sampled token reached has none,
 # and isn't free to train for that
 DAMPING = 1e-3

@@ -115,7 +115,8 @@ def _fault(outcome: Outcome) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;")
+    # a bracket would be a link
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("[", "\\[")
 
 
 if __name__ == "__main__":
