@@ -1,8 +1,9 @@
 """The dial on a real model: what is kept of a task within a limit of forgetting, by one scale and by one a matrix.
 
 SmolLM2-135M-Instruct (dequantized from 4 bit, by shared/data/pretrained.sh) learns irony or SST-2 with WikiText-2 as
-control. Accuracy and loss are those of test rows, the rise that of WikiText that neither choice nor verification saw.
-Killed and started again it goes on where it was.
+control, by four methods, alone and beside text that the base wrote. Accuracy and loss are those of test rows, the rise
+that of WikiText that neither choice nor verification saw. Killed and started again it goes on where it was; the tables
+of docs/dial.md are written from what there is.
 
     python benchmarks/dial.py --model FOLDER [--data DATA] [--tasks irony sst2] [--limits 0.02 0.05] [--seeds 3]
 """
@@ -12,14 +13,15 @@ import itertools
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from peft import LoraConfig
-from promise import read, trained
+from promise import put, read, trained
+from scipy.stats import t
 from study import REPOSITORY
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kappatune_plugin import KappaTuneConfig
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.files import write_text
-from kappatune_plugin.forgetting.measures import measuring
+from kappatune_plugin.forgetting.measures import measuring, sample_base
 from kappatune_plugin.interpolation.change import Changes
 from kappatune_plugin.interpolation.dial import DialSettings
 from kappatune_plugin.interpolation.find_changes import changes_of_adapter, changes_of_checkpoint
@@ -36,14 +38,20 @@ from kappatune_plugin.interpolation.texts import Texts, rise
 from kappatune_plugin.interpolation.token_losses import control_documents, row_documents, texts
 
 TASKS = {"irony": ("Tweet: {}\nIs it ironic?", " no", " yes"), "sst2": ("Review: {}\nSentiment:", " bad", " good")}
+TITLES = {"irony": "Irony of tweets", "sst2": "SST-2, the tone of film reviews"}
+RUN = ("task", "arm", "replay", "seed")
 ARMS = {
     "lowest_mlp": (KappaTuneConfig(task_type="CAUSAL_LM", k=9, include=["mlp"]), 5e-4),
     "lora": (LoraConfig(task_type="CAUSAL_LM", r=26, target_modules="all-linear"), 5e-4),
     "lowest": (KappaTuneConfig(task_type="CAUSAL_LM", k=21), 5e-4),
     "full": (None, 5e-5),
 }
-STEPS, BATCH, LONGEST = 40, 8, 25
+# the dial's budget in training steps, half of what it has in a run: four dials a run are to end in a night
+STEPS, BATCH, LONGEST, BUDGET = 40, 8, 25, 30
 HELD_OUT, TEST, DOCUMENTS, UNSEEN, TOKENS = 64, 80, 80, 60, 128
+# shares of all rows that are text which the base wrote, and how many tokens such a text has
+REPLAY, WRITTEN = (0.0, 0.25), 48
+START = "<!-- benchmarks/dial.py -->"
 
 
 def main() -> None:
@@ -51,24 +59,28 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=REPOSITORY.parent / "shared" / "data")
     parser.add_argument("--results", type=Path, default=REPOSITORY / "docs" / "results" / "dial.jsonl")
+    parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs" / "dial.md")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--limits", nargs="+", type=float, default=[0.02, 0.05])
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
-    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    # half the time of the defaults on a CPU: products of matrices in bfloat16, and attention without a fused kernel
+    torch.set_float32_matmul_precision("medium")
+    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation="eager")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     done = read(args.results) if args.results.exists() else []
-    for seed, task, arm in itertools.product(range(args.seeds), args.tasks, args.arms):
-        run = {"task": task, "arm": arm, "seed": seed}
+    for replay, seed, task, arm in itertools.product(REPLAY, range(args.seeds), args.tasks, args.arms):
+        run = dict(zip(RUN, (task, arm, replay, seed), strict=True))
         if not any(run.items() <= record.items() for record in done):
-            found = one_run(base, tokenizer, args.data, task, arm, seed, args.limits)
+            found = one_run(base, tokenizer, args.data, task, arm, replay, seed, args.limits)
             done += [{**run, **record} for record in found]
             write_text(args.results, "".join(json.dumps(record) + "\n" for record in done))
+    put(args.docs, START, summary(done))
 
 
 def one_run(
-    base: nn.Module, tokenizer: Any, data: Path, task: str, arm: str, seed: int, limits: Sequence[float]
+    base: nn.Module, tokenizer: Any, data: Path, task: str, arm: str, replay: float, seed: int, limits: Sequence[float]
 ) -> list[dict[str, Any]]:
     """Train once, then scale back to each limit in both ways; a record for each, and one for what was trained."""
     prompt, *words = TASKS[task]
@@ -81,13 +93,19 @@ def one_run(
     paragraphs = [line.strip() for line in (data / "text/wikitext-2/raw_test.txt").read_text("utf-8").splitlines()]
     paragraphs = random.Random(seed).sample([each for each in paragraphs if len(each.split()) > 50], DOCUMENTS + UNSEEN)
     config, rate = ARMS[arm]
-    started = time.monotonic()
     rows = row_documents(tokenizer, learned)
-    model = trained(base, config, rate, rows[HELD_OUT:], seed, STEPS, BATCH)
-    step = (time.monotonic() - started) / STEPS
+    shown = rows[HELD_OUT:]
+    if replay:
+        # as `data.replay` does it: as many rows of the task, and so many of the base's own text among them
+        count = round(len(shown) * replay / (1 - replay))
+        shown = shown + [[(ids, 1)] for ids in sample_base(base, tokenizer, count, WRITTEN, seed, 32)]
+        random.Random(seed).shuffle(shown)
+    started, steps = time.monotonic(), len(shown) // BATCH
+    model = trained(base, config, rate, shown, seed, steps, BATCH)
+    step = (time.monotonic() - started) / steps
     changes = changes_of_checkpoint(base, model) if config is None else changes_of_adapter(model)
     controls = {"wikitext": control_documents(tokenizer, paragraphs[:DOCUMENTS], TOKENS, False)}
-    within = int(3 * 60 * BATCH * np.mean([len(ids) for [(ids, _)] in rows]))
+    within = int(3 * BUDGET * BATCH * np.mean([len(ids) for [(ids, _)] in rows]))
     with measuring(model):
         measured = Measured(model, tokenizer, changes, test, words, paragraphs[DOCUMENTS:])
         records = [{"mode": "base", **measured.now(changes, 0.0)}, {"mode": "trained", **measured.now(changes, 1.0)}]
@@ -152,6 +170,75 @@ class Measured:
             "loss": float(nats[right].sum() / tokens[right].sum()),
             "rise": rise(self.before, self.unseen.measured(), self.unseen.tokens).mean,
         }
+
+
+def summary(records: Sequence[dict[str, Any]]) -> str:
+    """One scale a matrix against one for all, and a table a task, as the page on the dial shows them."""
+    limits = sorted({each["limit"] for each in records if "limit" in each})
+    lines = [sentence for limit in limits for sentence in compared(records, limit)]
+    for task in sorted({each["task"] for each in records}):
+        of_task = [each for each in records if each["task"] == task]
+        base = {each["seed"]: each["accuracy"] for each in of_task if each["mode"] == "base"}
+        heads = ["trained", *(f"{limit:g}, {asked}" for limit in limits for asked in ("one", "per matrix"))]
+        lines += ["", f"{TITLES[task]}; the base has {interval(list(base.values()), percent)} right:", ""]
+        lines += [f"| | seeds | {' | '.join(heads)} |", "|---" * (len(heads) + 2) + "|"]
+        for replay, arm in itertools.product(REPLAY, ARMS):
+            runs = [each for each in of_task if (each["arm"], each["replay"]) == (arm, replay)]
+            if runs:
+                cells = [cell([each for each in runs if column(each) == head]) for head in heads]
+                name = f"`{arm}:replay={replay:g}`" if replay else f"`{arm}`"
+                lines.append(f"| {name} | {len({each['seed'] for each in runs})} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def column(record: dict[str, Any]) -> str:
+    """The head of the column that a record belongs to."""
+    return f"{record['limit']:g}, {record['asked'].replace('_', ' ')}" if "limit" in record else record["mode"]
+
+
+def cell(records: Sequence[dict[str, Any]]) -> str:
+    """Accuracy, loss and rise over seeds; runs in which no scale above 0 kept the limit are named."""
+    kept = [each for each in records if each["mode"] != "none"]
+    values = [
+        interval([each[name] for each in kept], show)
+        for name, show in (("accuracy", percent), ("loss", "{:.2f}".format), ("rise", "{:+.3f}".format))
+    ]
+    none = len(records) - len(kept)
+    return ("; ".join(values) if kept else "") + (f" ({none} of {len(records)}: nothing kept)" if none else "")
+
+
+def compared(records: Sequence[dict[str, Any]], limit: float) -> list[str]:
+    """What a scale a matrix gains on test rows over one for all, run by run."""
+    runs: dict[tuple, dict[str, dict[str, Any]]] = {}
+    for each in records:
+        if each.get("limit") == limit and each["mode"] != "none":
+            runs.setdefault(tuple(each[name] for name in RUN), {})[each["asked"]] = each
+    pairs = [(found["per_matrix"], found["one"]) for found in runs.values() if len(found) == 2]
+    losses, rights = ([one[name] - each[name] for each, one in pairs] for name in ("loss", "accuracy"))
+    rises = [[each["rise"] for each in side] for side in zip(*pairs, strict=True)]
+    return [
+        f"Within {limit:g} nats, over {len(pairs)} runs, one scale a matrix has a loss on test rows lower by "
+        f"{interval(losses, '{:.2f}'.format)} nats a token",
+        f"than one for all, and {interval([-each for each in rights], points)} points of accuracy; the rise of unseen "
+        f"WikiText is {np.mean(rises[0]):+.3f} and {np.mean(rises[1]):+.3f}, above the limit in",
+        f"{sum(each > limit for each in rises[0])} and {sum(each > limit for each in rises[1])} runs.",
+    ]
+
+
+def interval(values: Sequence[float], show: Callable[[float], str]) -> str:
+    """The mean, with the half width of its 95% t interval where there are two values or more."""
+    if len(values) < 2:
+        return "".join(show(each) for each in values)
+    half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    return f"{show(float(np.mean(values)))} ± {show(float(half)).lstrip('+')}"
+
+
+def percent(share: float) -> str:
+    return f"{share:.0%}"
+
+
+def points(share: float) -> str:
+    return f"{100 * share:+.1f}"
 
 
 if __name__ == "__main__":

@@ -68,8 +68,13 @@ def main() -> None:
             bench = bench or Bench(args.data, model, task)
             done += [{**run, **found} for found in bench.run(method, seed)]
             write_text(args.results, "".join(json.dumps(record) + "\n" for record in done))
-    before, _, rest = args.docs.read_text(encoding="utf-8").partition(START)
-    write_text(args.docs, f"{before}{START}\n{summary(done)}\n{END}{rest.partition(END)[2]}")
+    put(args.docs, START, summary(done))
+
+
+def put(page: Path, start: str, text: str) -> None:
+    """Write `text` into the page, between `start` and the next END."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(start)
+    write_text(page, f"{before}{start}\n{text}\n{END}{rest.partition(END)[2]}")
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -81,22 +81,27 @@ class KappaTuneLayer(nn.Module, BaseTunerLayer):
         return master is not None and (self.original.divided or self._state() != self._written)
 
     @property
+    def to_train(self) -> Tensor | None:
+        """See `slice_gradients.Bindable`."""
+        master = self.master
+        off = master is None or self.disable_adapters or self.merged or self.resting
+        return master if not off and master.requires_grad else None
+
+    @property
     def trained(self) -> Tensor | None:
-        """See `slice_gradients.Bindable`.
+        """`to_train`, whole on this rank.
 
         Raises:
             KappaTuneError: an optimizer step moved the values and nobody wrote them into the base.
         """
-        master = self.master
-        if master is None or self.disable_adapters or self.merged or self.resting:
-            return None
         # the versions of divided values say nothing
-        if self.moved and not self.original.divided:
+        in_use = not (self.disable_adapters or self.merged or self.resting)
+        if in_use and self.moved and not self.original.divided:
             why = OFFLOADED if offloads(self.owner) else f"{{name}} {NOT_WRITTEN}"
             raise KappaTuneError(why.format(name=self.unit.name))
-        if not master.requires_grad:
-            return None
-        shards.gather_while_running(self.owner, master)
+        master = self.to_train
+        if master is not None:
+            shards.gather_while_running(self.owner, master)
         return master
 
     def add(self, adapter: str) -> None:

@@ -5,7 +5,7 @@ Everything that relies on the inside of PEFT is here, in layer.py, values.py and
 
 import copy
 from collections.abc import Iterable, Iterator, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from kappatune_plugin.tuner.layer import (
 )
 from kappatune_plugin.tuner.register import PREFIX, register
 from kappatune_plugin.tuner.saved_selection import check_loaded_keys, check_selection, keep_selection, named_as_here
-from kappatune_plugin.tuner.slice_gradients import BINDINGS, bind, bound, parameter_readers, unbind
+from kappatune_plugin.tuner.slice_gradients import BINDINGS, bind, parameter_readers, shadow, unbind, unshadow
 from kappatune_plugin.tuner.trainer_hooks import follow, in_step
 from kappatune_plugin.tuner.values import VALUES
 from kappatune_plugin.tuner.what_to_train import (
@@ -84,7 +84,7 @@ class KappaTuneModel(BaseTuner):
             self.selections, self.reports, self._base_hashes = {}, {}, source.base_hashes()
             self.register_load_state_dict_pre_hook(check_loaded_keys)
             self.register_state_dict_pre_hook(warn_not_finite)
-            self._running: list[ExitStack] = []
+            self._running: list[list[tuple[nn.Module, str]]] = []
             self._hooks = [
                 model.register_forward_pre_hook(self._before_forward),
                 model.register_forward_hook(self._after_forward, always_call=True),
@@ -131,18 +131,17 @@ class KappaTuneModel(BaseTuner):
             raise KappaTuneError(f"What is trained {NOT_WRITTEN}")
         if in_step():
             self.write_through(everything=True)
-        stack = ExitStack()
         getter = getattr(model, "get_output_embeddings", None)
         head = getter() if getter else None
-        if head is not None:
+        selected = head is not None and BINDINGS in head.__dict__
+        if selected:
             _check_head(head)
-            stack.enter_context(bound(head))
-        self._running.append(stack)
+        self._running.append(shadow(head) if selected else [])
 
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
         # called after an error of `_before_forward` too
         if self._running:
-            self._running.pop().close()
+            unshadow(self._running.pop())
 
     def layers(self) -> list[KappaTuneLayer]:
         """The trained units of all adapters, in the model's order."""
@@ -377,7 +376,7 @@ class KappaTuneModel(BaseTuner):
 
 def _check_head(head: nn.Module) -> None:
     """TRL reads the output head's weight from outside the head, where ZeRO-3 and FSDP2 don't gather it."""
-    if BINDINGS in head.__dict__ and any(shards.is_partitioned(value) for value in head._parameters.values()):
+    if any(shards.is_partitioned(value) for value in head._parameters.values()):
         raise KappaTuneError(
             "The output head is selected and divided over ranks (ZeRO-3 or FSDP2), where it can't be trained. Exclude "
             "it (`exclude: [norm, bias, embedding, head]`, the default), or use ZeRO-2."

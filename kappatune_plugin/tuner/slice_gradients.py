@@ -37,8 +37,12 @@ class Bindable(Protocol):
     reached: bool
 
     @property
-    def trained(self) -> Tensor | None:
+    def to_train(self) -> Tensor | None:
         """The values that receive the gradient; None while this unit isn't training."""
+
+    @property
+    def trained(self) -> Tensor | None:
+        """The same, once it is sure that the base holds them."""
 
 
 @dataclass
@@ -164,41 +168,108 @@ def _instance_forward(module: nn.Module) -> str:
 
 @contextmanager
 def bound(module: nn.Module) -> Iterator[None]:
-    """Shadow the weights that `module` binds by aliases for the time of the context.
+    """`shadow` for the time of the context."""
+    shadowed = shadow(module)
+    try:
+        yield
+    finally:
+        unshadow(shadowed)
+
+
+@torch.compiler.disable
+def shadow(module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Put aliases before the weights that `module` binds; returns where, for `unshadow`.
 
     Nothing happens without gradients (evaluation, generation, the first pass of re-entrant checkpointing): the base
     holds the current values anyway.
     """
     shadowed: list[tuple[nn.Module, str]] = []
+    if not torch.is_grad_enabled():
+        return shadowed
     try:
-        if torch.is_grad_enabled():
-            _shadow(module, shadowed)
-        yield
+        for binding in module.__dict__.get(BINDINGS, ()):
+            if _alias(module, binding):
+                shadowed.append((binding.owner, binding.attribute))
+    except BaseException:
+        unshadow(shadowed)
+        raise
+    return shadowed
+
+
+def unshadow(shadowed: Sequence[tuple[nn.Module, str]]) -> None:
+    """Take the aliases away."""
+    for owner, attribute in shadowed:
+        del owner.__dict__[attribute]
+
+
+def _alias(module: nn.Module, binding: Binding) -> bool:
+    """Put the alias of one parameter in place, if there is something to train in it and none is there yet."""
+    owner, attribute = binding.owner, binding.attribute
+    # what is divided over ranks is whole only while its owner runs
+    if attribute in owner.__dict__ or (owner is not module and shards.is_partitioned(owner._parameters[attribute])):
+        return False
+    training = [(layer, layer.trained) for layer in binding.layers]
+    training = [(layer, master) for layer, master in training if master is not None]
+    if training:
+        active, masters = zip(*training, strict=True)
+        owner.__dict__[attribute] = SliceAlias.apply(owner._parameters[attribute], active, *masters)
+    return bool(training)
+
+
+def _run_bound(module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    run = _run_traced if torch.compiler.is_compiling() else _run_eager
+    return run(module, forward, *args, **kwargs)
+
+
+def _run_traced(module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    """`_run_bound` as torch.compile can trace it, in one graph with what is around it.
+
+    What an alias checks of its layer at run time isn't: that the base holds the values is for the hooks around
+    optimizers, and for what saves them.
+    """
+    bindings = module.__dict__[BINDINGS] if torch.is_grad_enabled() else ()
+    training = [(each, layer, layer.to_train) for each in bindings for layer in each.layers]
+    training = [(binding, layer, master) for binding, layer, master in training if master is not None]
+    for binding, layer, master in training:
+        if shards.is_partitioned(master) or shards.is_partitioned(binding.owner._parameters[binding.attribute]):
+            return _run_eager(module, forward, *args, **kwargs)
+        layer.ran = True
+    held: list[tuple[dict[str, Any], str, Tensor]] = []
+    try:
+        for binding in bindings:
+            pairs = [(layer.unit.index, master) for each, layer, master in training if each is binding]
+            if pairs:
+                indices, masters = zip(*pairs, strict=True)
+                parameters, attribute = binding.owner._parameters, binding.attribute
+                held.append((parameters, attribute, parameters[attribute]))
+                parameters[attribute] = _TracedAlias.apply(parameters[attribute], indices, *masters)
+        return forward(*args, **kwargs)
     finally:
-        for owner, attribute in shadowed:
-            del owner.__dict__[attribute]
-
-
-def _shadow(module: nn.Module, shadowed: list[tuple[nn.Module, str]]) -> None:
-    """Put the aliases in place, and where they are into `shadowed`."""
-    for binding in module.__dict__.get(BINDINGS, ()):
-        owner, attribute = binding.owner, binding.attribute
-        # what is divided over ranks is whole only while its owner runs
-        if attribute in owner.__dict__ or (owner is not module and shards.is_partitioned(owner._parameters[attribute])):
-            continue
-        training = [(layer, layer.trained) for layer in binding.layers]
-        training = [(layer, master) for layer, master in training if master is not None]
-        if training:
-            active, masters = zip(*training, strict=True)
-            owner.__dict__[attribute] = SliceAlias.apply(owner._parameters[attribute], active, *masters)
-            shadowed.append((owner, attribute))
+        for parameters, attribute, base in held:
+            parameters[attribute] = base
 
 
 @torch.compiler.disable(recursive=False)
-def _run_bound(module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
-    """What torch.compile leaves alone: `forward`, in which the aliases are tensors like any other, it compiles."""
+def _run_eager(module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
     with bound(module):
         return forward(*args, **kwargs)
+
+
+class _TracedAlias(torch.autograd.Function):
+    """`SliceAlias` without what torch.compile can't trace."""
+
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, indices: Sequence[tuple], *masters: Tensor) -> Tensor:
+        ctx.indices, ctx.dtypes = indices, [master.dtype for master in masters]
+        return base.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        slices = [
+            (gradient[index] if index else gradient).to(dtype)
+            for index, dtype in zip(ctx.indices, ctx.dtypes, strict=True)
+        ]
+        return None, None, *slices
 
 
 @functools.cache
