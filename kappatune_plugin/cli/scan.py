@@ -41,7 +41,7 @@ def scan(
     from kappatune_plugin.distributed import ranks
     from kappatune_plugin.files import check_output, opening
     from kappatune_plugin.selection.selection import check_settings
-    from kappatune_plugin.selection.table import report_table
+    from kappatune_plugin.selection.table import report_tables
     from kappatune_plugin.weights.patterns import DEFAULT_EXCLUDE
 
     wanted = DEFAULT_K if k is None else budget(k)
@@ -69,11 +69,11 @@ def scan(
     # a model of fewer matrices than the default has nothing to mark; asked for by name, it is an error
     enough = k is not None or sum(unit.status in ("ok", "above") for unit in report.units) >= DEFAULT_K
     selection = select_units(report, k=wanted, rank_by=rank_by) if enough else None
-    console().print(report_table(report, selection, table == "full"))
+    console().print(*report_tables(report, selection, table == "full"))
     if plot is not None:
         from kappatune_plugin.selection.plot import plot_report
 
-        plot_report(report, plot)
+        plot_report(report, plot, selection)
         typer.echo(f"The plot is in {plot}.")
     typer.echo(f"The report is in {output}.")
 
@@ -98,7 +98,7 @@ def select(
     from kappatune_plugin.files import check_output, opening
     from kappatune_plugin.selection.selection import Selection
     from kappatune_plugin.selection.selection import within as rows_within
-    from kappatune_plugin.selection.table import report_table
+    from kappatune_plugin.selection.table import report_tables
 
     check_output(output, opening("k"))
     loaded = KappaReport.load(report)
@@ -106,5 +106,5 @@ def select(
         loaded = rows_within(loaded, Selection.load(within))
     selection = select_units(loaded, k=budget(k), order=order, rank_by=rank_by, seed=seed)
     selection.save(output)
-    console().print(report_table(loaded, selection, table == "full"))
+    console().print(*report_tables(loaded, selection, table == "full"))
     typer.echo(f"{len(selection.units)} matrices are selected; the selection is in {output}.")

@@ -54,7 +54,7 @@ from kappatune_plugin.selection.auto_budget import levels, prefix_count
 from kappatune_plugin.selection.budget import parse_budget
 from kappatune_plugin.selection.names import layer_and_type
 from kappatune_plugin.selection.selection import Selection
-from kappatune_plugin.selection.table import ranked_and_left_out, report_table
+from kappatune_plugin.selection.table import ranked_and_left_out, report_tables
 from kappatune_plugin.tuner.saved_selection import check_selection
 from kappatune_plugin.tuner.values import VALUES
 from kappatune_plugin.weights.load_model import cannot_load
@@ -309,7 +309,7 @@ def _show_decisions(trainer: SFTTrainer, out: Console) -> Selection:
     if report is None:
         out.print(f"Training the {len(selection.units)} matrices of the selection given.")
     else:
-        out.print(report_table(report, selection))
+        out.print(*report_tables(report, selection))
         out.print(f"Of {len(report.units) + len(report.left_out)} matrices {ranked_and_left_out(report)}.")
     if trainer.is_world_process_zero():
         trainer.model.print_trainable_parameters()

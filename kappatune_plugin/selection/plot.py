@@ -18,22 +18,28 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from kappatune_plugin.selection.report import KappaReport, UnitReport
+    from kappatune_plugin.selection.selection import Selection
+
+# type -> layer (None outside of layers) -> kappas
+Types = Mapping[str, Mapping[int | None, Sequence[float]]]
 
 # rows beyond these would be too small to read
 TYPES_SHOWN = 16
 BINS = 40
 # colour-blind safe: Okabe and Ito (2008); so is the heat map's cividis
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"
+BLUE, ORANGE, GREY, YELLOW = "#0072B2", "#D55E00", "#999999", "#F0E442"
+# of the medians that the heat map's colours tell apart; what lies outside has the colour of the end
+COLOURED = 0.03, 0.97
 # how pictures begin: PNG, PDF and PostScript, SVG (also packed), JPEG, WebP, TIFF
 PICTURE = "\ufffdPNG|%|<\\?xml|\x1f|\ufffd\ufffd\ufffd|RIFF|II|MM"
 WIDTH, ROW, DEPTH_ROW, MARGIN = 10.0, 0.34, 2.3, 1.9
 
 
-def plot_report(report: "KappaReport", path: str | os.PathLike) -> None:
+def plot_report(report: "KappaReport", path: str | os.PathLike, selection: "Selection | None" = None) -> None:
     """Draw a kappa report into `path`, whose ending gives the format (.png, .svg, .pdf).
 
     A row for each type of matrix: a histogram of its kappas, and its median in each layer as a heat map. Below, kappa
-    relative to its type's median against depth.
+    relative to its type's median against depth. What `selection` takes is marked in both, and where it cuts.
 
     Raises:
         KappaTuneError: no matrix to draw, or the file can't be written.
@@ -45,7 +51,7 @@ def plot_report(report: "KappaReport", path: str | os.PathLike) -> None:
     types = _by_type([unit for unit in report.units if unit.status == "ok"])
     if not types:
         raise KappaTuneError("There is nothing to draw: the report has no matrix with a condition number.")
-    figure = _figure(report, types)
+    figure = _figure(report, types, selection)
     path = Path(path)
     check_replaceable(path, PICTURE)
     try:
@@ -102,7 +108,7 @@ def _by_type(units: Sequence["UnitReport"]) -> dict[str, dict[int | None, list[f
     return found
 
 
-def _figure(report: "KappaReport", types: Mapping[str, Mapping[int | None, Sequence[float]]]) -> "Figure":
+def _figure(report: "KappaReport", types: Types, selection: "Selection | None" = None) -> "Figure":
     from matplotlib.figure import Figure
 
     shown = dict(sorted(types.items(), key=lambda item: -sum(map(len, item[1].values())))[:TYPES_SHOWN])
@@ -112,8 +118,12 @@ def _figure(report: "KappaReport", types: Mapping[str, Mapping[int | None, Seque
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     rows = figure.subfigures(2, 1, height_ratios=[height - DEPTH_ROW, DEPTH_ROW]) if len(layers) > 1 else [figure]
     left, right = rows[0].subplots(1, 2, width_ratios=[1, 1.35], sharey=True)
-    _histograms(left, shown)
-    _heat_map(right, shown, layers)
+    names = {unit.name for unit in selection.units} if selection else set()
+    chosen = _by_type([unit for unit in report.units if unit.status == "ok" and unit.name in names])
+    _histograms(left, shown, chosen)
+    if selection and selection.rank_by == "kappa" and selection.order in ("lowest", "highest"):
+        left.axvline(selection.units[-1].kappa, color="black", linewidth=0.8, linestyle="--")
+    _heat_map(right, shown, layers, chosen)
     if len(layers) > 1:
         _depth(rows[1].subplots(), shown, report.units)
     left_out = len(types) - len(shown)
@@ -124,45 +134,56 @@ def _figure(report: "KappaReport", types: Mapping[str, Mapping[int | None, Seque
     return figure
 
 
-def _histograms(axes: "Axes", types: Mapping[str, Mapping[int | None, Sequence[float]]]) -> None:
-    kappas = {kind: [kappa for each in values.values() for kappa in each] for kind, values in types.items()}
+def _histograms(axes: "Axes", types: Types, chosen: Types) -> None:
+    kappas = {kind: _all(values) for kind, values in types.items()}
     ends = [number(min_or_max(each) for each in kappas.values()) for number, min_or_max in ((min, min), (max, max))]
     bins = np.geomspace(max(1.0, ends[0] / 1.1), ends[1] * 1.1, BINS + 1)
-    for row, values in enumerate(kappas.values()):
+    for row, (kind, values) in enumerate(kappas.items()):
         counts, _ = np.histogram(values, bins)
-        axes.bar(bins[:-1], -0.85 * counts / counts.max(), np.diff(bins), bottom=row + 0.42, align="edge", color=BLUE)
+        taken, _ = np.histogram(_all(chosen.get(kind, {})), bins)
+        for part, colour in ((counts, BLUE), (taken, YELLOW)):
+            heights = -0.85 * part / counts.max()
+            axes.bar(bins[:-1], heights, np.diff(bins), bottom=row + 0.42, align="edge", color=colour)
         axes.plot([median(values)] * 2, [row - 0.43, row + 0.42], color=ORANGE, linewidth=1.5)
-    axes.set(xscale="log", xlabel="kappa (line: median)", ylim=(len(types) - 0.5, -0.5), xlim=(bins[0], bins[-1]))
+    says = "line: median; yellow: trained" if chosen else "line: median"
+    axes.set(xscale="log", xlabel=f"kappa ({says})", ylim=(len(types) - 0.5, -0.5), xlim=(bins[0], bins[-1]))
     axes.set_yticks(range(len(types)), list(types), fontsize=9)
     axes.set_title("by type", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _heat_map(axes: "Axes", types: Mapping[str, Mapping[int | None, Sequence[float]]], layers: Sequence[int]) -> None:
+def _all(values: Mapping[int | None, Sequence[float]]) -> list[float]:
+    return [kappa for each in values.values() for kappa in each]
+
+
+def _heat_map(axes: "Axes", types: Types, layers: Sequence[int], chosen: Types) -> None:
     from matplotlib.colors import LogNorm
 
     table = np.full((len(types), max(1, len(layers))), np.nan)
-    for row, values in enumerate(types.values()):
+    marks = []
+    for row, (kind, values) in enumerate(types.items()):
         for column, layer in enumerate(layers):
             if layer in values:
                 table[row, column] = median(values[layer])
-    axes.set_title("median by layer", fontsize=10)
+                share = len(chosen.get(kind, {}).get(layer, ())) / len(values[layer])
+                marks += [(column, row, share)] if share else []
+    axes.set_title("median by layer" + (" (dots: share that is trained)" if marks else ""), fontsize=10)
     axes.set_facecolor("#EEEEEE")
     axes.tick_params(labelleft=False)
     if not layers:
         axes.set_xticks([])
         return
-    low, high = np.nanmin(table), np.nanmax(table)
+    low, high = np.nanquantile(table, COLOURED)
     image = axes.imshow(table, aspect="auto", cmap="cividis", norm=LogNorm(low, max(high, low * 1.01)))
+    for column, row, share in marks:
+        axes.scatter(column, row, s=4 + 26 * share, color="white", edgecolors="black", linewidths=0.6)
     step = -(-len(layers) // 16)
     axes.set_xticks(range(0, len(layers), step), layers[::step])
     axes.set_xlabel("layer")
-    axes.figure.colorbar(image, ax=axes, label="kappa")
+    axes.figure.colorbar(image, ax=axes, label="kappa", extend="both")
 
 
-def _depth(
-    axes: "Axes", types: Mapping[str, Mapping[int | None, Sequence[float]]], units: Sequence["UnitReport"]
-) -> None:
+def _depth(axes: "Axes", types: Types, units: Sequence["UnitReport"]) -> None:
     axes.set_yscale("log")
     drawn = []
     for values in types.values():

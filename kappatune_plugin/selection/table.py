@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kappatune_plugin.console import short_number
+from kappatune_plugin.selection.chosen_table import chosen_table
 from kappatune_plugin.selection.names import layer_and_type
 from kappatune_plugin.selection.ranking import BOUNDED, rank_values
 from kappatune_plugin.selection.report import KappaReport, UnitReport
@@ -16,6 +17,14 @@ from kappatune_plugin.selection.selection import Selection
 
 ROWS_SHOWN_ONE_BY_ONE = 60
 GROUP_NUMBERS = ("count", "shape", "kappa\nmin", "kappa\nmedian", "kappa\nmax", "kappa\n/null")
+
+
+def report_tables(report: "KappaReport", selection: "Selection | None" = None, full: bool = False) -> list[Table]:
+    """`report_table`; where it doesn't show each unit, and something is selected, `chosen_table` behind it."""
+    tables = [report_table(report, selection, full)]
+    if selection is not None and len(report.units) > ROWS_SHOWN_ONE_BY_ONE:
+        tables.append(chosen_table(report, selection, full))
+    return tables
 
 
 def report_table(report: "KappaReport", selection: "Selection | None" = None, full: bool = False) -> Table:

@@ -8,6 +8,7 @@ from helpers.tiny import tiny_model
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.scanning.scan import scan
 from kappatune_plugin.selection.plot import _by_type, _figure, growth_with_depth, plot_report
+from kappatune_plugin.selection.selection import select
 
 
 def layers(*kappas: float, kind: str = "mlp.up_proj") -> list:
@@ -59,6 +60,26 @@ def test_title_counts_what_has_a_condition_number():
         made = report(*rows[:count])
         title = _figure(made, _by_type([unit for unit in made.units if unit.status == "ok"])).get_suptitle()
         assert title == f"base: {name}"
+
+
+def test_the_selection_and_its_cut_are_marked():
+    made = report(*layers(1, 2, 4, 8), *layers(3, 5, 6, 7, kind="self_attn.q_proj"))
+    figure = _figure(made, _by_type(made.units), select(made, k=3))
+    histograms, heat_map, _ = (
+        part for each in figure.subfigs for part in each.axes if part.get_label() != "<colorbar>"
+    )
+    assert [line.get_xdata()[0] for line in histograms.lines if line.get_linestyle() == "--"] == [3.0]
+    dots = [tuple(dot.get_offsets()[0]) for dot in heat_map.collections]
+    assert dots == [(0, 0), (1, 0), (0, 1)]
+    # without a cut along kappa there is no line
+    random = _figure(made, _by_type(made.units), select(made, k=3, order="random")).subfigs[0].axes[0]
+    assert not [line for line in random.lines if line.get_linestyle() == "--"]
+
+
+def test_an_outlier_does_not_take_the_colours():
+    made = report(*layers(*range(2, 40), 1e9))
+    image = _figure(made, _by_type(made.units)).subfigs[0].axes[1].images[0]
+    assert image.get_clim()[1] < 1e4
 
 
 def test_what_cannot_be_drawn(tmp_path):

@@ -15,10 +15,12 @@ from kappatune_plugin.condition.null_condition import null_condition
 from kappatune_plugin.condition.number import condition_number
 from kappatune_plugin.console import short_number
 from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.selection.chosen_table import chosen_table
 from kappatune_plugin.selection.names import layer_and_type
+from kappatune_plugin.selection.ranking import ranked
 from kappatune_plugin.selection.report import KappaReport, UnitReport
 from kappatune_plugin.selection.selection import select
-from kappatune_plugin.selection.table import report_table
+from kappatune_plugin.selection.table import report_table, report_tables
 from kappatune_plugin.version import __version__
 
 
@@ -205,10 +207,37 @@ def test_the_summary_has_a_row_a_type_and_says_what_was_taken():
     assert "All 12 trained are mlp.gate: kappa follows the matrix's shape" in printed(mixture(12), *routers)
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_the_chosen_in_their_order_the_cut_and_what_comes_next(full):
+    shown = mixture(12)
+    selection = select(shown, k=40)
+    ranking = ranked(shown.units, "kappa")
+    assert [unit.name for unit in selection.units] == [unit.name for unit in ranking[:40]]
+    table = chosen_table(shown, selection, full)
+    names = [str(cell) for cell in table.columns[1].cells]
+    last = ranking[36:40] if not full else ranking[8:40]
+    wanted = [*ranking[:8], *last, *ranking[40:43]]
+    assert [name for name in names if "more" not in name] == [unit.name.removesuffix(".weight") for unit in wanted]
+    assert ("... 28 more (--table full)" in names) is not full
+    places = [cell for cell in table.columns[0].cells if cell]
+    assert places[-4:] == ["40", "41", "42", "43"]
+    assert [row.end_section for row in table.rows].index(True) == len(table.rows) - 4
+    assert len(report_tables(shown, selection)) == 2 and len(report_tables(twelve_units(), None)) == 1
+
+
+def test_a_random_selection_has_no_cut():
+    shown = mixture(12)
+    table = chosen_table(shown, select(shown, k=5, order="random"))
+    assert len(table.rows) == 5 and "random" in str(table.title)
+    kappas = [float(cell) for cell in table.columns[3].cells]
+    assert kappas == sorted(kappas)
+
+
 def test_tables_fit_in_100_columns():
     for shown in (twelve_units(), mixture(3), mixture(12, 64)):
         for full in (False, True):
-            assert Console(width=1000).measure(report_table(shown, full=full)).maximum <= 100
+            for table in report_tables(shown, select(shown, k=5), full):
+                assert Console(width=1000).measure(table).maximum <= 100
 
 
 @pytest.mark.parametrize(
