@@ -23,6 +23,7 @@ from kappatune_plugin.study.summary import first_crossing, smoothed, summarize
 from kappatune_plugin.study.training import train_run
 from kappatune_plugin.weights.units import find_units
 
+BAR = "{l_bar}{bar}| [{elapsed}<{remaining}{postfix}]"
 PACKAGES = ("torch", "transformers", "trl", "peft", "kappatune-plugin")
 
 
@@ -36,13 +37,13 @@ def compare(bench: Bench, methods: Sequence[Method], settings: Settings, output_
         KappaTuneError: a method that doesn't fit the model, runs that didn't see the same data in the same order.
     """
     store = RunStore(output_dir / "runs")
-    planned = len(methods) * (len(settings.learning_rates) + len(settings.seeds) - 1)
-    with tqdm(total=planned, desc="runs", unit="run") as bar:
+    # what may turn out needless counts from the start, so that the bar never falls back
+    of_method = len(settings.learning_rates) + settings.widen + 2 * len(settings.seeds) - 1
+    with tqdm(total=len(methods) * of_method, desc="runs", bar_format=BAR) as bar:
         runner = _Runner(bench, settings, store, bar)
         tried = [runner.best(method) for method in methods]
         _check_order(bench, tried)
         target = settings.target_loss if settings.target_loss is not None else _common_target(tried, settings.smooth)
-        bar.total += len(methods) * len(settings.seeds)
         tried = [runner.at_target(each, target) for each in tried]
     return {
         "recipe": yaml.safe_load(public_yaml(bench.recipe.resolved)),
@@ -63,6 +64,7 @@ class _Runner:
 
     def __init__(self, bench: Bench, settings: Settings, store: RunStore, bar: Any) -> None:
         self.bench, self.settings, self.store, self.bar = bench, settings, store, bar
+        self.done = 0
         self._identity = {"bench": bench.identity, "versions": {name: version(name) for name in PACKAGES}}
 
     def before(self) -> dict[str, float]:
@@ -81,11 +83,11 @@ class _Runner:
         """`method` with all seeds, at the learning rate of lowest validation loss with the first seed."""
         seeds, rates = self.settings.seeds, sorted(self.settings.learning_rates)
         grid = {rate: self._run(method, rate, seeds[0]) for rate in rates}
-        for _ in range(self.settings.widen):
+        for left in range(self.settings.widen, 0, -1):
             beyond = rate_beyond({rate: run["validation_loss"] for rate, run in grid.items()})
             if beyond is None:
+                self._count(left)
                 break
-            self.bar.total += 1
             grid[beyond] = self._run(method, beyond, seeds[0])
         chosen = best_rate({rate: run["validation_loss"] for rate, run in grid.items()})
         runs = [grid[chosen], *(self._run(method, chosen, seed) for seed in seeds[1:])]
@@ -98,6 +100,7 @@ class _Runner:
             curve = smoothed(run["losses"], self.settings.smooth)
             step = None if target is None else first_crossing(curve, target)
             matched.append(None if step is None else self._state_at(tried, run, seed, step))
+        self._count(sum(each is None for each in matched))
         return replace(tried, matched=matched)
 
     def _state_at(self, tried: Tried, run: dict[str, Any], seed: int, step: int) -> dict[str, Any]:
@@ -105,7 +108,7 @@ class _Runner:
         # slow measurements are left out during a run, so only its last point has all
         for point in [run["at_target"], *run["points"][-1:]]:
             if point is not None and point["step"] == step:
-                self.bar.update()
+                self._count()
                 return {**point, "replay_error": 0.0}
         again = self._run(tried.method, tried.learning_rate, seed, stop_at=step)
         # None is a loss that wasn't finite
@@ -137,10 +140,19 @@ class _Runner:
         run = self.store.get(
             title,
             identity,
-            lambda: train_run(self.bench, method, rate, seed, every, stop_at, crossing, stops, frontier),
+            lambda: train_run(self.bench, method, rate, seed, every, stop_at, crossing, stops, frontier, self._within),
         )
-        self.bar.update()
+        self._count()
         return run
+
+    def _count(self, runs: int = 1) -> None:
+        """So many runs are done, or turned out needless."""
+        self.done += runs
+        self._within(0.0)
+
+    def _within(self, share: float) -> None:
+        """The bar moves on to that share of the next run."""
+        self.bar.update(max(0.0, self.done + share - self.bar.n))
 
 
 def best_rate(losses: Mapping[float, float | None]) -> float:

@@ -5,7 +5,7 @@ import gc
 import hashlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ def train_run(
     crossing: tuple[int, float] | None = None,
     stop_at_crossing: bool = False,
     frontier: Frontier | None = None,
+    progress: Callable[[float], None] = lambda share: None,
 ) -> dict[str, Any]:
     """Train a copy of the base by `method`.
 
@@ -50,6 +51,7 @@ def train_run(
         crossing: (window, target): also measure where the loss, smoothed over `window` steps, first reaches `target`.
         stop_at_crossing: end there.
         frontier: scale what a whole run changed back so, and measure that; None for not at all.
+        progress: called after each step with the share of them that is done.
 
     Returns:
         "losses" after each step (None where not finite; of the task's tokens where text is mixed in), "points"
@@ -73,6 +75,7 @@ def train_run(
         if texts is not None:
             course.task_loss = _TaskLoss(trainer, texts)
         trainer.add_callback(course)
+        trainer.add_callback(_Progress(progress, stop_at))
         trainer.train()
         steps = trainer.state.global_step
         record = {
@@ -174,6 +177,14 @@ class _Course(TrainerCallback):
     def _measured(self, model: nn.Module, step: int, quick: bool = False) -> dict[str, float | None]:
         measured = self.bench.measure(model, quick)
         return {"step": step, **{key: finite_or_none(value) for key, value in measured.items()}}
+
+
+class _Progress(TrainerCallback):
+    def __init__(self, progress: Callable[[float], None], stop_at: int | None) -> None:
+        self.progress, self.stop_at = progress, stop_at
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.progress(state.global_step / (self.stop_at or state.max_steps))
 
 
 class _TaskLoss:

@@ -1,6 +1,7 @@
 """Comparisons and sweeps on a tiny model, whole."""
 
 import copy
+import io
 import json
 import math
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
 
@@ -204,6 +206,24 @@ def test_interrupted_and_resumed_equals_uninterrupted(bench, whole, tmp_path, mo
     assert without_times(resumed) == without_times(whole[1])
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
     assert left.items() <= after.items() and after.keys() == {path.name for path in (whole[0] / "runs").iterdir()}
+
+
+def test_the_bar_moves_inside_a_run_and_never_falls_back(bench, tmp_path, monkeypatch):
+    class Recorded(tqdm):
+        def __init__(self, **settings):
+            super().__init__(**settings, file=io.StringIO())
+            shares.append(self)
+
+        def update(self, more=1):
+            super().update(more)
+            shares.append(self.n / self.total)
+
+    shares = []
+    monkeypatch.setattr(compare_module, "tqdm", Recorded)
+    compare(bench, METHODS[:1], SETTINGS.model_copy(update={"widen": 2}), tmp_path)
+    bar, *shares = shares
+    assert shares == sorted(shares) and shares[-1] == pytest.approx(1)
+    assert any(share * bar.total % 1 == pytest.approx(1 / 6) for share in shares)
 
 
 def test_finished_runs_are_taken_for_another_target(bench, whole, monkeypatch):
