@@ -81,7 +81,7 @@ def _one(tall: Tensor, exponent: int, rtol: float, above: float) -> Kappa:
 def _batch(tall: Tensor, exponents: Sequence[int], rtol: float, above: float) -> list[Kappa | None]:
     """Kappa of each matrix of `tall`, (b, m, n) with m >= n; None where its interval is wider than `rtol`."""
     found: list[Kappa | None] = [None] * len(tall)
-    stack = _factored(tall, exponents)
+    stack = _factored(tall, exponents, rtol)
     chosen = list(range(len(tall)))
     if above < LARGEST_BOUND:
         bounds, norms = stack.at_least().tolist(), stack.frobenius.tolist()
@@ -190,13 +190,14 @@ def _intervals(
     return [Bracket((top_lo, top_hi), (low_lo, low_hi)) for top_lo, top_hi, low_lo, low_hi in ends]
 
 
-def _factored(tall: Tensor, exponents: Sequence[int]) -> _Stack:
+def _factored(tall: Tensor, exponents: Sequence[int], rtol: float) -> _Stack:
     a = torch.stack([scaled(one, exponent, torch.float64) for one, exponent in zip(tall, exponents, strict=True)])
     gram = _gram(a)
     inverse, broken = _inverse_factor(gram)
     n = gram.shape[-1]
     widths = [BLOCK, BLOCK, PROBES]
-    random = [torch.randn(n, sum(widths), generator=random_numbers(one), dtype=torch.float64) for one in tall]
+    generators = [random_numbers(one, rtol) for one in tall]
+    random = [torch.randn(n, sum(widths), generator=each, dtype=torch.float64) for each in generators]
     low, high, z = torch.stack(random).to(a.device).split(widths, 2)
     noise = torch.randn(n, STEPS * BLOCK, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(a.device)
     x = inverse.mT @ z

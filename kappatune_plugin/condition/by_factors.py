@@ -36,7 +36,7 @@ def by_factors(tall: Tensor, exponent: int, dtypes: Sequence[torch.dtype], rtol:
 def _from_factor(tall: Tensor, exponent: int, dtype: torch.dtype, rtol: float, above: float) -> Kappa | None:
     """Kappa of `tall`, (m, n) with m >= n, by a factor in `dtype`; None if its interval is wider than `rtol`."""
     a = scaled(tall, exponent, torch.promote_types(tall.dtype, torch.float32))
-    generator = random_numbers(tall)
+    generator = random_numbers(tall, rtol)
     square = a.shape[0] == a.shape[1]
     if square:
         factor, operator = LUFactor.of(a.to(dtype)), lambda v: products(a, v)[1]

@@ -1,6 +1,7 @@
 """The result type Kappa, its constructors, and the checks and scaling that every way to measure shares."""
 
 import math
+import struct
 from dataclasses import dataclass
 
 import torch
@@ -117,16 +118,18 @@ def settled(
     )
 
 
-def random_numbers(w: Tensor) -> torch.Generator:
-    """A generator on the CPU, seeded by the values of `w`, (m, n), for the start vectors of its Krylov spaces.
+def random_numbers(w: Tensor, rtol: float) -> torch.Generator:
+    """A generator on the CPU, seeded by the values of `w`, (m, n), and `rtol`, for its Krylov spaces' start vectors.
 
-    The same weights start alike on any device; nobody can make a matrix whose singular vectors hide from its own.
+    The same weights start alike on any device; nobody can make a matrix whose singular vectors hide from its own. A
+    narrower interval starts elsewhere, so that it is a second look too.
 
-    The seed is a sum of all values' bits, each times odd numbers of its row and column, modulo 2^64.
+    The seed is a sum of all values' bits, each times odd numbers of its row and column, and of those of `rtol`, modulo
+    2^64.
     """
     odd = torch.randint(2**62, (sum(w.shape),), generator=torch.Generator().manual_seed(0)).to(w.device) * 2 + 1
     rows, columns = odd.split(list(w.shape))
-    total = 0
+    (total,) = struct.unpack("q", struct.pack("d", rtol))
     for part, its in zip(w.split(SEEDED_ROWS), rows.split(SEEDED_ROWS), strict=True):
         bits = part.view(INTEGERS[w.element_size()]).long()
         total += int(((bits * columns).sum(1) * its).sum())

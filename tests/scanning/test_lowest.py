@@ -8,7 +8,10 @@ import torch
 from torch import nn
 
 from helpers.made_up_reports import report
-from kappatune_plugin.condition.kappa import Kappa
+from helpers.spectra import hidden_from_seed_0
+from kappatune_plugin.condition import batched, by_factors
+from kappatune_plugin.condition.kappa import Kappa, random_numbers
+from kappatune_plugin.condition.number import condition_number
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.scanning.lowest import settle
 from kappatune_plugin.scanning.scan import scan
@@ -98,6 +101,24 @@ def test_only_the_boundary_is_refined():
     assert len(refined) < 200 and len(population.measured) <= 400 + 2 * len(refined)
     rows = settle(population.units, population.measure, 0.01, parse_budget(20), "lowest", "kappa", 0)
     assert sum(row.status == ABOVE for row in rows) > 200
+
+
+def test_what_one_start_misses_another_finds_where_it_decides(monkeypatch):
+    """A matrix of kappa 11 that shows 10 to vectors from seed 0, and one of 10.00005: at first they overlap."""
+
+    def hides_at_first(w, rtol):
+        return torch.Generator().manual_seed(0) if rtol == 1e-3 else random_numbers(w, rtol)
+
+    for module in (by_factors, batched):
+        monkeypatch.setattr(module, "random_numbers", hides_at_first)
+    hidden, other = hidden_from_seed_0("bottom", 1.1), hidden_from_seed_0("bottom", 1.0)
+    u, sigma, v = torch.linalg.svd(other)
+    sigma[-2:] = sigma[0] / 10.00005
+    model = nn.ModuleDict({name: nn.Linear(400, 400, bias=False) for name in ("hidden", "other")})
+    model["hidden"].weight.data, model["other"].weight.data = hidden, (u * sigma) @ v
+    assert condition_number(hidden).hi < 10.02
+    rows = {row.name: row for row in scan(model, k=1, rtol=1e-3, progress=False, cache=False).units}
+    assert rows["other.weight"].hi < 10.01 and rows["hidden.weight"].lo > 10.9
 
 
 def test_equal_matrices_are_not_refined():
