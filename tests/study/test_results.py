@@ -76,11 +76,19 @@ def test_a_published_comparison_names_no_folder_of_this_machine(tmp_path):
         "model": f"{data}/models/m",
         "train": f"{output}/dense/data/train.jsonl",
         "recipe": f"{REPOSITORY}/recipes/q",
+        "methods": [{"name": "a", "loss": 1.23456789}, {"name": "b", "loss": None}],
     }
     (output / "compare.json").write_text(json.dumps(content))
     study.publish(output / "compare.json", tmp_path / "published" / "q.json", {data: "data", output: "study"})
-    found = json.loads((tmp_path / "published" / "q.json").read_text())
-    assert found == {"model": "data/models/m", "train": "study/dense/data/train.jsonl", "recipe": "./recipes/q"}
+    text = (tmp_path / "published" / "q.json").read_text()
+    assert json.loads(text) == {
+        "model": "data/models/m",
+        "train": "study/dense/data/train.jsonl",
+        "recipe": "./recipes/q",
+        "methods": [{"name": "a", "loss": 1.23457}, {"name": "b", "loss": None}],
+    }
+    # a line a record
+    assert len(text.splitlines()) == 8
 
 
 def test_sentences_are_a_seeded_sample_of_the_short_ones(tmp_path):
