@@ -50,7 +50,7 @@ def merge(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write the base model with the trained values in it, a plain checkpoint."""
-    from kappatune_plugin.tuner.merge import merge_adapter
+    from kappatune_plugin.export.merge import merge_adapter
 
     merge_adapter(adapter, output_dir, model, overwrite, trust_remote_code, dtype)
     typer.echo(f"The merged model is in {output_dir}.")

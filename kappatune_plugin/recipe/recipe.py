@@ -1,13 +1,11 @@
 """YAML in, the dataclasses of TRL and the blocks of this package out; every mistake of a recipe in one message."""
 
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from kappatune_plugin.checks import did_you_mean
@@ -22,13 +20,6 @@ from kappatune_plugin.recipe.trl_keys import convert, gone_key, take_overwrite, 
 from kappatune_plugin.scanning.gain import GainConfig
 from kappatune_plugin.selection.auto_budget import AUTO, AutoBudget
 from kappatune_plugin.tuner.config import KAPPATUNE_KEYS, KappaTuneConfig
-
-# names of what may hold a secret; eos_token and max_new_tokens hold none
-SECRET = re.compile(
-    r"(?i)(?<!eos)(?<!pad)(?<!bos)(?<!unk)_token$|^token$|auth|(^|_)key(_id)?$|secret|passw|passphrase|credential"
-    r"|storage_options|headers"
-)
-LOGIN = re.compile(r"://[^/\s@]+@")
 
 # keys of TRL's ModelConfig that ask for another method
 OTHER_METHODS = ("use_peft", "use_rslora", "use_dora")
@@ -212,21 +203,3 @@ def _no_bf16_here(arguments: Mapping[str, Any]) -> bool:
     if arguments.get("bf16") is not None or arguments.get("fp16") or arguments.get("use_cpu"):
         return False
     return not is_torch_bf16_gpu_available() and not is_torch_xla_available()
-
-
-def public_yaml(resolved: Mapping[str, Any]) -> str:
-    """The recipe as YAML, without what may hold a secret: output folders get published.
-
-    Left out are the block `env`, at any depth what is named like a secret, and what logs in to a storage; of addresses
-    with a name and a password in them these two are replaced.
-    """
-    kept = _public({key: value for key, value in resolved.items() if key != "env"})
-    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=120)
-
-
-def _public(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _public(inner) for key, inner in value.items() if not SECRET.search(str(key))}
-    if isinstance(value, list | tuple):
-        return [_public(each) for each in value]
-    return LOGIN.sub("://...@", value) if isinstance(value, str) else value

@@ -31,7 +31,8 @@ from kappatune_plugin.recipe.held_out import hold_out, interpolates
 from kappatune_plugin.recipe.load_model import load_base, load_tokenizer, model_init_kwargs, tokenizer_error
 from kappatune_plugin.recipe.load_rows import eval_rows, load_data, task_examples
 from kappatune_plugin.recipe.measure_on_rows import config_with_scores, needs_rows
-from kappatune_plugin.recipe.recipe import Recipe, public_yaml
+from kappatune_plugin.recipe.public import public_yaml
+from kappatune_plugin.recipe.recipe import Recipe
 from kappatune_plugin.run.auto_budget import AutoBudgetCallback
 from kappatune_plugin.run.diagnosis import findings
 from kappatune_plugin.run.end_token import EndTokenCallback, EndTokenShare, leave_out_end_token

@@ -12,7 +12,7 @@ import yaml
 from tqdm import tqdm
 
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.recipe.recipe import public_yaml
+from kappatune_plugin.recipe.public import public_yaml
 from kappatune_plugin.selection.names import layer_and_type
 from kappatune_plugin.study.bench import Bench
 from kappatune_plugin.study.method_configs import choose

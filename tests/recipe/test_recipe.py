@@ -261,7 +261,7 @@ def test_paths_start_in_the_recipes_folder(tmp_path, saved_olmoe, monkeypatch):
 
 
 def test_env_is_set_and_secrets_are_not_written(load, monkeypatch):
-    from kappatune_plugin.recipe.recipe import public_yaml
+    from kappatune_plugin.recipe.public import public_yaml
 
     monkeypatch.setenv("KT_TEST_PLAIN", "")
     monkeypatch.setenv("DATABASE_URL", "")
@@ -296,3 +296,22 @@ def test_values_that_no_python_object_holds(tmp_path, text, words):
         load_recipe(tmp_path / "recipe.yaml")
     with pytest.raises(KappaTuneError, match="is no budget"):
         parse_budget("9" * 5000)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("/home/someone/data/train.jsonl", "train.jsonl"),
+        ("/home/some one/train.jsonl", "train.jsonl"),
+        ("~/models/olmoe", "olmoe"),
+        ("[{path: /srv/data/a.jsonl}, {path: 'C:\\\\x\\\\b.jsonl'}]", "[{path: a.jsonl}, {path: 'b.jsonl'}]"),
+        ("allenai/OLMoE-1B-7B-0924", "allenai/OLMoE-1B-7B-0924"),
+        ("data/train.jsonl", "data/train.jsonl"),
+        ("https://example.org/a/b", "https://example.org/a/b"),
+        ("Question {text} /no_think and/or </answer>", "Question {text} /no_think and/or </answer>"),
+    ],
+)
+def test_a_card_shows_no_path_of_the_machine(text, shown):
+    from kappatune_plugin.recipe.public import without_paths
+
+    assert without_paths({"key": [text]}) == {"key": [shown]}

@@ -15,10 +15,10 @@ from helpers.recipes import CONTROL, tiny_recipe, write_recipe
 from helpers.tiny import tiny_model, tiny_tokenizer
 from kappatune_plugin import KappaTuneError
 from kappatune_plugin.cli.app import app
+from kappatune_plugin.export.merge import merge_adapter
 from kappatune_plugin.recipe.recipe import load_recipe
 from kappatune_plugin.run.evaluate import evaluate
 from kappatune_plugin.run.train import run_sft
-from kappatune_plugin.tuner.merge import merge_adapter
 
 
 @pytest.fixture(scope="module")

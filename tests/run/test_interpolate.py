@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 from helpers.recipes import ROWS, tiny_recipe, write_recipe, write_rows
 from kappatune_plugin import KappaTuneError
 from kappatune_plugin.cli.app import app
+from kappatune_plugin.export.merge import merge_adapter
 from kappatune_plugin.recipe.recipe import load_recipe
 from kappatune_plugin.run.evaluate import evaluate
 from kappatune_plugin.run.interpolate import interpolate_trained
 from kappatune_plugin.run.train import run_sft
-from kappatune_plugin.tuner.merge import merge_adapter
 
 TEXTS = [{"text": f"the cat {i} sat on the {word}, yes. no good mat"} for i in range(12) for word in ("mat", "rug")]
 

@@ -17,13 +17,13 @@ from helpers.recipes import tiny_recipe, write_recipe, write_rows
 from helpers.tiny import tiny_model, tiny_tokenizer
 from helpers.training import train as train_tiny
 from kappatune_plugin import KappaTuneError, model_folder
+from kappatune_plugin.export.merge import merge_adapter
 from kappatune_plugin.files import alone
 from kappatune_plugin.forgetting.probe import ForgettingProbe
 from kappatune_plugin.recipe.recipe import load_recipe
 from kappatune_plugin.run.resume import checkpoint_problems
 from kappatune_plugin.run.train import RunResult, run_sft
 from kappatune_plugin.toolkits.shared import remove_models_with_adapters
-from kappatune_plugin.tuner.merge import merge_adapter
 
 SETTINGS = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3}
 

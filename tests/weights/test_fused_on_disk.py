@@ -14,7 +14,7 @@ from helpers.loops import TOKENS, train
 from helpers.tiny import tiny_tokenizer
 from helpers.tiny_configs import tiny_config
 from kappatune_plugin import KappaTuneConfig, scan
-from kappatune_plugin.tuner.merge import merge_adapter
+from kappatune_plugin.export.merge import merge_adapter
 from kappatune_plugin.weights.fingerprint import base_hash
 from kappatune_plugin.weights.units import find_units, unit_matrix
 

@@ -17,11 +17,11 @@ from helpers.tiny import tiny_model, tiny_tokenizer
 from kappatune_plugin import KappaTuneConfig
 from kappatune_plugin.condition.number import condition_number
 from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.export.merge import merge_adapter
 from kappatune_plugin.recipe.load_model import model_init_kwargs
 from kappatune_plugin.recipe.recipe import load_recipe
 from kappatune_plugin.scanning.scan import scan
 from kappatune_plugin.selection.selection import select
-from kappatune_plugin.tuner.merge import merge_adapter
 from kappatune_plugin.weights.quantized import dequantized, whole_model
 from kappatune_plugin.weights.units import find_units
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from helpers.loops import TOKENS, train
 from helpers.tiny import CONFIGS, SHAPE, tiny_model, tiny_tokenizer
 from kappatune_plugin import KappaTuneConfig
-from kappatune_plugin.tuner.merge import merge_adapter
+from kappatune_plugin.export.merge import merge_adapter
 
 LM = {"input_ids": TOKENS, "labels": TOKENS}
 ENCODER = {**SHAPE, "intermediate_size": 48, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
