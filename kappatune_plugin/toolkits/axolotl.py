@@ -20,7 +20,7 @@ from kappatune_plugin.toolkits.shared import (
     trained_adapter,
 )
 from kappatune_plugin.tuner.adapter_folder import is_adapter
-from kappatune_plugin.tuner.register import NAME
+from kappatune_plugin.version import NAME
 from kappatune_plugin.weights.quantized import whole_model
 
 try:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, Field
 
 from kappatune_plugin.toolkits.lora_recipes import AXOLOTL, QUANTIZED
 from kappatune_plugin.tuner.config import KappaTuneSettings
-from kappatune_plugin.tuner.register import NAME
+from kappatune_plugin.version import NAME
 
 # Axolotl starts our adapters by it too
 SHARED = "lora_model_dir"

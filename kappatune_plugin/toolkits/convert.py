@@ -2,14 +2,13 @@
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from kappatune_plugin.data.rows import find_local
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.files import write_text
 from kappatune_plugin.recipe.text import BLOCKS, read_yaml
@@ -27,8 +26,7 @@ from kappatune_plugin.toolkits.lora_recipes import (
 )
 from kappatune_plugin.toolkits.lora_size import DEFAULT_SHARE, LoraSize, lora_size, matching_budget
 from kappatune_plugin.toolkits.yaml_edit import YamlText
-from kappatune_plugin.tuner.register import NAME
-from kappatune_plugin.weights.units import FUSED_PROJECTIONS
+from kappatune_plugin.version import NAME
 
 MATCHES = ("params", "share")
 PLUGIN = "kappatune_plugin.toolkits.axolotl.KappaTunePlugin"
@@ -127,7 +125,9 @@ def convert_recipe(
     kind = toolkit_of(content, toolkit)
     if refusal := kind.refusal(content):
         raise KappaTuneError(f"{path} is no LoRA recipe of {kind.title}: {refusal}.")
-    size, found = _size(path, content, kind, trust_remote_code)
+    # building the model to see LoRA's size takes most of the time
+    sized = (match == "params" and k is None) or any(kind.reason(key) == QUANTIZED for key in content)
+    size, found = _size(path, content, kind, trust_remote_code) if sized else (None, [])
     budget, comment = _budget(size, match, k)
     # as bytes: read_text would turn Windows' line ends into others
     before = path.read_bytes().decode("utf-8")
@@ -142,6 +142,8 @@ def _size(
     path: Path, content: Mapping[str, Any], kind: Toolkit, trust_remote_code: bool
 ) -> tuple[LoraSize | None, list[str]]:
     """The LoRA's size; or None and the reason why it isn't known."""
+    from kappatune_plugin.data.rows import find_local
+
     model = content.get(kind.model)
     if not isinstance(model, str):
         return None, [f"{kind.model} names no model, so LoRA's size is unknown; k is {DEFAULT_SHARE} of the matrices."]
@@ -265,9 +267,17 @@ def _restriction(options: Mapping[str, Any]) -> list[str]:
     targets = options.get("target_modules")
     if not isinstance(targets, list):
         return []
-    parameters = [target.rpartition(".") for target in options.get("target_parameters") or ()]
-    experts = [f"{owner}.*.{part}" for owner, _, last in parameters for part in FUSED_PROJECTIONS.get(last, (last,))]
-    return [f"'*.{target}.weight'" for target in [*targets, *experts]]
+    return [f"'*.{target}.weight'" for target in [*targets, *_experts(options.get("target_parameters") or ())]]
+
+
+def _experts(parameters: Sequence[str]) -> list[str]:
+    """The names that KappaTune gives the experts in fused `parameters`, as globs."""
+    if not parameters:
+        return []
+    from kappatune_plugin.weights.units import FUSED_PROJECTIONS
+
+    split = [target.rpartition(".") for target in parameters]
+    return [f"{owner}.*.{part}" for owner, _, last in split for part in FUSED_PROJECTIONS.get(last, (last,))]
 
 
 def _other_trainer(content: Mapping[str, Any]) -> list[str]:

@@ -26,7 +26,7 @@ from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.recipe.text import FLAT
 from kappatune_plugin.toolkits.llamafactory_args import arguments_class
 from kappatune_plugin.toolkits.shared import WriteDecisions, checked_adapter, new_adapter
-from kappatune_plugin.tuner.register import NAME
+from kappatune_plugin.version import NAME
 
 PARSERS = {"_TRAIN_ARGS": "_parse_train_args", "_INFER_ARGS": "_parse_infer_args", "_EVAL_ARGS": "_parse_eval_args"}
 INIT_ADAPTER = ["config", "model", "model_args", "finetuning_args", "is_trainable"]

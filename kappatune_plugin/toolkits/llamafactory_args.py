@@ -10,7 +10,7 @@ from kappatune_plugin.recipe.text import FLAT
 from kappatune_plugin.schema import read
 from kappatune_plugin.selection.budget import budget
 from kappatune_plugin.tuner.config import KAPPATUNE_KEYS, KappaTuneConfig, KappaTuneSettings
-from kappatune_plugin.tuner.register import NAME
+from kappatune_plugin.version import NAME
 
 # what the rest of LLaMA-Factory sees: a PEFT adapter is saved, resumed, merged and disabled for DPO under this name
 STAND_IN = "lora"

@@ -4,12 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from peft import LoraConfig
-
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.weights.load_model import empty_model, trained_without_values
-from kappatune_plugin.weights.patterns import filter_units
-from kappatune_plugin.weights.units import find_units
 
 DEFAULT_SHARE = "10%"
 
@@ -38,6 +33,13 @@ def lora_size(model: str, options: dict[str, Any], trust_remote_code: bool = Fal
     Raises:
         KappaTuneError: the model's config is out of reach, or PEFT can't attach that LoRA.
     """
+    # a recipe whose budget is given is converted without waiting for these
+    from peft import LoraConfig
+
+    from kappatune_plugin.weights.load_model import empty_model, trained_without_values
+    from kappatune_plugin.weights.patterns import filter_units
+    from kappatune_plugin.weights.units import find_units
+
     try:
         empty = empty_model(model, trust_remote_code)
     except KappaTuneError:

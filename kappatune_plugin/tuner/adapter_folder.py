@@ -8,8 +8,8 @@ from torch import nn
 
 from kappatune_plugin.checks import NO_CHARACTER
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.tuner.register import NAME
 from kappatune_plugin.tuner.values import VALUES, renamed
+from kappatune_plugin.version import NAME
 
 FLOATING = ("F64", "F32", "F16", "BF16")
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"

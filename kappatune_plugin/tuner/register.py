@@ -6,7 +6,8 @@ made by hand first.
 
 from peft.utils.peft_types import PeftType
 
-NAME = "kappatune"
+from kappatune_plugin.version import NAME
+
 PREFIX = "kappatune_"
 
 

@@ -35,18 +35,20 @@ def test_the_command_is_installed():
     assert done.returncode == 0 and done.stdout.startswith("kappatune 0.")
 
 
-def test_help_waits_for_no_framework():
+def test_neither_help_nor_a_conversion_with_a_known_budget_waits_for_a_framework():
     """torch alone takes seconds to import."""
-    words = [[], *([command.name or command.callback.__name__] for command in app.registered_commands)]
+    recipe = Path(__file__).parents[1] / "toolkits/examples/axolotl/dora_saved.yaml"
+    words = [["--help"], *([each.name or each.callback.__name__, "--help"] for each in app.registered_commands)]
     code = (
         "import sys; from kappatune_plugin.cli import app\n"
-        f"for words in {words}:\n"
-        "    try: app([*words, '--help'])\n"
+        f"for words in {[*words, ['convert', str(recipe), '--k', '50']]}:\n"
+        "    try: app(words)\n"
         "    except SystemExit: pass\n"
-        "print(sorted({'torch', 'transformers', 'peft', 'trl'} & set(sys.modules)))"
+        "print(sorted({'torch', 'transformers', 'peft', 'trl', 'datasets'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout.count("Usage") == len(words) > 9 and done.stdout.rstrip().endswith("[]"), done.stderr
+    assert done.stdout.count("Usage") == len(words) > 9 and "+  k: 50" in done.stdout
+    assert done.stdout.rstrip().endswith("[]"), done.stderr
 
 
 def test_a_recipes_mistakes_are_one_message_and_no_traceback(saved_olmoe, tmp_path):
