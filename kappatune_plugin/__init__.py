@@ -63,3 +63,4 @@ def __dir__() -> list[str]:
 def _register(peft: Any) -> None:
     # the module registers its classes
     import_module(f"{__name__}.tuner.model")
+    import_module(f"{__name__}.export.card_hooks").follow(peft)

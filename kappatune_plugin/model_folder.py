@@ -21,6 +21,9 @@ CHECKPOINT_FILES = re.compile(
     r"|(tokenizer|spiece|sentencepiece\.bpe)\.model|.*\.jinja|(modeling|configuration|tokenization)_\w+\.py"
 )
 UNFINISHED = ".unfinished-"
+CARD, CARD_MARK = "README.md", "<!-- kappatune_plugin wrote this card, and writes it anew -->"
+# pictures that a card shows
+CARD_PICTURES = ("forgetting.png", "interpolation.png")
 
 
 def check_free(output_dir: Path, sources: Sequence[Path], overwrite: bool) -> None:
@@ -44,7 +47,9 @@ def check_free(output_dir: Path, sources: Sequence[Path], overwrite: bool) -> No
     found = [path.name for path in _files(output_dir)]
     if found and not overwrite:
         raise KappaTuneError(f"output_dir '{output_dir}' is not empty. Give another folder, or add --overwrite.")
-    others = [name for name in found if not CHECKPOINT_FILES.fullmatch(name)]
+    card = output_dir / CARD
+    ours = {CARD, *CARD_PICTURES} if card.is_file() and CARD_MARK in card.read_text(encoding="utf-8") else set()
+    others = [name for name in found if not CHECKPOINT_FILES.fullmatch(name) and name not in ours]
     # a merge that was killed while it put its files there has left the others beside them
     killed = output_dir.is_dir() and any(UNFINISHED in path.name for path in output_dir.iterdir())
     if others or (found and "config.json" not in found and not killed):

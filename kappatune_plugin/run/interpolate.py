@@ -1,5 +1,6 @@
 """Scale back what a recipe trained until it keeps `forgetting.max_delta`: at the end of a run, or later."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -15,9 +16,11 @@ from torch import nn
 from trl import SFTTrainer
 
 from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.export.card import write_card
 from kappatune_plugin.files import write_text
 from kappatune_plugin.forgetting.callback import ForgettingCallback
 from kappatune_plugin.forgetting.measures import base_of, shown_as
+from kappatune_plugin.forgetting.plot import plot_forgetting
 from kappatune_plugin.forgetting.probe import ForgettingData, ForgettingProbe
 from kappatune_plugin.forgetting.report import ForgettingReport
 from kappatune_plugin.interpolation.dial import PER_MATRIX, TRAINED, Dialed, DialSettings
@@ -25,13 +28,14 @@ from kappatune_plugin.interpolation.find_changes import changes_of_adapter, chan
 from kappatune_plugin.interpolation.interpolate import turn_model
 from kappatune_plugin.interpolation.plot import plot_dial
 from kappatune_plugin.interpolation.token_losses import Piece, control_documents, row_documents
-from kappatune_plugin.model_folder import check_free, publish, staging
+from kappatune_plugin.model_folder import CARD, CARD_MARK, check_free, publish, staging
 from kappatune_plugin.recipe.held_out import a_tenth, interpolates, texts_of, validation_rows
 from kappatune_plugin.recipe.load_model import load_tokenizer
 from kappatune_plugin.recipe.load_rows import load_data, task_examples
 from kappatune_plugin.recipe.recipe import Recipe
 from kappatune_plugin.run.evaluate import load_on_device, load_trained
-from kappatune_plugin.tuner.adapter_folder import ADAPTER, adapter_config, claims_adapter
+from kappatune_plugin.run.output_dir import FORGETTING
+from kappatune_plugin.tuner.adapter_folder import ADAPTER, ADAPTER_CONFIG, adapter_config, claims_adapter
 
 RESULT, PICTURE = "interpolation.json", "interpolation.png"
 # what was trained, whole: to scale it back to another limit later
@@ -130,6 +134,8 @@ def interpolate_trained(
     with staging(output_dir) as folder:
         (_write_adapter if adapter else _write_checkpoint)(model, Path(place), folder)
         write_result(dialed, folder)
+        report.save(folder / FORGETTING)
+        plot_forgetting(report, folder)
         _write_card(folder, place, dialed)
         publish(folder, output_dir)
     return dialed, report
@@ -219,8 +225,12 @@ def _write_checkpoint(model: nn.Module, place: Path, folder: Path) -> None:
 
 def _write_card(folder: Path, place: str, dialed: Dialed) -> None:
     """Say in the model's card what was done."""
-    card = folder / "README.md"
+    if claims_adapter(Path(place)):
+        write_card(folder, json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")))
+    card = folder / CARD
     text = card.read_text(encoding="utf-8") if card.is_file() else "# Model card\n"
+    if CARD_MARK in text:
+        return
     lines = "\n".join(f"- {sentence}" for sentence in dialed.sentences())
     write_text(
         card,

@@ -24,6 +24,7 @@ from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.files import alone, write_text
 from kappatune_plugin.forgetting.callback import ForgettingCallback
 from kappatune_plugin.forgetting.measures import shown_as
+from kappatune_plugin.forgetting.plot import plot_forgetting
 from kappatune_plugin.forgetting.probe import ForgettingData, ForgettingProbe
 from kappatune_plugin.forgetting.report import ForgettingReport
 from kappatune_plugin.interpolation.dial import Dialed
@@ -138,6 +139,11 @@ def _run(recipe: Recipe, output_dir: Path, resume: str | None) -> RunResult:
         save_adapter(trainer, output_dir)
     if replaces or recipe.auto is not None:
         _write_decisions(recipe, trainer, output_dir)
+    if trainer.is_world_process_zero():
+        if forgetting is not None:
+            plot_forgetting(forgetting, output_dir)
+        # now that what it tells of is measured
+        trainer.accelerator.unwrap_model(trainer.model).create_or_update_model_card(str(output_dir))
     if hasattr(trainer, "end"):
         # trackers stay open without it (transformers 5.18 and later)
         trainer.end()
