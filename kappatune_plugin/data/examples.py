@@ -57,10 +57,7 @@ def choice_examples(
             the label, or a prompt that gives it away.
     """
     templates = prompt_template, completion_template = _templates(rows, prompt, completion, labels, label_column)
-    # values that share a word are one choice
-    words = list(dict.fromkeys(str(word) for word in labels.values()))
-    if len(words) < 2:
-        raise KappaTuneError(f"labels: {dict(labels)} leave no choice. Give at least two words.")
+    words = _choices(labels)
     if label_column not in completion_template.columns or label_column in prompt_template.columns:
         raise KappaTuneError(
             f"With labels the completion shows the answer and the prompt doesn't: name {{{label_column}}} in the "
@@ -95,6 +92,35 @@ def own_pairs(rows: Dataset) -> list[tuple[Any, Any]] | None:
             )
         found.append((messages[:-1], messages[-1:]))
     return found
+
+
+def own_choices(pairs: Sequence[tuple[Any, Any]], labels: Mapping[Any, str]) -> list["ChoiceExample"]:
+    """What `own_pairs` gives, each with all words of `labels` as the possible answers, in their order.
+
+    Raises:
+        KappaTuneError: labels of fewer than two words, or an answer that is none of them.
+    """
+    words = _choices(labels)
+    found = []
+    for position, (prompt, completion) in enumerate(pairs):
+        texts = isinstance(completion, str)
+        answer = completion if texts else completion[0]["content"]
+        if answer not in words:
+            raise KappaTuneError(
+                f"labels: the answer of row {position} of data.test is {answer!r:.200}, which is none of "
+                f"{', '.join(map(repr, words))}. Add it to labels, or leave labels out: then the loss is measured."
+            )
+        choices = tuple(words) if texts else tuple([{**completion[0], "content": word}] for word in words)
+        found.append(ChoiceExample(prompt, choices, words.index(answer)))
+    return found
+
+
+def _choices(labels: Mapping[Any, str]) -> list[str]:
+    # values that share a word are one choice
+    words = list(dict.fromkeys(str(word) for word in labels.values()))
+    if len(words) < 2:
+        raise KappaTuneError(f"labels: {dict(labels)} leave no choice. Give at least two words.")
+    return words
 
 
 def _templates(
@@ -146,8 +172,8 @@ def _label_key(value: Any) -> str:
 
 @dataclass(frozen=True)
 class ChoiceExample:
-    """A question with its possible continuations; `answer` is the index of the right one."""
+    """A question and its possible answers, texts or lists of messages; `answer` is the index of the right one."""
 
-    prompt: str
-    choices: Sequence[str]
+    prompt: Any
+    choices: Sequence[Any]
     answer: int

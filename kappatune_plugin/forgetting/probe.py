@@ -199,9 +199,14 @@ class ForgettingProbe:
 
 def _as_text(tokenizer: PreTrainedTokenizerBase, example: Any) -> ChoiceExample | tuple[str, str]:
     """An example of a task with its messages as text. Raises KappaTuneError if there is no template for them."""
-    if isinstance(example, ChoiceExample) or isinstance(example[0], str):
-        return example
+    if isinstance(example, ChoiceExample):
+        if isinstance(example.prompt, str):
+            return example
+        written = [_as_text(tokenizer, (example.prompt, choice)) for choice in example.choices]
+        return ChoiceExample(written[0][0], tuple(text for _, text in written), example.answer)
     prompt, completion = example
+    if isinstance(prompt, str):
+        return example
     if not tokenizer.chat_template:
         raise KappaTuneError(
             "data.test holds conversations, and the tokenizer has no chat template to write them with: give "

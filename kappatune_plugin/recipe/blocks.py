@@ -82,6 +82,8 @@ def _test_sets(specs: Any) -> Any:
 
 
 def _check_labels(labels: Any) -> Any:
+    if isinstance(labels, list) and labels and all(isinstance(word, str | bool | int | float) for word in labels):
+        labels = {word: word for word in labels}
     if not isinstance(labels, Mapping) or not labels:
         raise KappaTuneError(f"expected a mapping such as {{0: 'no', 1: 'yes'}}, found {labels!r}.")
     problems = []
@@ -122,7 +124,9 @@ class DataBlock(Block):
         default=None, description='Template of what it learns to answer: " {label}".'
     )
     labels: Annotated[Any, AfterValidator(_if_given(_check_labels))] = Field(
-        default=None, description="The word of each value of the label column: {0: 'no', 1: 'yes'}."
+        default=None,
+        description="The word of each value of the label column: {0: 'no', 1: 'yes'}; without templates the answers "
+        "that the rows of data.test choose between: ['no', 'yes'].",
     )
     label_column: str | None = Field(
         default=None, description="The column that labels words; needed where completion names several."
@@ -156,8 +160,8 @@ class DataBlock(Block):
             problems.append(f"{keys}: the test rows' own; prompt and completion of the block are missing.")
         if self.max_chars is not None and not given:
             problems.append("max_chars counts the characters of prompt and completion, which are missing.")
-        if self.labels is not None and not given:
-            problems.append("labels is given without prompt and completion, which would show them.")
+        if self.labels is not None and not given and not self.test:
+            problems.append("labels: give prompt and completion, which show them, or data.test with such answers.")
         return problems
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from datasets import Dataset, load_dataset
 from trl import get_dataset
 
-from kappatune_plugin.data.examples import choice_examples, own_pairs, pairs, prompt_completion
+from kappatune_plugin.data.examples import choice_examples, own_choices, own_pairs, pairs, prompt_completion
 from kappatune_plugin.data.rows import TEMPLATES, load_all_rows
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.forgetting.probe import Task
@@ -69,7 +69,7 @@ def task_examples(data: dict[str, Any] | None, test: Dataset | None, evaluated: 
             "the templates prompt and completion, rows with the columns prompt and completion or messages, or leave "
             "data.test out."
         )
-    return found or []
+    return own_choices(found, templates["labels"]) if found and templates.get("labels") else found or []
 
 
 def _formatted(rows: Dataset, templates: dict[str, Any]) -> Dataset:

@@ -13,12 +13,11 @@ from datasets import Dataset
 from torch import nn
 from trl import SFTConfig, SFTTrainer
 
-from kappatune_plugin.data.examples import ChoiceExample
 from kappatune_plugin.data.replay import ReplayConfig
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.forgetting.config import SELF
 from kappatune_plugin.forgetting.measures import blocks, kl_to_base
-from kappatune_plugin.forgetting.probe import ForgettingData, ForgettingProbe
+from kappatune_plugin.forgetting.probe import ForgettingData, ForgettingProbe, task_pairs
 from kappatune_plugin.recipe.load_model import load_base
 from kappatune_plugin.recipe.load_rows import load_data, task_examples
 from kappatune_plugin.recipe.measure_on_rows import with_scores
@@ -108,7 +107,8 @@ class Bench:
         for rank in sorted(ranks & set(ON_ROWS)):
             report = with_scores(recipe, base, tokenizer, learned, report, rank)
             base.cpu()
-        texts = [_right_text(example) for example in task[:TASK_TEXTS]]
+        probe = ForgettingProbe.build(recipe.forgetting, data, base, tokenizer)
+        texts = ["".join(pair) for pair in task_pairs(probe.task[:TASK_TEXTS])]
         hashes["data"] = _digest([*_rows(train), "held out", *_rows(held_out)])
         return cls(
             Path(path),
@@ -118,7 +118,7 @@ class Bench:
             tokenizer,
             train,
             held_out,
-            ForgettingProbe.build(recipe.forgetting, data, base, tokenizer),
+            probe,
             blocks(tokenizer, texts, recipe.forgetting.max_length) if texts else [],
             Pool.of(report, recipe.kappatune.budget, recipe.kappatune.rank_by),
             hashes,
@@ -218,12 +218,6 @@ def _prepared(recipe: Recipe, base: nn.Module, train: Dataset, held_out: Dataset
     if not recipe.end_token:
         leave_out_end_token(trainer)
     return trainer.processing_class, trainer.train_dataset, trainer.eval_dataset
-
-
-def _right_text(example: ChoiceExample | tuple[str, str]) -> str:
-    if isinstance(example, ChoiceExample):
-        return example.prompt + example.choices[example.answer]
-    return "".join(example)
 
 
 def _rows(rows: Dataset) -> list[Any]:

@@ -275,6 +275,35 @@ def test_conversations_are_measured_by_their_last_answer(saved_olmoe, tmp_path):
     assert found.measure(model)["task_loss"] == pytest.approx(expected)
 
 
+def test_labels_of_conversations_are_compared_through_the_chat_template(saved_olmoe):
+    chats = [[{"role": "user", "content": text}, {"role": "assistant", "content": "yes"}] for text in ("the cat", "a")]
+    rows = Dataset.from_list([{"messages": chat} for chat in chats])
+    data = {"train": "x", "labels": {"no": "no", "yes": "yes"}}
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(saved_olmoe, dtype=torch.float32), tiny_tokenizer()
+    tokenizer.chat_template = CHAT
+    config = ForgettingConfig()
+    loaded = ForgettingData.load(config, task_examples(data, rows))
+    probe = ForgettingProbe.build(config, loaded, model, tokenizer)
+    asked = [f"user: {text}\nassistant: " for text in ("the cat", "a")]
+    assert probe.metric == "accuracy" and probe.new_report().majority == 1
+    assert probe.task == [ChoiceExample(prompt, ("no\n", "yes\n"), 1) for prompt in asked]
+    chosen = [min(("no\n", "yes\n"), key=lambda w, p=p: summed(model, tokenizer, p, w)) == "yes\n" for p in asked]
+    assert probe.measure(model)["task_accuracy"] == sum(chosen) / 2
+    with pytest.raises(KappaTuneError, match="row 0 of data.test is 'yes', which is none of 'no', 'maybe'"):
+        task_examples({"train": "x", "labels": {0: "no", 1: "maybe"}}, rows)
+    (pair,) = task_examples(data, Dataset.from_list([{"prompt": "a", "completion": "no"}]))
+    assert pair == ChoiceExample("a", ("no", "yes"), 0)
+
+
+def summed(model, tokenizer, prompt: str, completion: str) -> float:
+    """Nats of the completion."""
+    ids = tokenizer(prompt).input_ids
+    whole = ids + tokenizer(completion, add_special_tokens=False).input_ids
+    with torch.no_grad():
+        found = model(torch.tensor([whole])).logits.log_softmax(-1)[0, :-1]
+    return -sum(found[at - 1, whole[at]].item() for at in range(len(ids), len(whole)))
+
+
 def test_test_rows_that_cannot_be_measured_are_refused():
     data = {"train": "x"}
     assert task_examples(data, Dataset.from_list([{"prompt": "a", "completion": " b"}])) == [("a", " b")]

@@ -168,11 +168,12 @@ def test_keys_that_came_and_went_between_versions(load, key):
     [
         ({"train": {"path": "a.jsonl"}, "prompt": "{text}"}, ["prompt is given alone"]),
         ({"prompt": "{text}", "completion": "{label}"}, ["data.train is missing"]),
-        ({"train": {"path": "a.jsonl"}, "labels": {0: "x"}}, ["labels", "without prompt"]),
+        ({"train": {"path": "a.jsonl"}, "labels": {0: "x"}}, ["labels: give prompt", "or data.test"]),
         (
             {"train": {"path": "a"}, "prompt": "{text}", "completion": "{label}", "labels": {0: False}},
             ["quote the word of 0"],
         ),
+        ({"train": "a", "test": "b", "labels": [False, "yes"]}, ["quote the word of False"]),
         ({"train": 3}, ["data.train: 3"]),
         ({"train": ["a.jsonl", 3]}, ["data.train[1]: 3"]),
         ({"train": {"path": "a.jsonl", "take": 0}}, ["data.train.take: 0"]),
