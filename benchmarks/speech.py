@@ -58,7 +58,7 @@ EARS = {
 PROMPT, PROJECTOR = "<|im_start|><|AUDIO|> Digits:", "multi_modal_projector"
 ORDERS, K, SEEDS = ("lowest", "highest", "random"), "45%", 3
 CTC_STEPS, CTC_BATCH, CTC_RATE = 500, 32, 2e-3
-BATCH, STEPS, RATES, LOOKS = 8, (100, 40), (4e-3, 2e-4), (10, 20, 40)
+BATCH, STEPS, RATES, LOOKS = 8, (100, 24), (4e-3, 3e-4), (8, 16, 24)
 TEXTS, TOKENS = 16, 64
 
 

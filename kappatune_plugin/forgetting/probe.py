@@ -21,10 +21,13 @@ from kappatune_plugin.forgetting.measures import (
     exact_recall,
     kl_to_base,
     label_accuracy,
+    measuring,
     sample_base,
     token_loss,
 )
-from kappatune_plugin.forgetting.report import ForgettingReport
+from kappatune_plugin.forgetting.report import WER, ForgettingReport
+from kappatune_plugin.speech.recordings import TRANSCRIPT
+from kappatune_plugin.speech.word_errors import SpeechTask
 
 Remember = Callable[[str, Callable[[], dict[str, float]]], dict[str, float]]
 Task = list[ChoiceExample] | list[tuple[str, str]] | list[tuple[list, list]]
@@ -44,14 +47,22 @@ class ForgettingData:
         task: test examples with labels, or (prompt, completion) pairs without, which are texts or lists of messages;
             empty for no task.
         facts: (prompt, completion) pairs to recall.
+        speech: test recordings, in the place of `task`.
     """
 
     controls: dict[str, list[str] | None] = field(default_factory=dict)
     task: Task = field(default_factory=list)
     facts: list[tuple[str, str]] = field(default_factory=list)
+    speech: SpeechTask | None = None
 
     @classmethod
-    def load(cls, config: ForgettingConfig, task: Task | None = None, folder: Path | None = None) -> "ForgettingData":
+    def load(
+        cls,
+        config: ForgettingConfig,
+        task: Task | None = None,
+        folder: Path | None = None,
+        speech: SpeechTask | None = None,
+    ) -> "ForgettingData":
         """Load what `config` names; relative paths may start in `folder`.
 
         Raises:
@@ -62,14 +73,14 @@ class ForgettingData:
             for name, spec in config.controls().items()
         }
         facts = _facts(config, folder) if config.recall else []
-        if not (controls or facts or task or config.lm_eval):
+        if not (controls or facts or task or speech or config.lm_eval):
             raise KappaTuneError("forgetting: there is nothing to measure: add control, recall, or a data.test.")
         if config.generate is not None and (not task or isinstance(task[0], ChoiceExample)):
             raise KappaTuneError(
                 "forgetting.generate: there is no task to write answers to: give data.test with prompt and completion, "
                 "without labels, or delete generate."
             )
-        return cls(controls, task or [], facts)
+        return cls(controls, task or [], facts, speech)
 
 
 @dataclass
@@ -81,7 +92,9 @@ class ForgettingProbe:
         task, facts: as `ForgettingData` has them, conversations as the tokenizer's chat template writes them.
         generate: settings of `answer_accuracy`; None measures the task by likelihood.
         harness: settings of `harness.run_harness`; None runs none.
-        answers: what the model wrote in the last measurement, see `answers.answer_accuracy`.
+        answers: what the model wrote in the last measurement, see `answers.answer_accuracy`; of recordings
+            {"said", "heard"}.
+        speech: as `ForgettingData` has it.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -92,6 +105,7 @@ class ForgettingProbe:
     generate: dict[str, int] | None = None
     harness: dict[str, Any] | None = None
     answers: list[dict[str, Any]] = field(default_factory=list)
+    speech: SpeechTask | None = None
 
     @classmethod
     def build(
@@ -117,13 +131,14 @@ class ForgettingProbe:
             for name, texts in data.controls.items()
         }
         task = [_as_text(tokenizer, each) for each in data.task]
-        return cls(tokenizer, controls, task, data.facts, config.batch_size, generate, harness)
+        return cls(tokenizer, controls, task, data.facts, config.batch_size, generate, harness, speech=data.speech)
 
     def cost(self) -> str:
         """What one measurement reads, for a person who is to wait for it."""
         parts = [f"{name} ({sum(map(len, pieces)):,} tokens)" for name, pieces in self.controls.items()]
         if self.task:
             parts.append(f"{len(self.task)} test examples" + (", written" if self.generate is not None else ""))
+        parts += [f"{len(self.speech.rows)} recordings, transcribed"] if self.speech else []
         parts += [f"{len(self.facts)} facts"] if self.facts else []
         parts += ["the harness"] if self.harness is not None else []
         return ", ".join(parts)
@@ -133,8 +148,10 @@ class ForgettingProbe:
         """How the task is measured; None for no task.
 
         "accuracy" of likelihoods for a task with labels; without labels "answer_accuracy" of what the model writes if
-        `generate` is set, else "loss" (nats a completion token).
+        `generate` is set, else "loss" (nats a completion token); "wer" of recordings.
         """
+        if self.speech is not None:
+            return WER
         if not self.task:
             return None
         if isinstance(self.task[0], ChoiceExample):
@@ -145,7 +162,8 @@ class ForgettingProbe:
         """A report of what this measures, still without values."""
         answers = Counter(each.choices[each.answer] for each in self.task if isinstance(each, ChoiceExample))
         majority = max(answers.values()) / len(self.task) if answers else None
-        return ForgettingReport(list(self.controls), self.metric, len(self.facts), len(self.task), majority)
+        examples = len(self.task) if self.speech is None else len(self.speech.rows)
+        return ForgettingReport(list(self.controls), self.metric, len(self.facts), examples, majority)
 
     def measure(self, model: nn.Module, quick: bool = False, remember: Remember = measured_now) -> dict[str, float]:
         """The losses and perplexities of the controls, the task's metric, the share of facts recalled, the harness.
@@ -174,6 +192,12 @@ class ForgettingProbe:
 
     def _slow(self, model: nn.Module) -> dict[str, float]:
         found = {}
+        if self.speech is not None:
+            with measuring(model):
+                errors = vars(self.speech.measure(model))
+            found |= {f"task_{name}": float(value) for name, value in errors.items()}
+            pairs_heard = zip(self.speech.rows[TRANSCRIPT], self.speech.written, strict=True)
+            self.answers = [{"said": said, "heard": heard} for said, heard in pairs_heard]
         if self.metric == "answer_accuracy":
             settings = {"batch_size": self.batch_size, **self.generate}
             self.answers = []

@@ -13,6 +13,8 @@ from kappatune_plugin.files import read_json, write_json
 HARNESS = "lm_eval/"
 # of the task's metrics, those that count right answers
 SHARES = ("accuracy", "answer_accuracy")
+# of recordings: word errors a word said, with what they are made of
+WER, ERRORS = "wer", ("cer", "substitutions", "deletions", "insertions", "words")
 
 
 class ForgettingReport:
@@ -65,6 +67,11 @@ class ForgettingReport:
                 "kl_after": kl,
                 "examples": self.examples,
             }
+            if self.metric == WER:
+                del content["task"]["kl_after"]
+                for error in ERRORS:
+                    values = {"before": before.get(f"task_{error}"), "after": after.get(f"task_{error}")}
+                    content["task"][error] = values
             if self.metric in SHARES:
                 for when, value in (("before", before.get(key)), ("after", after.get(key))):
                     content["task"][f"interval_{when}"] = share_interval(value, self.examples)
@@ -105,6 +112,8 @@ class ForgettingReport:
             count = self.examples if self.metric in SHARES else 0
             title = f"task {self.metric.replace('_', ' ')}" + (f" ({count} examples)" if count else "")
             rows.append((title, f"task_{self.metric}", count))
+            errors = ERRORS[:-1] if self.metric == WER else ()
+            rows += [(f"task {error}" + (" (words)" if error != "cer" else ""), f"task_{error}", 0) for error in errors]
         if self.facts:
             rows.append((f"recall of {self.facts} facts", "recall", self.facts))
         for name in self.controls:
@@ -114,7 +123,7 @@ class ForgettingReport:
 
     def divergence_rows(self) -> list[tuple[str, str]]:
         """What is measured against the base, after only: its title and its key in `after`."""
-        names = [*self.controls, *(["task"] if self.metric else [])]
+        names = [*self.controls, *(["task"] if self.metric and self.metric != WER else [])]
         return [(f"{name}: KL to the base (nats)", f"{name}_kl") for name in names]
 
     @property

@@ -10,6 +10,7 @@ from kappatune_plugin.forgetting.measures import measuring
 from kappatune_plugin.interpolation.change import Changes
 from kappatune_plugin.interpolation.dial import Dialed, DialSettings, turn
 from kappatune_plugin.interpolation.find_changes import changes_of_adapter, changes_of_checkpoint
+from kappatune_plugin.interpolation.texts import Texts
 from kappatune_plugin.interpolation.token_losses import Piece, control_documents, row_documents, texts
 
 
@@ -54,7 +55,7 @@ def interpolate(
 def turn_model(
     model: nn.Module,
     changes: Changes,
-    rows: Sequence[Sequence[Piece]],
+    rows: Sequence[Sequence[Piece]] | Texts,
     controls: Mapping[str, Sequence[Sequence[Piece]]],
     settings: DialSettings,
     batch_size: int = 8,
@@ -62,7 +63,7 @@ def turn_model(
 ) -> Dialed:
     """`dial.turn` on a model and tokenized texts; what it raises."""
     with measuring(model):
-        task = texts(model, rows, batch_size)
+        task = rows if isinstance(rows, Texts) else texts(model, rows, batch_size)
         return turn(
             changes, task, {name: texts(model, each, batch_size) for name, each in controls.items()}, settings, say
         )

@@ -17,6 +17,7 @@ from kappatune_plugin.selection.criteria import ON_ROWS
 from kappatune_plugin.selection.report import KappaReport
 from kappatune_plugin.selection.selection import Selection
 from kappatune_plugin.selection.settings import check_budget
+from kappatune_plugin.speech.settings import AudioBlock
 from kappatune_plugin.tuner.config import KAPPATUNE_KEYS, KappaTuneConfig, KappaTuneSettings
 
 
@@ -188,10 +189,31 @@ def auto_problems(block: KappaTuneBlock, forgetting: Any, args: Any) -> list[str
     return problems
 
 
-def read_blocks(
-    blocks: Mapping[str, Any], problems: list[str]
-) -> tuple[KappaTuneBlock | None, DataBlock | None, ForgettingConfig | None]:
-    """The blocks `kappatune`, `data` and `forgetting`; None for one that is missing or wrong.
+# of the block `data`, what words text
+OF_TEXT = ("prompt", "completion", "labels", "label_column", "max_chars", "replay", "end_token")
+
+
+def audio_problems(block: KappaTuneBlock | None, data: DataBlock | None, arguments: dict[str, Any]) -> list[str]:
+    """What can't go beside the block `audio`, a line each; sets in `arguments` what TRL needs for it."""
+    problems = []
+    if data is None:
+        problems.append("audio: the recordings are missing: add a block data with train.")
+    elif words := [key for key in OF_TEXT if key in data.model_fields_set]:
+        problems.append(f"data.{', data.'.join(words)}: for rows of text; beside audio delete it.")
+    if block is not None and block.rank_by in ON_ROWS:
+        problems.append(f"kappatune.rank_by: {block.rank_by} is measured on rows of text: beside audio write kappa.")
+    if arguments.get("packing") or arguments.get("padding_free"):
+        problems.append("packing, padding_free: recordings can't be packed: delete them.")
+    if arguments.get("remove_unused_columns"):
+        problems.append("remove_unused_columns: true would remove the recordings: delete it.")
+    arguments["remove_unused_columns"] = False
+    # a mapping that says otherwise is TRL's to refuse
+    arguments["dataset_kwargs"] = {**(arguments.get("dataset_kwargs") or {}), "skip_prepare_dataset": True}
+    return problems
+
+
+def read_blocks(blocks: Mapping[str, Any], problems: list[str]) -> list[Any]:
+    """The blocks `kappatune`, `data`, `audio` and `forgetting`; None for one that is missing or wrong.
 
     Args:
         problems: gets a line for each mistake.
@@ -201,7 +223,12 @@ def read_blocks(
         block, wrong = read(model, blocks[name], f"{name}.") if name in blocks else (None, [])
         found.append(block)
         problems += wrong
-    return found[0], found[1], found[2]
+    return found
 
 
-RECIPE_BLOCKS: dict[str, type[Block]] = {"kappatune": KappaTuneBlock, "data": DataBlock, "forgetting": ForgettingConfig}
+RECIPE_BLOCKS: dict[str, type[Block]] = {
+    "kappatune": KappaTuneBlock,
+    "data": DataBlock,
+    "audio": AudioBlock,
+    "forgetting": ForgettingConfig,
+}

@@ -10,6 +10,8 @@ from kappatune_plugin.data.rows import TEMPLATES, load_all_rows
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.forgetting.probe import Task
 from kappatune_plugin.recipe.recipe import Recipe
+from kappatune_plugin.recipe.speech import recordings
+from kappatune_plugin.speech.recordings import RECORDING
 
 
 def load_data(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
@@ -27,6 +29,8 @@ def load_data(recipe: Recipe) -> tuple[Dataset, Dataset | None]:
 def formatted_rows(recipe: Recipe, part: str) -> Dataset:
     """The rows of `data.train` or `data.validation` in a format that TRL knows. Raises what `load_data` does."""
     data = recipe.data
+    if recipe.audio is not None:
+        return recordings(recipe, part)
     rows = _formatted(load_all_rows(data[part], f"data.{part}", recipe.folder), _templates(data))
     return rows if data.get("max_chars") is None else _short_enough(rows, data["max_chars"])
 
@@ -36,6 +40,8 @@ def load_test_rows(recipe: Recipe) -> Dataset | None:
     test = (recipe.data or {}).get("test")
     if not test:
         return None
+    if recipe.audio is not None:
+        return recordings(recipe, "test")
     if isinstance(test, dict):
         test = {key: value for key, value in test.items() if key not in TEMPLATES}
     return load_all_rows(test, "data.test", recipe.folder)
@@ -57,7 +63,8 @@ def task_examples(data: dict[str, Any] | None, test: Dataset | None, evaluated: 
     Raises:
         KappaTuneError: rows that neither have templates nor a format of TRL's with a completion.
     """
-    if data is None or test is None:
+    if data is None or test is None or RECORDING in test.column_names:
+        # recordings are measured by their word errors
         return []
     templates = _templates(data, test=True)
     if templates.get("prompt") is not None:

@@ -13,12 +13,13 @@ from kappatune_plugin.data.replay import ReplayConfig
 from kappatune_plugin.data.rows import find_local, local_spec
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.forgetting.config import ForgettingConfig
-from kappatune_plugin.recipe.blocks import auto_problems, read_blocks
+from kappatune_plugin.recipe.blocks import audio_problems, auto_problems, read_blocks
 from kappatune_plugin.recipe.launch_keys import is_launch_key, warn_of_unused
 from kappatune_plugin.recipe.text import BLOCKS, FLAT, apply_overrides, nest_flat_keys, read_yaml
 from kappatune_plugin.recipe.trl_keys import convert, gone_key, take_overwrite, trl_classes, trl_keys
 from kappatune_plugin.scanning.gain import GainConfig
 from kappatune_plugin.selection.auto_budget import AUTO, AutoBudget
+from kappatune_plugin.speech.settings import AudioBlock
 from kappatune_plugin.tuner.config import KAPPATUNE_KEYS, KappaTuneConfig
 
 # keys of TRL's ModelConfig that ask for another method
@@ -39,6 +40,7 @@ class Recipe:
         folder: of the recipe; relative paths that don't lead anywhere from the current folder start here.
         auto: how `k: auto` decides; `kappatune.k` is its largest budget then. None for a fixed k.
         gain: how `rank_by: gain_over_forgetting` is measured; None for its defaults.
+        audio: the block `audio:`; None for a recipe of text.
         overwrite: whether an earlier run in `output_dir` may be replaced (`overwrite_output_dir`).
     """
 
@@ -54,6 +56,7 @@ class Recipe:
     auto: AutoBudget | None = None
     gain: GainConfig | None = None
     overwrite: bool = False
+    audio: AudioBlock | None = None
 
     @property
     def replay(self) -> ReplayConfig | None:
@@ -92,8 +95,10 @@ def load_recipe(path: str | os.PathLike, overrides: Iterable[str] = (), launches
     problems += found + _cross_problems(arguments, blocks)
     folder = path.resolve().parent
     _find_local_paths(arguments, blocks, folder)
+    kappatune, data, audio, forgetting = read_blocks(blocks, problems)
+    if "audio" in blocks:
+        problems += audio_problems(kappatune, data, arguments)
     built = [_build(owner, arguments, problems) for owner in trl_classes()]
-    kappatune, data, forgetting = read_blocks(blocks, problems)
     if kappatune is not None:
         problems += auto_problems(kappatune, blocks.get("forgetting"), built[1])
     if problems or kappatune is None:
@@ -102,7 +107,8 @@ def load_recipe(path: str | os.PathLike, overrides: Iterable[str] = (), launches
     resolved = {**arguments, **blocks}
     auto = (kappatune.auto or AutoBudget()) if kappatune.k == AUTO else None
     given = data and data.model_dump(exclude_unset=True)
-    return Recipe(*built, kappatune.config(), given, forgetting, resolved, folder, auto, kappatune.gain, overwrite)
+    settings = auto, kappatune.gain, overwrite, audio
+    return Recipe(*built, kappatune.config(), given, forgetting, resolved, folder, *settings)
 
 
 def _set_environment(variables: Any) -> list[str]:

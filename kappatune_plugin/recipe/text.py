@@ -11,7 +11,7 @@ from kappatune_plugin.checks import NO_CHARACTER
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.recipe.trl_keys import is_flag, takes_list
 
-BLOCKS = ("kappatune", "data", "forgetting", "env")
+BLOCKS = ("kappatune", "data", "audio", "forgetting", "env")
 # `kappatune_k: 75` at the top level says `kappatune: {k: 75}`, the spelling of a LoRA recipe's `lora_r`
 FLAT = "kappatune_"
 # YAML would read "Tweet: {text}" as a mapping, " {label}" too, and a split or a name of digits as a number

@@ -18,6 +18,7 @@ from kappatune_plugin.forgetting.report import ForgettingReport, shown, shown_ch
 from kappatune_plugin.recipe.load_model import load_base, load_tokenizer
 from kappatune_plugin.recipe.load_rows import load_test_rows, task_examples
 from kappatune_plugin.recipe.recipe import Recipe
+from kappatune_plugin.recipe.speech import speech_task
 from kappatune_plugin.scanning.cache import Cache, cache_folder, identity_of
 from kappatune_plugin.tuner.adapter_folder import (
     ADAPTER_CONFIG,
@@ -77,7 +78,9 @@ def evaluate(
         KappaTuneError: nothing to measure, data or models that can't be loaded, an adapter of another base.
     """
     _check(recipe, places)
-    data = ForgettingData.load(recipe.forgetting, task_examples(recipe.data, load_test_rows(recipe)), recipe.folder)
+    test = load_test_rows(recipe)
+    task = task_examples(recipe.data, test)
+    data = ForgettingData.load(recipe.forgetting, task, recipe.folder, speech_task(recipe, test))
     tokenizer, probe, reports, cache = load_tokenizer(recipe), None, {}, Cache(cache_folder())
     for place in places:
         # an adapter changes the model that it is put on: each gets its own

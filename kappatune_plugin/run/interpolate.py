@@ -27,12 +27,15 @@ from kappatune_plugin.interpolation.dial import PER_MATRIX, TRAINED, Dialed, Dia
 from kappatune_plugin.interpolation.find_changes import changes_of_adapter, changes_of_checkpoint
 from kappatune_plugin.interpolation.interpolate import turn_model
 from kappatune_plugin.interpolation.plot import plot_dial
-from kappatune_plugin.interpolation.token_losses import Piece, control_documents, row_documents
+from kappatune_plugin.interpolation.speech_losses import speech_texts
+from kappatune_plugin.interpolation.texts import Texts
+from kappatune_plugin.interpolation.token_losses import Piece, control_documents, row_documents, texts
 from kappatune_plugin.model_folder import CARD, CARD_MARK, check_free, publish, staging
 from kappatune_plugin.recipe.held_out import a_tenth, interpolates, texts_of, validation_rows
 from kappatune_plugin.recipe.load_model import load_tokenizer
 from kappatune_plugin.recipe.load_rows import load_data, task_examples
 from kappatune_plugin.recipe.recipe import Recipe
+from kappatune_plugin.recipe.speech import collator_of, speech_task
 from kappatune_plugin.run.evaluate import load_on_device, load_trained
 from kappatune_plugin.run.output_dir import FORGETTING
 from kappatune_plugin.tuner.adapter_folder import ADAPTER, ADAPTER_CONFIG, adapter_config, claims_adapter
@@ -62,7 +65,7 @@ def turn_dial(
     callback = next(each for each in trainer.callback_handler.callbacks if isinstance(each, ForgettingCallback))
     tokenizer = callback.probe.tokenizer
     mode = recipe.forgetting.interpolate or PER_MATRIX
-    rows = _row_documents(recipe, held, tokenizer)
+    rows = _task_texts(recipe, held, tokenizer, model)
     within = _affordable(recipe, rows, model)
     quiet = out.quiet or trainer.args.disable_tqdm
     settings = DialSettings(recipe.forgetting.max_delta, mode == PER_MATRIX, within=within, quiet=quiet)
@@ -127,7 +130,7 @@ def interpolate_trained(
     with base_of(model):
         report.before = probe.measure(model)
     report.after = probe.measure(model)
-    rows, controls = _row_documents(recipe, held, tokenizer), _control_documents(recipe, data, probe)
+    rows, controls = _task_texts(recipe, held, tokenizer, model), _control_documents(recipe, data, probe)
     settings = DialSettings(max_delta, per_matrix, within=_affordable(recipe, rows, model))
     dialed = turn_model(model, changes, rows, controls, settings, recipe.forgetting.batch_size, say)
     report.kept = probe.measure(model)
@@ -157,7 +160,8 @@ def _inputs(recipe: Recipe, place: str, output_dir: Path, overwrite: bool) -> tu
                 "data.validation, with rows of the task that training didn't see (and no test rows)."
             )
         _, held = a_tenth(train)
-    return held, ForgettingData.load(recipe.forgetting, task_examples(recipe.data, test), recipe.folder)
+    task = task_examples(recipe.data, test)
+    return held, ForgettingData.load(recipe.forgetting, task, recipe.folder, speech_task(recipe, test))
 
 
 def _check_base(recipe: Recipe, place: str) -> None:
@@ -169,32 +173,35 @@ def _check_base(recipe: Recipe, place: str) -> None:
         )
 
 
-def _row_documents(recipe: Recipe, rows: Dataset, tokenizer: Any) -> list[list[Piece]]:
+def _task_texts(recipe: Recipe, rows: Dataset, tokenizer: Any, model: nn.Module) -> Texts:
     """As TRL trains on them; those above its max_length are cut there."""
+    if recipe.audio is not None:
+        return speech_texts(model, collator_of(recipe), rows, recipe.forgetting.batch_size)
     pairs, end_token = texts_of(rows, tokenizer)
     longest = recipe.training_args.max_length
     documents = row_documents(tokenizer, pairs, end_token and (recipe.data or {}).get("end_token", True))
-    return [[(ids[:longest], start)] for [(ids, start)] in documents if longest is None or start < longest]
+    cut = [[(ids[:longest], start)] for [(ids, start)] in documents if longest is None or start < longest]
+    return texts(model, cut, recipe.forgetting.batch_size)
 
 
-def _affordable(recipe: Recipe, rows: list[list[Piece]], model: nn.Module) -> int | None:
+def _affordable(recipe: Recipe, rows: Texts, model: nn.Module) -> int | None:
     """The tokens that STEPS training steps read, a backward pass counted as two more; None for a small model."""
     args = recipe.training_args
     if sum(parameter.numel() for parameter in model.parameters()) < SMALL:
         return None
-    longest = args.max_length if args.packing else np.mean([len(ids) for [(ids, _)] in rows])
+    longest = args.max_length if args.packing else np.mean(rows.lengths)
     return int(3 * STEPS * longest * args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
 
 
 def _control_documents(recipe: Recipe, data: ForgettingData, probe: ForgettingProbe) -> dict[str, list[list[Piece]]]:
     """Of text that the base wrote each sample is a document, of running text each block."""
     config, found = recipe.forgetting, {}
-    for name, texts in data.controls.items():
-        if texts is None or config.running_text:
+    for name, content in data.controls.items():
+        if content is None or config.running_text:
             found[name] = [[(piece, 1)] for piece in probe.controls[name]]
         else:
             truncate = config.long_texts == "truncate"
-            found[name] = control_documents(probe.tokenizer, texts, config.max_length, truncate)
+            found[name] = control_documents(probe.tokenizer, content, config.max_length, truncate)
     return found
 
 

@@ -34,6 +34,7 @@ from kappatune_plugin.recipe.load_rows import eval_rows, load_data, task_example
 from kappatune_plugin.recipe.measure_on_rows import config_with_scores, needs_rows
 from kappatune_plugin.recipe.public import public_yaml
 from kappatune_plugin.recipe.recipe import Recipe
+from kappatune_plugin.recipe.speech import collator_of, speech_task
 from kappatune_plugin.run.auto_budget import AutoBudgetCallback
 from kappatune_plugin.run.diagnosis import findings
 from kappatune_plugin.run.end_token import EndTokenCallback, EndTokenShare, leave_out_end_token
@@ -205,7 +206,11 @@ def _trainer(recipe: Recipe, train: Dataset, test: Dataset | None) -> SFTTrainer
             base = load_base(recipe)
             config = config_with_scores(recipe, base, load_tokenizer(recipe), train)
             args.model_init_kwargs = None
-        trainer = SFTTrainer(model=base, args=args, train_dataset=train, eval_dataset=test, peft_config=config)
+        data = {"train_dataset": train, "eval_dataset": test}
+        if recipe.audio is not None:
+            data["data_collator"] = collator_of(recipe)
+            data["processing_class"] = data["data_collator"].processor
+        trainer = SFTTrainer(model=base, args=args, peft_config=config, **data)
         _forget_secrets(args)
         return trainer
     except KappaTuneError:
@@ -240,7 +245,7 @@ def _forgetting_data(recipe: Recipe, test: Dataset | None) -> ForgettingData | N
     if recipe.forgetting is None:
         return None
     task = task_examples(recipe.data, test, evaluated=recipe.training_args.eval_strategy != "no")
-    return ForgettingData.load(recipe.forgetting, task, recipe.folder)
+    return ForgettingData.load(recipe.forgetting, task, recipe.folder, speech_task(recipe, test))
 
 
 def _measure_forgetting(

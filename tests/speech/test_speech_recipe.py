@@ -1,0 +1,142 @@
+"""A recipe with the block `audio:`, from recordings to a merged checkpoint."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForMultimodalLM, AutoProcessor
+
+from helpers.recipes import tiny_recipe, write_recipe, write_rows
+from helpers.speech import speech_model, write_recordings
+from kappatune_plugin import KappaTuneError
+from kappatune_plugin.recipe.recipe import load_recipe
+from kappatune_plugin.recipe.speech import collator_of
+from kappatune_plugin.run.evaluate import evaluate
+from kappatune_plugin.run.train import run_sft
+from kappatune_plugin.speech.recordings import speech_rows
+from kappatune_plugin.tuner.adapter_folder import load_adapter
+from kappatune_plugin.tuner.merge import merge_adapter
+
+TEXTS = [{"text": f"the cat {i} sat on the {word}, yes. no good mat"} for i in range(12) for word in ("mat", "rug")]
+PROJECTOR = "multi_modal_projector"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A tiny Qwen2-Audio with its processor. Read only."""
+    folder = tmp_path_factory.mktemp("qwen2_audio")
+    model, processor, _ = speech_model("qwen2_audio")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def recipe_in(folder: Path, model: Path, **changes):
+    rows = write_recordings(folder / "sounds", 16)
+    settings = {
+        "kappatune": {"k": 5, "modules_to_save": [PROJECTOR]},
+        "data": {
+            "train": {"path": str(write_rows(folder / "heard.jsonl", rows))},
+            "validation": {"path": str(write_rows(folder / "held.jsonl", rows[:6]))},
+            "test": {"path": str(write_rows(folder / "heard_test.jsonl", rows[:4]))},
+        },
+        "audio": {"folder": "sounds", "prompt": "Say: <|AUDIO|>", "max_new_tokens": 4},
+        "forgetting": {"control": {"path": str(write_rows(folder / "texts.jsonl", TEXTS))}},
+        **changes,
+    }
+    return load_recipe(write_recipe(folder / "recipe.yaml", tiny_recipe(folder, model, **settings)))
+
+
+def loaded(folder: Path) -> torch.nn.Module:
+    return AutoModelForMultimodalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def test_a_run_hears_saves_and_merges(saved, tmp_path):
+    recipe = recipe_in(tmp_path, saved, learning_rate="3e-2", max_steps=30)
+    assert recipe.training_args.remove_unused_columns is False
+    result = run_sft(recipe)
+    losses = [entry["loss"] for entry in result.trainer.state.log_history if "loss" in entry]
+    assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
+    names = [unit.name for unit in result.selection.units]
+    assert len(names) == 5 and all("language_model" in name for name in names)
+    content = json.loads((result.output_dir / "forgetting.json").read_text())
+    task = content["task"]
+    assert task["metric"] == "wer" and task["examples"] == 4 and task["words"] == {"before": 4.0, "after": 4.0}
+    for when in ("before", "after"):
+        errors = sum(task[name][when] for name in ("substitutions", "deletions", "insertions"))
+        assert task[when] == errors / 4
+    assert task["after"] < task["before"]
+    assert content["control"]["texts"]["loss_after"] != content["control"]["texts"]["loss_before"]
+    heard = [json.loads(line) for line in (result.output_dir / "answers.jsonl").read_text().splitlines()]
+    assert [row["said"] for row in heard] == [" yes", " no", " good", " bad"]
+
+    found = evaluate(recipe, [str(result.output_dir)]).reports[str(result.output_dir)]
+    assert found.after == pytest.approx(result.forgetting.after, rel=1e-4, abs=1e-6)
+    rows = speech_rows(recipe_rows(tmp_path), recipe.audio, "rows", tmp_path)
+    batch = collator_of(recipe)([rows[0], rows[1]])
+    tuned = load_adapter(loaded(saved), result.output_dir).eval()
+    merged = merge_adapter(result.output_dir, tmp_path / "merged")
+    with torch.no_grad():
+        of_run = result.trainer.model.eval()(**batch).logits
+        assert torch.equal(tuned(**batch).logits, of_run)
+        assert torch.allclose(loaded(merged)(**batch).logits, of_run, atol=1e-5)
+        assert not torch.allclose(loaded(saved)(**batch).logits, of_run, atol=1e-2)
+    AutoProcessor.from_pretrained(merged)
+
+
+def recipe_rows(folder: Path):
+    from kappatune_plugin.data.rows import load_rows
+
+    return load_rows({"path": str(folder / "heard_test.jsonl")}, "rows")
+
+
+def test_the_dial_keeps_its_limit_on_text(saved, tmp_path):
+    recipe = recipe_in(
+        tmp_path,
+        saved,
+        learning_rate="3e-2",
+        max_steps=8,
+        forgetting={
+            "control": "self",
+            "samples": 22,
+            "max_length": 16,
+            "batch_size": 32,
+            "max_delta": 0.05,
+            "interpolate": "one",
+        },
+    )
+    result = run_sft(recipe)
+    report = result.forgetting
+    assert report.delta(report.after) > 0.05 >= report.delta(report.kept)
+    assert result.dialed.verified["self"].upper <= 0.05 and "task_wer" in report.kept
+
+
+def test_what_does_not_go_beside_audio_is_said_at_once(saved, tmp_path):
+    with pytest.raises(KappaTuneError) as found:
+        recipe_in(
+            tmp_path,
+            saved,
+            packing=True,
+            remove_unused_columns=True,
+            data={"train": "rows.jsonl", "prompt": "{text}", "completion": "{text}", "end_token": False},
+        )
+    for words in (
+        "data.prompt, data.completion, data.end_token: for rows of text",
+        "packing, padding_free: recordings can't be packed",
+        "remove_unused_columns: true would remove the recordings",
+    ):
+        assert words in str(found.value)
+    with pytest.raises(KappaTuneError, match="audio.prompt is missing. Write `prompt: "):
+        recipe_in(tmp_path, saved, audio={})
+    with pytest.raises(KappaTuneError, match="audio.normalizer: 'german' is none of english, basic, none"):
+        recipe_in(tmp_path, saved, audio={"prompt": "<|AUDIO|>", "normalizer": "german"})
+
+
+def test_a_text_model_and_missing_files_are_said_before_training(saved, saved_olmoe, tmp_path):
+    recipe = recipe_in(tmp_path, saved_olmoe, forgetting=None, kappatune={"k": 5})
+    with pytest.raises(KappaTuneError, match="takes no recordings"):
+        run_sft(recipe)
+    (tmp_path / "sounds" / "3.flac").unlink()
+    with pytest.raises(KappaTuneError, match=r"data.train, row 3: there is no file '.*3.flac'"):
+        run_sft(recipe)
