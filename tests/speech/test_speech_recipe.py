@@ -10,13 +10,13 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor
 from helpers.recipes import tiny_recipe, write_recipe, write_rows
 from helpers.speech import speech_model, write_recordings
 from kappatune_plugin import KappaTuneError
+from kappatune_plugin.export.merge import merge_adapter
 from kappatune_plugin.recipe.recipe import load_recipe
 from kappatune_plugin.recipe.speech import collator_of
 from kappatune_plugin.run.evaluate import evaluate
 from kappatune_plugin.run.train import run_sft
 from kappatune_plugin.speech.recordings import speech_rows
 from kappatune_plugin.tuner.adapter_folder import load_adapter
-from kappatune_plugin.tuner.merge import merge_adapter
 
 TEXTS = [{"text": f"the cat {i} sat on the {word}, yes. no good mat"} for i in range(12) for word in ("mat", "rug")]
 PROJECTOR = "multi_modal_projector"
