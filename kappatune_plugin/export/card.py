@@ -39,6 +39,7 @@ def write_card(
     settings: Mapping[str, Any] | None = None,
     more: str = "",
     files: Path | None = None,
+    form: str = "kappatune",
 ) -> None:
     """Write the card of what lies in `folder`: an adapter, or what was made of one and loads without this package.
 
@@ -52,6 +53,7 @@ def write_card(
         settings: how it was trained, where there is no recipe.yaml.
         more: a section to add, as Markdown.
         files: where those files are; default: `folder`.
+        form: "lora" for an adapter that PEFT loads without this package.
 
     Raises:
         KappaTuneError: the card can't be written.
@@ -69,7 +71,7 @@ def write_card(
         card_text.scaled_back(_json(files / "interpolation.json")),
         more,
         f"## Recipe\n\n```yaml\n{public_yaml(without_paths(recipe)).strip()}\n```" if recipe else "",
-        card_text.how_to_use(config, base, merged),
+        card_text.how_to_use(config, base, merged, form),
     ]
     text = "\n\n".join(section for section in sections if section)
     data = _data(config, merged, measured, recipe, title)

@@ -11,6 +11,7 @@ from kappatune_plugin.selection.names import layer_and_type
 from kappatune_plugin.version import __version__
 
 PAPER = "[arXiv 2506.16289](https://arxiv.org/abs/2506.16289)"
+NOT_IMPORTED = " (`KeyError: 'KAPPATUNE'` says that the package isn't imported)"
 PICTURES = {"forgetting.png": "What was learned and forgotten", "interpolation.png": "What was kept"}
 
 
@@ -113,7 +114,7 @@ def pictures(folder: Path) -> str:
     return "\n\n".join(f"![{title}]({name})" for name, title in PICTURES.items() if (folder / name).is_file())
 
 
-def how_to_use(config: Mapping[str, Any], base: str | None, merged: bool) -> str:
+def how_to_use(config: Mapping[str, Any], base: str | None, merged: bool, form: str) -> str:
     """Snippets to load it, to make a plain checkpoint of it, and to serve that."""
     auto = "AutoModelForCausalLM" if str(config.get("task_type")).endswith("CAUSAL_LM") else "AutoModel"
     if merged:
@@ -121,7 +122,11 @@ def how_to_use(config: Mapping[str, Any], base: str | None, merged: bool) -> str
         said = "## Use\n\nFOLDER is this folder, or its name on the hub."
         return f"{said}\n\n```python\n{load}\n```\n\n```bash\nvllm serve FOLDER\n```"
     named = f'"{base}"' if base else "BASE"
-    ours = "import kappatune_plugin  # PEFT knows the method then\n" if config.get("selection") else ""
+    ours = (
+        "import kappatune_plugin  # PEFT knows the method then\n"
+        if config.get("selection") and form == "kappatune"
+        else ""
+    )
     load = (
         f"{ours}from peft import PeftModel\nfrom transformers import {auto}\n\n"
         f"model = PeftModel.from_pretrained({auto}.from_pretrained({named}), FOLDER)"
@@ -129,7 +134,7 @@ def how_to_use(config: Mapping[str, Any], base: str | None, merged: bool) -> str
     model = f" --model {base or 'BASE'}"
     return (
         f"## Use\n\nFOLDER is this folder, downloaded or not{'' if base else ', BASE the base model'}.\n\n"
-        "Load it (`KeyError: 'KAPPATUNE'` says that the package isn't imported):\n\n"
+        f"Load it{NOT_IMPORTED if ours else ''}:\n\n"
         f"```python\n{load}\n```\n\n"
         f"Make a plain checkpoint, which loads without `kappatune_plugin` {__version__}:\n\n"
         f"```bash\nkappatune merge FOLDER{model} --output_dir merged\n```\n\n"

@@ -3,6 +3,7 @@
 import os
 import shutil
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,15 @@ from transformers.utils import cached_file
 
 from kappatune_plugin.compat import newer_tokenizer
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.model_folder import check_free, publish, staging
+from kappatune_plugin.export.card import write_card
+from kappatune_plugin.export.read_back import changed_in_memory, check_written
+from kappatune_plugin.model_folder import CARD_PICTURES, check_free, publish, staging
 from kappatune_plugin.tuner.adapter_folder import ADAPTER, adapter_config, check_adapter, load_adapter
+from kappatune_plugin.tuner.values import VALUES
+from kappatune_plugin.weights.checkpoint_names import CheckpointNames
 from kappatune_plugin.weights.load_model import model_class
 from kappatune_plugin.weights.quantized import whole_model
+from kappatune_plugin.weights.safetensors_files import checkpoint_files
 from kappatune_plugin.weights.units import TASK_HEADS, embedding_modules
 
 TASKS = {
@@ -48,6 +54,8 @@ def merge_adapter(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     dtype: str | None = None,
+    more_files: Sequence[str] = (),
+    finish: Callable[[Path], None] = lambda folder: None,
 ) -> Path:
     """Write the base with the adapter's values in it to `output_dir`, as `save_pretrained` does, with the tokenizer.
 
@@ -58,14 +66,16 @@ def merge_adapter(
     trained and measured.
 
     The folder appears under its name when it is complete, or not at all; in a folder that is there already, config.json
-    comes last, so that what a kill leaves half done can't be loaded. A warning says if rounding to the checkpoint's
-    dtype changes what was trained.
+    comes last, so that what a kill leaves half done can't be loaded. What was written is read back: exactly the trained
+    matrices differ from the base. A warning says if rounding to the checkpoint's dtype changes what was trained.
 
     Args:
         adapter: a folder that a run left.
         model: the base; default: the one that the adapter names.
         overwrite: replace the checkpoint in `output_dir`; a folder that holds anything else is refused.
         dtype: of the checkpoint, such as "float32"; default: that of the base.
+        more_files: names of files of the base to copy too, where it has them.
+        finish: called with the folder before it is published.
 
     Raises:
         KappaTuneError: no adapter there, the base can't be loaded or isn't the adapter's, or `output_dir` isn't free.
@@ -84,24 +94,60 @@ def merge_adapter(
     if model is None and config.revision:
         options["revision"] = config.revision
     tokenizer = _tokenizer(adapter, base, options)
-    merged = _merged(adapter, base, config, options, dtype or "auto", tokenizer)
+    tuned = load_tuned(adapter, base, config, options, dtype or "auto")
+    trained = trained_matrices(tuned)
+    merged = _merged(tuned, adapter, tokenizer)
     with staging(output_dir) as folder:
         merged.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        for path in filter(None, (_file(name, adapter, base, options) for name in PROCESSOR_FILES)):
+        for path in filter(None, (_file(name, adapter, base, options) for name in [*PROCESSOR_FILES, *more_files])):
             shutil.copyfile(path, folder / path.name)
+        noted = getattr(config, "base_quantization", None)
+        files = [] if noted or dtype or trained is None else checkpoint_files(base)
+        if files:
+            check_written(files, folder, trained, _beside(adapter, merged))
+        for name in CARD_PICTURES:
+            if (adapter / name).is_file():
+                shutil.copyfile(adapter / name, folder / name)
+        write_card(folder, config.to_dict(), merged=True, files=adapter)
+        finish(folder)
         publish(folder, output_dir)
     return output_dir
 
 
-def _merged(
-    adapter: Path, base: str, config: PeftConfig, options: dict[str, Any], dtype: str, tokenizer: Any
-) -> PreTrainedModel:
+def load_tuned(adapter: Path, base: str, config: PeftConfig, options: dict[str, Any], dtype: str = "auto") -> PeftModel:
+    """The base in the class that was trained, with the adapter on it.
+
+    Raises:
+        KappaTuneError: the base can't be loaded, or isn't the adapter's.
+    """
     model = _base(adapter, base, config, {**options, "dtype": dtype})
     _add_tokens(model, _shapes(adapter))
     tuned = load_adapter(model, adapter)
     _say_rounding(tuned)
+    return tuned
+
+
+def trained_matrices(tuned: PeftModel) -> dict[str, tuple[str, bool]] | None:
+    """As `read_back.changed_in_memory`; None for an adapter of another method."""
+    from kappatune_plugin.tuner.model import KappaTuneModel
+
+    if not isinstance(tuned.base_model, KappaTuneModel):
+        return None
+    return changed_in_memory(tuned.base_model.layers(), CheckpointNames(tuned.base_model.model))
+
+
+def _beside(adapter: Path, merged: nn.Module) -> list[str]:
+    """Names that may differ beside the trained matrices: what else the adapter holds, and the embeddings it grew."""
+    names = [name.removeprefix(PEFT_PREFIX) for name in _shapes(adapter) if VALUES not in name]
+    if not names:
+        return []
+    inside = [name for name, each in merged.named_modules() if name and each in embedding_modules(merged)]
+    return [name.rpartition(".")[0] for name in names if "." in name] + inside
+
+
+def _merged(tuned: PeftModel, adapter: Path, tokenizer: Any) -> PreTrainedModel:
     try:
         merged = tuned.merge_and_unload(safe_merge=True)
     except (ValueError, RuntimeError, NotImplementedError, AttributeError) as error:

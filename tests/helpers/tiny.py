@@ -27,6 +27,10 @@ MOE = {"intermediate_size": 16, "num_experts_per_tok": 2, "num_key_value_heads":
 
 CONFIGS = {
     "llama": ("LlamaConfig", {**DECODER, "intermediate_size": 48, "num_key_value_heads": 2}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {**DECODER, "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 16},
+    ),
     "gpt2": (
         "GPT2Config",
         {**TOKENS, **NO_DROPOUT, "vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},

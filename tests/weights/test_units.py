@@ -14,6 +14,7 @@ from kappatune_plugin.weights.units import find_units, unit_matrix
 # what each architecture's config above has: attention, dense MLP, experts, routers, embeddings and head
 EXPECTED_COUNTS = {
     "llama": 2 * 7 + 2,
+    "gemma3": 2 * 7 + 1,
     "gpt2": 2 * 4 + 2,
     "bert": 2 * 6 + 3 + 1,
     "olmoe": 2 * (4 + 8 * 3 + 1) + 2,
