@@ -146,10 +146,10 @@ def test_a_finished_run_stays_finished(trained: Path, tmp_path: Path) -> None:
     check()
 
 
-@pytest.mark.parametrize("command", ["merge", "interpolate"])
+@pytest.mark.parametrize("command", ["merge", "export --as patch", "export --as lora", "interpolate"])
 def test_what_writes_a_folder(trained: Path, tmp_path: Path, command: str) -> None:
     out = tmp_path / "out"
-    words: list[object] = [command, trained, "--output_dir", out]
+    words: list[object] = [*command.split(), trained, "--output_dir", out]
     if command == "interpolate":
         rows = {"path": str(trained.parent / "test.jsonl")}
         words += ["--config", trained.parent / "recipe.yaml", "--max_delta", 0.5, "--data.validation", json.dumps(rows)]
