@@ -325,7 +325,8 @@ def batches(rows: Sequence[Any], batch_size: int, name: str) -> Iterator[Sequenc
 def _log_probabilities(model: nn.Module, batch: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Next-token log-probabilities (batch, length - 1, vocabulary) in float32, and where a real token follows."""
     ids, mask = padded(batch, model.device)
-    logits = model(input_ids=ids, attention_mask=mask.long()).logits[:, :-1]
+    # PEFT's prompt methods put virtual tokens before the text and return their logits too
+    logits = model(input_ids=ids, attention_mask=mask.long()).logits[:, -ids.shape[1] : -1]
     return logits.float().log_softmax(-1), mask[:, 1:]
 
 

@@ -171,7 +171,7 @@ def _row_nats(model: nn.Module, batch: Sequence[tuple[list[int], list[int]]]) ->
     """Summed nats of each row's labels, shape (rows,)."""
     ids, mask = padded([row for row, _ in batch], model.device)
     labels = pad_sequence([torch.tensor(own) for _, own in batch], batch_first=True, padding_value=IGNORED)
-    logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[:, :-1].float()
+    logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[:, -ids.shape[1] : -1].float()
     targets = labels[:, 1:].to(logits.device)
     return cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none").sum(-1)
 

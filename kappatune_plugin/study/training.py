@@ -231,7 +231,7 @@ class _TaskLoss:
         labels = kwargs["labels"][:, 1:]
         nats = getattr(output, "log_probs", None)
         if nats is None:
-            logits = output.logits[:, :-1].float().transpose(1, 2)
+            logits = output.logits[:, -labels.shape[1] - 1 : -1].float().transpose(1, 2)
             nats = -nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
         for total, of in ((self._all, labels), (self._task, self._labels[:, 1:])):
             total[0] -= nats.detach()[of != IGNORED].double().sum().item()

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PromptTuningConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
 
 from helpers.tiny import tiny_model, tiny_tokenizer
@@ -74,6 +74,24 @@ def test_token_loss_is_what_the_metamathqa_benchmark_measures():
         found = token_loss(model, pieces, batch_size=2)
     assert found.tokens == len(expected) > 20
     assert found.nats_per_token == pytest.approx(expected.mean().item(), rel=1e-6)
+
+
+def test_virtual_tokens_before_the_text_are_not_counted():
+    base = tiny_model("olmoe", vocab_size=300)
+    model = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    prompt = model.get_prompt(1).detach()
+    losses, divergences = [], []
+    for piece in PIECES:
+        text = base.get_input_embeddings()(torch.tensor([piece]))
+        with torch.no_grad():
+            tuned = base(inputs_embeds=torch.cat([prompt, text], 1)).logits[0, 3:].float().log_softmax(-1)
+            plain = base(inputs_embeds=text).logits[0].float().log_softmax(-1)
+        for position in range(len(piece) - 1):
+            losses.append(-tuned[position, piece[position + 1]].item())
+            divergences.append((plain[position].exp() * (plain[position] - tuned[position])).sum().item())
+    found = token_loss(model, PIECES)
+    assert found.tokens == 10 and found.nats_per_token == pytest.approx(sum(losses) / 10, rel=1e-4)
+    assert kl_to_base(model, PIECES) == pytest.approx(sum(divergences) / 10, rel=1e-3)
 
 
 def test_base_is_measured_without_the_adapter():
