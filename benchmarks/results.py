@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import speech_results
 from conclusions import conclusions
 from figures import against, gentlest
 
@@ -18,6 +19,7 @@ from kappatune_plugin.study.plots import budget_plot, frontier_plot, matched_plo
 from kappatune_plugin.study.tables import MEASURES, shown
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+SPEECH = DOCS / "results" / "speech.jsonl"
 # differences are from the first of them that a comparison has
 REFERENCES = ("lora", "lowest")
 SETTINGS = {
@@ -49,6 +51,7 @@ def main() -> None:
     for name, content in contents.items():
         for kind in pictures(content):
             PICTURES[kind](content, DOCS / "results" / f"{name}-{kind}.png")
+    speech_results.plot(speech_results.read(SPEECH), SPEECH.with_suffix(".png"))
     (DOCS / "RESULTS.md").write_text(text(contents), encoding="utf-8")
 
 
@@ -76,7 +79,8 @@ def text(contents: Mapping[str, Any]) -> str:
     """docs/RESULTS.md."""
     earlier = (DOCS / "results" / "earlier.md").read_text(encoding="utf-8")
     sections = [setting(name, each) for name, each in contents.items()]
-    return "\n".join([HEAD, conclusions(contents), how(contents), *sections, earlier])
+    heard = speech_results.section(speech_results.read(SPEECH))
+    return "\n".join([HEAD, conclusions(contents), how(contents), *sections, heard, earlier])
 
 
 def how(contents: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ on recordings of other takes, and beside them the loss on text of Wikipedia says
 Needs the recordings of FSDD, wikitext-2 and the text model. Killed and started again it goes on where it was.
 
     python benchmarks/speech.py --text_model FOLDER [--data DATA] [--results docs/results/speech.jsonl]
+    python benchmarks/results.py
 """
 
 import argparse
@@ -24,6 +25,7 @@ import soundfile
 import torch
 from datasets import Dataset
 from peft import get_peft_model
+from speech_results import BATCH, CTC_STEPS, LOOKS, ORDERS, RATES, STEPS, K, read
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -56,9 +58,8 @@ EARS = {
     "max_source_positions": 25,
 }
 PROMPT, PROJECTOR = "<|im_start|><|AUDIO|> Digits:", "multi_modal_projector"
-ORDERS, K, SEEDS = ("lowest", "highest", "random"), "45%", 3
-CTC_STEPS, CTC_BATCH, CTC_RATE = 500, 32, 2e-3
-BATCH, STEPS, RATES, LOOKS = 8, (100, 24), (4e-3, 3e-4), (8, 16, 24)
+SEEDS = 3
+CTC_BATCH, CTC_RATE = 32, 2e-3
 TEXTS, TOKENS = 16, 64
 
 
@@ -76,11 +77,6 @@ def main() -> None:
         if not any(run.items() <= record.items() for record in done):
             done.append({**run, **bench.run(seed, order)})
             write_text(args.results, "".join(json.dumps(record) + "\n" for record in done))
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a results file: stage 1 (order null), and each run of stage 2 from where that ended."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def strings(folder: Path, test: bool, count: int, seed: int) -> Dataset:
