@@ -20,7 +20,8 @@ def main(adapter: Path) -> None:
     """Print the smallest, median and largest relative error (Frobenius) over the trained matrices at each rank."""
     config = adapter_config(adapter)
     changes = changes_of(load_tuned(adapter, config.base_model_name_or_path, config, {}))
-    spectra = [torch.linalg.svdvals(matrix) for change in changes.values() for matrix in change.reshape(-1, *change.shape[-2:])]
+    matrices = [matrix for change in changes.values() for matrix in change.reshape(-1, *change.shape[-2:])]
+    spectra = [torch.linalg.svdvals(matrix) for matrix in matrices]
     spectra = [sigma for sigma in spectra if sigma.any()]
     print("| rank | smallest | median | largest |\n|---|---|---|---|")
     for rank in RANKS:
