@@ -62,7 +62,10 @@ def forgetting(measured: Mapping[str, Any]) -> str:
     kept, rows = measured.get("kept") or {}, []
     if task := measured.get("task"):
         share = task["metric"] in SHARES
-        title = f"task {task['metric'].replace('_', ' ')}" + (f", {task['examples']} examples" if share else "")
+        title = f"task {task['metric'].replace('_', ' ')}" + (
+            # runs of before this was counted have no number
+            f", {task['examples']} examples" if share and "examples" in task else ""
+        )
         rows.append(_row(title, task["before"], task["after"], kept.get(f"task_{task['metric']}"), share))
     if recall := measured.get("recall"):
         rows.append(
