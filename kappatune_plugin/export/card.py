@@ -137,7 +137,9 @@ def _results(measured: Mapping[str, Any], task: str, datasets: list[str]) -> lis
 def _sources(recipe: Mapping[str, Any]) -> list[str]:
     """Where the recipe's training rows come from."""
     train = (recipe.get("data") or {}).get("train")
-    places = [train if isinstance(train, str) else (train or {}).get("path"), recipe.get("dataset_name")]
+    sources = train if isinstance(train, list) else [train]
+    places = [each if isinstance(each, str) else (each or {}).get("path") for each in sources]
+    places.append(recipe.get("dataset_name"))
     places += [each.get("path") for each in recipe.get("datasets") or () if isinstance(each, Mapping)]
     return list(dict.fromkeys(place for place in places if isinstance(place, str)))
 
