@@ -48,8 +48,7 @@ def other_selection(there: Iterable[str], here: Iterable[str]) -> KappaTuneError
     return KappaTuneError(
         f"The checkpoint trains another selection than this run: {len(there)} weights only in the checkpoint "
         f"({', '.join(there[:3])}), {len(here)} only here ({', '.join(here[:3])}). To resume, use the settings it was "
-        "made with (selection.json beside it), or start anew without resume_from_checkpoint. An adapter whose own "
-        "files disagree was damaged or edited: copy it again."
+        "made with (selection.json beside it), or start anew without resume_from_checkpoint."
     )
 
 
@@ -65,7 +64,7 @@ def named_as_here(state_dict: Mapping[str, Any], model: nn.Module, prefix: str =
 
 
 def check_loaded_keys(tuner: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """A hook before a tuner's state dict is loaded: refuse one whose selection isn't the tuner's.
+    """A hook before a tuner's state dict is loaded: refuse another selection, and values without fingerprints.
 
     PEFT would load what fits and ignore the rest. Names are replaced in `state_dict`, see `named_as_here`.
     """
@@ -77,7 +76,22 @@ def check_loaded_keys(tuner: nn.Module, state_dict: dict[str, Any], prefix: str,
     adapters = {key.partition(MARK)[2] for key in found & own}
     expected = {key for key in own if key.partition(MARK)[2] in adapters}
     if found - own or expected - found:
-        raise other_selection(map(_place, found - own), map(_place, expected - found))
+        there, here = (sorted(map(_place, keys)) for keys in (found - own, expected - found))
+        raise KappaTuneError(
+            f"The values to load are those of another selection: {len(there)} weights only among them "
+            f"({', '.join(there[:3])}), {len(here)} only in the adapter's selection ({', '.join(here[:3])}). Load them "
+            "into the adapter that they were saved with. Where an adapter's own files disagree, one was damaged or "
+            "edited: copy it again."
+        )
+    # FSDP2 leaves fingerprints out of what it loads into a model that is nowhere yet
+    nowhere = any(value.is_meta for name, value in tuner.named_parameters() if MARK not in name)
+    unsigned = {key for key in found if f"{key.removesuffix('weight')}base" not in state_dict}
+    if unsigned and not nowhere:
+        raise KappaTuneError(
+            f"The adapter doesn't say which base it was trained on: {len(unsigned)} weights, such as "
+            f"{_place(min(unsigned))}, have no fingerprint beside them ({VALUES}.base). Its file was edited or is not "
+            "whole: copy it again."
+        )
 
 
 def _place(key: str) -> str:

@@ -1,5 +1,6 @@
 """The command as people type it: exit codes, what it prints, what it leaves."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -197,6 +198,8 @@ def test_a_merge_that_fails_leaves_what_was_there(run, tmp_path):
         (lambda adapter, _: (adapter / "adapter_model.safetensors").unlink(), "holds no adapter_model.safetensors"),
         (lambda adapter, _: save_file({}, adapter / "adapter_model.safetensors"), "holds no values"),
         (lambda adapter, _: _spoil(adapter / "adapter_model.safetensors"), "aren't finite"),
+        (lambda adapter, _: _without_fingerprints(adapter / "adapter_model.safetensors"), "doesn't say which base"),
+        (lambda adapter, _: _without_a_unit(adapter / "adapter_config.json"), "adapter's own files disagree"),
     ],
 )
 def test_adapters_that_cannot_be_merged(run, tmp_path, change, words):
@@ -210,6 +213,16 @@ def _spoil(weights: Path) -> None:
     values = load_file(weights)
     next(value for name, value in values.items() if name.endswith(".weight"))[0, 0] = torch.nan
     save_file(values, weights)
+
+
+def _without_fingerprints(weights: Path) -> None:
+    save_file({name: value for name, value in load_file(weights).items() if name.endswith(".weight")}, weights)
+
+
+def _without_a_unit(path: Path) -> None:
+    content = json.loads(path.read_text())
+    content["selection"]["units"].pop()
+    path.write_text(json.dumps(content))
 
 
 def test_merging_over_the_folder_of_the_adapter_is_an_error(run, tmp_path):
