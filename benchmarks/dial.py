@@ -10,7 +10,6 @@ of docs/dial.md are written from what there is.
 
 import argparse
 import itertools
-import json
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -20,15 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig
-from promise import put, read, trained
-from scipy.stats import t
+from promise import put, trained
+from records import Records
 from study import REPOSITORY
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kappatune_plugin import KappaTuneConfig
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.files import write_text
 from kappatune_plugin.forgetting.measures import measuring, sample_base
 from kappatune_plugin.interpolation.change import Changes
 from kappatune_plugin.interpolation.dial import DialSettings
@@ -36,6 +34,7 @@ from kappatune_plugin.interpolation.find_changes import changes_of_adapter, chan
 from kappatune_plugin.interpolation.interpolate import turn_model
 from kappatune_plugin.interpolation.texts import Texts, rise
 from kappatune_plugin.interpolation.token_losses import control_documents, row_documents, texts
+from kappatune_plugin.study.summary import interval as summary_interval
 
 TASKS = {"irony": ("Tweet: {}\nIs it ironic?", " no", " yes"), "sst2": ("Review: {}\nSentiment:", " bad", " good")}
 TITLES = {"irony": "Irony of tweets", "sst2": "SST-2, the tone of film reviews"}
@@ -69,14 +68,12 @@ def main() -> None:
     torch.set_float32_matmul_precision("medium")
     base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation="eager")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    done = read(args.results) if args.results.exists() else []
+    records = Records(args.results)
     for replay, seed, task, arm in itertools.product(REPLAY, range(args.seeds), args.tasks, args.arms):
         run = dict(zip(RUN, (task, arm, replay, seed), strict=True))
-        if not any(run.items() <= record.items() for record in done):
-            found = one_run(base, tokenizer, args.data, task, arm, replay, seed, args.limits)
-            done += [{**run, **record} for record in found]
-            write_text(args.results, "".join(json.dumps(record) + "\n" for record in done))
-    put(args.docs, START, summary(done))
+        if not records.has(run):
+            records.add(run, one_run(base, tokenizer, args.data, task, arm, replay, seed, args.limits))
+    put(args.docs, START, summary(records.found))
 
 
 def one_run(
@@ -226,11 +223,11 @@ def compared(records: Sequence[dict[str, Any]], limit: float) -> list[str]:
 
 
 def interval(values: Sequence[float], show: Callable[[float], str]) -> str:
-    """The mean, with the half width of its 95% t interval where there are two values or more."""
-    if len(values) < 2:
-        return "".join(show(each) for each in values)
-    half = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    return f"{show(float(np.mean(values)))} ± {show(float(half)).lstrip('+')}"
+    """The mean, with the half width of its 95% t interval where there are two values or more; "" for none."""
+    if not values:
+        return ""
+    mean, half = summary_interval(values)
+    return show(mean) if half is None else f"{show(mean)} ± {show(half).lstrip('+')}"
 
 
 def percent(share: float) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from records import Records
 from scipy.stats import binomtest
 from study import MODELS, REPOSITORY, TASKS, sentences
 from torch import nn
@@ -58,28 +59,22 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs" / "dial.md")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     args = parser.parse_args()
-    done = read(args.results) if args.results.exists() else []
+    records = Records(args.results)
     for model, task in tqdm(list(itertools.product(MODELS, TASKS)), desc="models and tasks"):
         bench = None
         for method, seed in itertools.product(METHODS, range(args.seeds)):
             run = {"model": model, "task": task, "method": method, "seed": seed}
-            if any(run.items() <= record.items() for record in done):
+            if records.has(run):
                 continue
             bench = bench or Bench(args.data, model, task)
-            done += [{**run, **found} for found in bench.run(method, seed)]
-            write_text(args.results, "".join(json.dumps(record) + "\n" for record in done))
-    put(args.docs, START, summary(done))
+            records.add(run, bench.run(method, seed))
+    put(args.docs, START, summary(records.found))
 
 
 def put(page: Path, start: str, text: str) -> None:
     """Write `text` into the page, between `start` and the next END."""
     before, _, rest = page.read_text(encoding="utf-8").partition(start)
     write_text(page, f"{before}{start}\n{text}\n{END}{rest.partition(END)[2]}")
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a results file: one for each run, limit and kind of control."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 class Bench:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import records
 import speech_results
 from conclusions import conclusions
 from figures import against, gentlest
@@ -51,7 +52,7 @@ def main() -> None:
     for name, content in contents.items():
         for kind in pictures(content):
             PICTURES[kind](content, DOCS / "results" / f"{name}-{kind}.png")
-    speech_results.plot(speech_results.read(SPEECH), SPEECH.with_suffix(".png"))
+    speech_results.plot(records.read(SPEECH), SPEECH.with_suffix(".png"))
     (DOCS / "RESULTS.md").write_text(text(contents), encoding="utf-8")
 
 
@@ -79,7 +80,7 @@ def text(contents: Mapping[str, Any]) -> str:
     """docs/RESULTS.md."""
     earlier = (DOCS / "results" / "earlier.md").read_text(encoding="utf-8")
     sections = [setting(name, each) for name, each in contents.items()]
-    heard = speech_results.section(speech_results.read(SPEECH))
+    heard = speech_results.section(records.read(SPEECH))
     return "\n".join([HEAD, conclusions(contents), how(contents), *sections, heard, earlier])
 
 

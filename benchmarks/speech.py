@@ -15,7 +15,6 @@ import argparse
 import copy
 import io
 import itertools
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,9 @@ import soundfile
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from speech_results import BATCH, CTC_STEPS, LOOKS, ORDERS, RATES, STEPS, K, read
+from records import Records
+from speech_results import BATCH, CTC_STEPS, LOOKS, ORDERS, RATES, STEPS, K
+from study import REPOSITORY
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -40,13 +41,11 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from kappatune_plugin import KappaTuneConfig, scan
-from kappatune_plugin.files import write_text
 from kappatune_plugin.forgetting.measures import blocks, measuring, token_loss
 from kappatune_plugin.speech.collator import SpeechCollator
 from kappatune_plugin.speech.compose import compose
 from kappatune_plugin.speech.word_errors import SpeechTask, normalizer
 
-REPOSITORY = Path(__file__).parent.parent
 WORDS = "zero one two three four five six seven eight nine".split()
 RATE, SECONDS, TAKES_KEPT, STRINGS, TEST = 8000, 2, 5, 1500, 48
 EARS = {
@@ -70,13 +69,12 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=REPOSITORY / "docs" / "results" / "speech.jsonl")
     parser.add_argument("--work", type=Path, default=REPOSITORY / "outputs" / "speech")
     args = parser.parse_args()
-    done = read(args.results) if args.results.exists() else []
+    records = Records(args.results)
     bench = Bench(args.text_model, args.data, args.work)
     for seed, order in [(0, None), *itertools.product(range(SEEDS), ORDERS)]:
         run = {"seed": seed, "order": order}
-        if not any(run.items() <= record.items() for record in done):
-            done.append({**run, **bench.run(seed, order)})
-            write_text(args.results, "".join(json.dumps(record) + "\n" for record in done))
+        if not records.has(run):
+            records.add(run, [bench.run(seed, order)])
 
 
 def strings(folder: Path, test: bool, count: int, seed: int) -> Dataset:

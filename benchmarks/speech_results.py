@@ -1,6 +1,5 @@
 """What benchmarks/speech.py found, as a picture and as a section of docs/RESULTS.md; and the settings both know."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,6 @@ ORDERS, K = ("lowest", "highest", "random"), "45%"
 CTC_STEPS = 500
 # stage 1 and stage 2; LOOKS are the steps of stage 2 at which is measured
 BATCH, STEPS, RATES, LOOKS = 8, (100, 24), (4e-3, 3e-4), (8, 16, 24)
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a results file: stage 1 (order null), and each run of stage 2 from where that ended."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def curves(records: list[dict[str, Any]], order: str, key: str) -> np.ndarray:

@@ -10,6 +10,9 @@ from kappatune_plugin.checks import did_you_mean
 from kappatune_plugin.data.templates import Template, check_columns, parse_template
 from kappatune_plugin.errors import KappaTuneError
 
+# a label of this value is left out of the loss, by PyTorch's cross entropy and by transformers
+IGNORED = -100
+
 
 def prompt_completion(
     rows: Dataset,

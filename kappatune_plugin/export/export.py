@@ -1,17 +1,17 @@
 """An adapter in, a folder out in the form that somebody else loads."""
 
 import os
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.export.card import write_card
 from kappatune_plugin.export.card_text import table
 from kappatune_plugin.export.lora import LoraExport, write_lora
-from kappatune_plugin.export.merge import load_tuned, merge_adapter
+from kappatune_plugin.export.merge import load_tuned, merge_adapter, source
 from kappatune_plugin.export.patch import PATCH, reduce_to_patch
-from kappatune_plugin.model_folder import check_free, publish, staging
-from kappatune_plugin.tuner.adapter_folder import adapter_config, check_adapter
+from kappatune_plugin.model_folder import publish, staging
+from kappatune_plugin.tuner.adapter_folder import adapter_config
 
 MERGED, PATCHED, LORA, GGUF = "merged", "patch", "lora", "gguf-ready"
 FORMS = (MERGED, PATCHED, LORA, GGUF)
@@ -49,16 +49,19 @@ def export_adapter(
         KappaTuneError: what `form` can't carry, no adapter or no base there, or `output_dir` isn't free.
     """
     _check(form, dtype, rank, share)
-    place, base = Path(os.path.realpath(output_dir)), model or adapter_config(Path(adapter)).base_model_name_or_path
+    adapter, place, settings = Path(adapter), Path(os.path.realpath(output_dir)), {}
     if form == LORA:
-        return _lora(Path(adapter), place, base, overwrite, trust_remote_code, rank, share)
-    if form == PATCHED and getattr(adapter_config(Path(adapter)), "base_quantization", None):
-        raise KappaTuneError("The base is quantized: its files hold no tensors to lay a patch over. Use `--as merged`.")
-    finish: Callable[[Path], None] = lambda folder: None  # noqa: E731
+        return _lora(adapter, place, model, overwrite, trust_remote_code, rank, share)
     if form == PATCHED:
-        finish = lambda folder: reduce_to_patch(folder, str(base), place)  # noqa: E731
-    more = TOKENIZER_FILES if form == GGUF else ()
-    merge_adapter(adapter, output_dir, model, overwrite, trust_remote_code, dtype, more, finish)
+        config = adapter_config(adapter)
+        if getattr(config, "base_quantization", None):
+            raise KappaTuneError(
+                "The base is quantized: its files hold no tensors to lay a patch over. Use `--as merged`."
+            )
+        settings["finish"] = partial(reduce_to_patch, base=model or config.base_model_name_or_path, output_dir=place)
+    elif form == GGUF:
+        settings["more_files"] = TOKENIZER_FILES
+    merge_adapter(adapter, output_dir, model, overwrite, trust_remote_code, dtype, **settings)
     return None
 
 
@@ -76,18 +79,14 @@ def _check(form: str, dtype: str | None, rank: int | None, share: float) -> None
 def _lora(
     adapter: Path,
     place: Path,
-    base: str | None,
+    model: str | None,
     overwrite: bool,
     trust_remote_code: bool,
     rank: int | None,
     share: float,
 ) -> LoraExport:
-    if not base:
-        raise KappaTuneError(f"'{adapter}' doesn't name its base model. Give it with --model.")
-    check_adapter(adapter)
-    check_free(place, [adapter, Path(base)], overwrite)
-    config = adapter_config(adapter)
-    tuned = load_tuned(adapter, base, config, {"trust_remote_code": trust_remote_code})
+    config, base, options = source(adapter, place, model, overwrite, trust_remote_code)
+    tuned = load_tuned(adapter, base, config, options)
     with staging(place) as folder:
         found = write_lora(tuned, folder, rank, share)
         rows = [[f"`{name}`", f"{error:.2%}"] for name, error in found.errors.items()]

@@ -80,19 +80,11 @@ def merge_adapter(
     Raises:
         KappaTuneError: no adapter there, the base can't be loaded or isn't the adapter's, or `output_dir` isn't free.
     """
-    # where a link leads: it stays a link
-    adapter, output_dir = Path(adapter), Path(os.path.realpath(output_dir))
-    config = adapter_config(adapter)
-    base = model or config.base_model_name_or_path
-    if not base:
-        raise KappaTuneError(f"'{adapter}' doesn't name its base model. Give it with --model.")
     if dtype not in (None, *DTYPES):
         raise KappaTuneError(f"--dtype {dtype} is none of {', '.join(DTYPES)}.")
-    check_adapter(adapter)
-    check_free(output_dir, [adapter, Path(base)], overwrite)
-    options = {"trust_remote_code": trust_remote_code}
-    if model is None and config.revision:
-        options["revision"] = config.revision
+    # where a link leads: it stays a link
+    adapter, output_dir = Path(adapter), Path(os.path.realpath(output_dir))
+    config, base, options = source(adapter, output_dir, model, overwrite, trust_remote_code)
     tokenizer = _tokenizer(adapter, base, options)
     tuned = load_tuned(adapter, base, config, options, dtype or "auto")
     trained = trained_matrices(tuned)
@@ -114,6 +106,26 @@ def merge_adapter(
         finish(folder)
         publish(folder, output_dir)
     return output_dir
+
+
+def source(
+    adapter: Path, output_dir: Path, model: str | None, overwrite: bool, trust_remote_code: bool
+) -> tuple[PeftConfig, str, dict[str, Any]]:
+    """The adapter's config, its base and how that is loaded, for what is to be written to `output_dir`.
+
+    Raises:
+        KappaTuneError: no whole adapter there, none that names its base, or `output_dir` isn't free.
+    """
+    config = adapter_config(adapter)
+    base = model or config.base_model_name_or_path
+    if not base:
+        raise KappaTuneError(f"'{adapter}' doesn't name its base model. Give it with --model.")
+    check_adapter(adapter)
+    check_free(output_dir, [adapter, Path(base)], overwrite)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if model is None and config.revision:
+        options["revision"] = config.revision
+    return config, base, options
 
 
 def load_tuned(adapter: Path, base: str, config: PeftConfig, options: dict[str, Any], dtype: str = "auto") -> PeftModel:
@@ -139,12 +151,14 @@ def trained_matrices(tuned: PeftModel) -> dict[str, tuple[str, bool]] | None:
 
 
 def _beside(adapter: Path, merged: nn.Module) -> list[str]:
-    """Names that may differ beside the trained matrices: what else the adapter holds, and the embeddings it grew."""
+    """The checkpoint's names of modules that may differ too: what else the adapter holds, and embeddings it grew."""
     names = [name.removeprefix(PEFT_PREFIX) for name in _shapes(adapter) if VALUES not in name]
     if not names:
         return []
-    inside = [name for name, each in merged.named_modules() if name and each in embedding_modules(merged)]
-    return [name.rpartition(".")[0] for name in names if "." in name] + inside
+    embeddings = embedding_modules(merged)
+    inside = [f"{name}.weight" for name, each in merged.named_modules() if name and each in embeddings]
+    checkpoint = CheckpointNames(merged)
+    return [checkpoint.whole(name).rpartition(".")[0] for name in [*names, *inside] if "." in name]
 
 
 def _merged(tuned: PeftModel, adapter: Path, tokenizer: Any) -> PreTrainedModel:

@@ -87,9 +87,7 @@ def check_written(
             expected.add(key)
         if differs and key in written.tensors and key not in found.changed | found.new:
             raise KappaTuneError(f"Read back, {key} holds the base's values, and it was trained. {_NOTHING}")
-    # transformers leaves the prefix of a model around a model out of a checkpoint's names
-    beside = (*beside, *(name.removeprefix("model.") for name in beside))
-    others = {name for name in found.changed - expected if not name.startswith(beside)}
+    others = {name for name in found.changed - expected if not name.startswith(tuple(beside))}
     if others and expected <= written.tensors.keys():
         shown = ", ".join(sorted(others)[:SHOWN])
         raise KappaTuneError(

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from kappatune_plugin.data.examples import IGNORED
 from kappatune_plugin.interpolation.texts import Texts
-from kappatune_plugin.speech.collator import IGNORED, SpeechCollator
+from kappatune_plugin.speech.collator import SpeechCollator
 
 
 def speech_texts(

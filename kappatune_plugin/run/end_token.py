@@ -14,9 +14,9 @@ from torch import nn
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
+from kappatune_plugin.data.examples import IGNORED
 from kappatune_plugin.forgetting.measures import base_of, measuring, token_losses
 
-IGNORED = -100
 # measuring costs about as much as one or two steps
 ROWS, TOKENS, BATCH = 32, 8192, 8
 Document = tuple[list[int], list[int]]

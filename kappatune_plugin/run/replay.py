@@ -16,13 +16,14 @@ from torch import nn
 from tqdm import tqdm
 from trl import SFTTrainer, pack_dataset
 
+from kappatune_plugin.data.examples import IGNORED
 from kappatune_plugin.data.replay import SELF, ReplayConfig
 from kappatune_plugin.data.rows import load_rows
 from kappatune_plugin.distributed import ranks, shards
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.files import read_json, write_json
 from kappatune_plugin.forgetting.measures import blocks, sample_base
-from kappatune_plugin.run.end_token import IGNORED, labels_of, tokenizer_of
+from kappatune_plugin.run.end_token import labels_of, tokenizer_of
 from kappatune_plugin.scanning.cache import Cache, cache_folder
 from kappatune_plugin.weights.quantized import quantization_of
 

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kappatune_plugin.console import short_number
-from kappatune_plugin.selection.ranking import RANDOM, rank_values, ranked
+from kappatune_plugin.selection.ranking import BOUNDED, RANDOM, rank_values, ranked
 from kappatune_plugin.selection.report import KappaReport, UnitReport
 from kappatune_plugin.selection.selection import Selection
 
@@ -35,7 +35,7 @@ def chosen_table(report: KappaReport, selection: Selection, full: bool = False) 
     table = Table(title=_title(selection), box=box.SIMPLE_HEAD, padding=0, pad_edge=False, title_justify="left")
     table.add_column("", justify="right")
     table.add_column("unit", overflow="fold")
-    more = [] if selection.rank_by in ("kappa", "kappa_over_null") else [selection.rank_by.replace("_", "\n", 1)]
+    more = [] if selection.rank_by in BOUNDED else [selection.rank_by.replace("_", "\n", 1)]
     for heading in ("shape", "kappa", "kappa\n/null", *more):
         table.add_column(heading, justify="right", no_wrap=True)
     hidden = 0 if full or len(chosen) <= FIRST + LAST + 1 else len(chosen) - FIRST - LAST

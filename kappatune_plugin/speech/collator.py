@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kappatune_plugin.data.examples import IGNORED
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.speech.recordings import RECORDING, TRANSCRIPT, rate_of, read
-
-IGNORED = -100
 
 
 @dataclass

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
+from kappatune_plugin.data.examples import IGNORED
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.forgetting.measures import measuring, padded
 from kappatune_plugin.forgetting.report import finite_or_none
@@ -20,7 +21,6 @@ from kappatune_plugin.interpolation.find_changes import changes_of_adapter, chan
 from kappatune_plugin.interpolation.one_scale import largest_within
 from kappatune_plugin.interpolation.texts import Control, Texts
 from kappatune_plugin.interpolation.token_losses import texts
-from kappatune_plugin.run.end_token import IGNORED
 from kappatune_plugin.study.bench import Bench
 from kappatune_plugin.study.method_configs import peft_refusals
 from kappatune_plugin.study.settings import Frontier

@@ -19,9 +19,9 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 from trl import SFTTrainer
 
+from kappatune_plugin.data.examples import IGNORED
 from kappatune_plugin.forgetting.measures import base_in_place
 from kappatune_plugin.forgetting.report import finite_or_none
-from kappatune_plugin.run.end_token import IGNORED
 from kappatune_plugin.study.bench import Bench
 from kappatune_plugin.study.frontier import measure_frontier
 from kappatune_plugin.study.method_configs import arm_config, peft_refusals

@@ -7,8 +7,9 @@ REPOSITORY = Path(__file__).parents[2]
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 import promise  # noqa: E402
+import records  # noqa: E402
 
-RECORDS = promise.read(REPOSITORY / "docs" / "results" / "promise.jsonl")
+RECORDS = records.read(REPOSITORY / "docs" / "results" / "promise.jsonl")
 
 
 def test_the_page_says_what_was_found():
