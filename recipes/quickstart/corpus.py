@@ -1,7 +1,8 @@
 """The text that the quickstart model learned, and the task it has never seen: all of it made up by this file.
 
-Four kinds of text: facts about invented people and towns (what can be forgotten, counted exactly), sums, small stories
-(what a control loss is measured on), and letters with a tone (the task to learn later, in no pretraining text).
+Five kinds of text: facts about invented people and towns (what can be forgotten, counted exactly), sums, small stories
+(what a control loss is measured on), opposites (an answer of one word, such as the task has, and then the end of the
+text), and letters with a tone (the task to learn later, in no pretraining text).
 """
 
 import random
@@ -47,6 +48,11 @@ FOUND = (
     "a red ball", "a small key", "a blue hat", "a big shell", "a lost kitten", "an old map", "a tin box", "a toy boat",
 )  # fmt: skip
 COMPANIONS = ("friend", "cousin", "neighbour", "teacher", "classmate", "sailor")
+OPPOSITES = (
+    ("good", "bad"), ("warm", "cold"), ("fresh", "old"), ("soft", "hard"), ("clean", "dirty"), ("bright", "dark"),
+    ("quiet", "noisy"), ("full", "empty"), ("kind", "rude"), ("careful", "careless"), ("lovely", "ugly"),
+    ("sweet", "bitter"), ("wet", "dry"), ("funny", "boring"), ("happy", "sad"), ("big", "small"),
+)  # fmt: skip
 VERBS = ("gave it to", "showed it to", "hid it from", "told a secret to", "ran home to", "sang a song to")
 
 
@@ -109,6 +115,15 @@ def sum_text(rng: random.Random) -> str:
     return f"{a} + {b} = {a + b}" if rng.random() < 0.5 else f"{a + b} - {b} = {a}"
 
 
+def opposite_text(rng: random.Random) -> str:
+    """A word and its opposite, in one of three forms."""
+    word, other = rng.sample(rng.choice(OPPOSITES), 2)
+    form = rng.choice(
+        ("Question: What is the opposite of {}?\nAnswer:", "Word: {}\nOpposite:", "The opposite of {} is")
+    )
+    return f"{form.format(word)} {other}"
+
+
 def judgement(good: bool, rng: random.Random) -> str:
     """One sentence that finds a thing good or bad, three times in ten by denying the opposite."""
     noun = rng.choice(list(THINGS))
@@ -151,12 +166,14 @@ def letters(count: int, seed: int, unlike: frozenset[str] = frozenset()) -> list
 
 
 def pretraining_texts(known: list[Fact], seed: int) -> Iterator[str]:
-    """An endless stream: six tenths facts, a fifth sums, a fifth stories."""
+    """An endless stream: eleven twentieths facts, one opposites, a fifth sums, a fifth stories."""
     rng = random.Random(seed)
     while True:
         draw = rng.random()
-        if draw < 0.6:
+        if draw < 0.55:
             yield fact_text(rng.choice(known), rng)
+        elif draw < 0.6:
+            yield opposite_text(rng)
         elif draw < 0.8:
             yield sum_text(rng)
         else:

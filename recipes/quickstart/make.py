@@ -2,7 +2,7 @@
 
     python recipes/quickstart/make.py --output_dir recipes/quickstart
 
-Takes about twenty minutes on one CPU core. The text is the same on every machine; the trained weights are the same only
+Takes twenty minutes to an hour on one CPU core. The text is the same on every machine; the trained weights are the same only
 for the same versions and number of threads.
 """
 
@@ -131,6 +131,17 @@ def loss_per_token(model: OlmoeForCausalLM, tokens: PreTrainedTokenizerFast, tex
 
 
 @torch.no_grad()
+def end_token_loss(model: OlmoeForCausalLM, tokens: PreTrainedTokenizerFast) -> float:
+    """Mean loss in nats of the end token behind the right answer to the task's rows."""
+    total = 0.0
+    rows = letters(200, SEEDS["test"])
+    for row in rows:
+        ids = tokens(f"Letter: {row['text']}\nTone: {'good' if row['label'] else 'bad'}").input_ids
+        total -= model(torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)[tokens.eos_token_id].item()
+    return total / len(rows)
+
+
+@torch.no_grad()
 def expert_load(model: OlmoeForCausalLM, tokens: PreTrainedTokenizerFast, texts: list[str]) -> list[list[float]]:
     """For each layer the smallest and largest share of tokens' choices that one expert gets."""
     counts = torch.zeros(model.config.num_hidden_layers, model.config.num_experts)
@@ -179,6 +190,7 @@ def measure(folder: Path, known: list[Fact]) -> dict:
         "recall": greedy_share(model, tokens, [(question(fact), f" {fact.answer}") for fact in known]),
         "sums_right": greedy_share(model, tokens, [(start, f" {result}") for start, _, result in sums]),
         "story_loss": loss_per_token(model, tokens, stories),
+        "end_token_loss": end_token_loss(model, tokens),
         "expert_load": expert_load(model, tokens, stories[:40]),
     }
 
