@@ -6,11 +6,11 @@ from typing import Any
 
 from figures import (
     accuracy,
+    at_two_rates,
     difference,
     gentlest,
     less_than,
     outcome,
-    rate_ratios,
     rise,
     steps,
     times_a_third,
@@ -24,6 +24,12 @@ TUNED = {
     "moe-sst2": "experts, SST-2",
 }
 CHOICES = ("dense-subj-choices", "moe-subj-choices")
+CRITERIA = {
+    "κ over that of a random matrix of the shape": "lowest:rank_by=kappa_over_null",
+    "log-volume": "highest:rank_by=log_volume",
+    "a share of each type": "lowest_per_type",
+    "measured gain over forgetting": "highest:rank_by=gain_over_forgetting",
+}
 NO_ROUTERS = "lowest:exclude=[router]"
 SWEEPS = {"quickstart-sweep": "quickstart", "moe-subj-sweep": "experts, Subj"}
 
@@ -53,67 +59,54 @@ def conclusions(contents: Mapping[str, Any]) -> str:
 
 
 def quickstart(contents: Mapping[str, Any]) -> list[str]:
-    """The quickstart's results on κ-lowest, their cause, and on learning rates."""
+    """The quickstart's results on κ-lowest, on the end token, and on learning rates."""
     target, grid = contents["quickstart-target"], contents["quickstart"]
-    ratios, fastest = rate_ratios(grid), max(grid["settings"]["learning_rates"])
-    higher = sum(method["learning_rate"] == fastest for method in grid["methods"])
+    (rate,), (slow, *_, fast) = target["settings"]["learning_rates"], sorted(grid["settings"]["learning_rates"])
+    rates = [f"{name} {tried[0]:+.3f} and {tried[1]:+.3f}" for name, tried in at_two_rates(grid).items()]
     return [
-        f"- **On the quickstart the κ-lowest selection forgets least of the tools people would use, and learns "
-        f"slowest.** At one learning rate ({target['settings']['learning_rates'][0]:g}), when the training loss first "
-        f"reaches {target['target_loss']:g}, the control loss has risen by {rise(target, 'lowest')} nats a token; with "
-        f"LoRA by {rise(target, 'lora')}, OSF {rise(target, 'osf')}, full fine-tuning {rise(target, 'full')}. Against "
-        f"LoRA that is {difference(target, 'lowest', 'lora')}. It takes {steps(target, 'lowest')} steps, LoRA "
-        f"{steps(target, 'lora')}, full fine-tuning {steps(target, 'full')}.",
-        "- **It comes from training experts; that κ chooses well among them can't be told.** All that it selects there "
-        f"are expert matrices. Random ones (`random_mlp`, another draw a seed) forget {rise(target, 'random_mlp')}, in "
+        "- **On the quickstart nothing that people use forgets much at a moderate rate, and κ-lowest is the slowest.** "
+        f"At {rate:g}, when the training loss first reaches {target['target_loss']:g}, the control loss has risen by "
+        f"{rise(target, 'lowest')} nats a token in {steps(target, 'lowest')} steps; with LoRA by "
+        f"{rise(target, 'lora')} in {steps(target, 'lora')}, OSF {rise(target, 'osf')} in {steps(target, 'osf')}, "
+        f"attention alone {rise(target, 'attention_only')} in {steps(target, 'attention_only')}, full fine-tuning "
+        f"{rise(target, 'full')} in {steps(target, 'full')}. Against LoRA κ-lowest is "
+        f"{difference(target, 'lowest', 'lora')}.",
+        "- **What earlier versions of this page showed there was the end token.** Their base had never seen one, "
+        "and had to learn to stop; that took κ-lowest long and disturbed it little. The base of today knows its end "
+        "token, and the lead over LoRA is gone.",
+        "- **That κ chooses well among the experts can't be told.** All that it selects there are expert matrices. "
+        f"Random ones (`random_mlp`, another draw a seed) forget {rise(target, 'random_mlp')}, in "
         f"{steps(target, 'random_mlp')} steps; {less_than(target, 'random_mlp', 'lowest')} draws forget less than any "
         f"κ-lowest run, and the difference is {difference(target, 'lowest', 'random_mlp')}. Random matrices of "
-        f"the same shapes forget {rise(target, 'shape_matched_random')}. κ-highest takes every attention matrix first, "
-        f"and forgets {rise(target, 'highest')}, attention alone {rise(target, 'attention_only')}. Why κ falls that "
-        "way: attention is square here and experts are not, and a square matrix has a large κ whatever was learned "
-        "(`kappatune scan` prints it beside that of a random matrix of the shape).",
-        f"- **The learning rate matters as much.** With 3e-3 in the place of 1e-3, the same method "
-        f"forgets {min(ratios.values()):.1f} to {max(ratios.values()):.1f} times as much at the same training loss "
-        f"({len(ratios)} methods, one seed each). Held-out task loss, by which rates are usually chosen, prefers the "
-        f"higher one for {higher} of {len(grid['methods'])} methods: what a choice of matrices saves, a rate that is "
-        "chosen by the task alone can cost again.",
-        f"- **After equal steps it looks better than it is.** After {grid['steps']} steps κ-lowest has forgotten "
-        f"{rise(grid, 'lowest', 'final')} against LoRA's {rise(grid, 'lora', 'final')}, but it has hardly learned: "
-        f"{accuracy(grid, 'lowest')} against {accuracy(grid, 'lora')}.",
+        f"the same shapes forget {rise(target, 'shape_matched_random')}, κ-highest, which takes every attention matrix "
+        f"first, {rise(target, 'highest')}.",
+        f"- **The learning rate matters most.** Forgotten at the same training loss with {slow:g} and with {fast:g} "
+        f"(one seed): {'; '.join(rates)}. Held-out task loss, by which rates are usually chosen, prefers the higher "
+        f"one for {sum(method['learning_rate'] == fast for method in grid['methods'])} of {len(grid['methods'])} "
+        f"methods, κ-lowest among them: so chosen it has forgotten {rise(grid, 'lowest', 'final')} after "
+        f"{grid['steps']} steps ({accuracy(grid, 'lowest')} right), LoRA "
+        f"{rise(grid, 'lora', 'final')} ({accuracy(grid, 'lora')}).",
     ]
 
 
 def other_criteria(contents: Mapping[str, Any]) -> list[str]:
     """The quickstart's results with other ways to choose matrices."""
-    target, lines = contents["quickstart-target"], []
-    tried = {
-        "lowest:rank_by=kappa_over_null": "κ over that of a random matrix of the shape",
-        "lowest_per_type": "κ-lowest with a share of each type of matrix",
-        "highest:rank_by=log_volume": "log-volume",
-        "highest:rank_by=gain_over_forgetting": "measured gain over forgetting",
-    }
+    target = contents["quickstart-target"]
     names = [method["name"] for method in target["methods"]]
-    found = [f"{words} (`{name}`) {outcome(target, name)}" for name, words in tried.items() if name in names]
-    if found:
-        lines.append(
-            f"- **No other criterion forgets less than κ-lowest; two are a middle.** At the same point: "
-            f"{'; '.join(found)}. κ over its shape's and a share of each type take some attention along: they are "
-            f"there as soon as LoRA, and forget {difference(target, 'lowest:rank_by=kappa_over_null', 'lora')} and "
-            f"{difference(target, 'lowest_per_type', 'lora')} against it."
-        )
-    return lines
+    found = [f"{words} (`{name}`) {outcome(target, name)}" for words, name in CRITERIA.items() if name in names]
+    gain, volume = CRITERIA["measured gain over forgetting"], CRITERIA["log-volume"]
+    return [
+        f"- **Other criteria there.** At the same point: {'; '.join(found)}. Measured gain over forgetting is as fast "
+        f"as LoRA, and against it {difference(target, gain, 'lora')}; against κ-lowest "
+        f"{difference(target, gain, 'lowest')}. "
+        f"Log-volume is the only one that is clearly worse: {difference(target, volume, 'lora')} against LoRA."
+    ]
 
 
 def pretrained(contents: Mapping[str, Any]) -> list[str]:
     """The results of the small pretrained models."""
     dense, experts = (contents[name] for name in CHOICES)
     tuned = {title: contents[name] for name, title in TUNED.items()}
-    criteria = {
-        "κ over that of a random matrix of the shape": "lowest:rank_by=kappa_over_null",
-        "log-volume": "highest:rank_by=log_volume",
-        "a share of each type": "lowest_per_type",
-        "measured gain over forgetting": "highest:rank_by=gain_over_forgetting",
-    }
 
     def both(name: str) -> str:
         return f"{rise(dense, name)} and {rise(experts, name)}"
@@ -132,7 +125,7 @@ def pretrained(contents: Mapping[str, Any]) -> list[str]:
         f"are wide. Leaving the routers out changes {difference(experts, NO_ROUTERS, 'lowest')}; leaving out attention "
         f"too, {apart('lowest_mlp', 'lowest')}. Attention alone forgets {both('attention_only')}. Other criteria, "
         "against κ-lowest: "
-        + "; ".join(f"{words} (`{name}`) {apart(name, 'lowest')}" for words, name in criteria.items())
+        + "; ".join(f"{words} (`{name}`) {apart(name, 'lowest')}" for words, name in CRITERIA.items())
         + ".",
         "- **Against LoRA it depends on how the rates are chosen.** With 1e-3 or 3e-3, by held-out loss (SST-2), "
         f"κ-lowest forgets {pair(tuned, 'SST-2', 'lowest')} against LoRA, within the MLP or the experts "
@@ -169,7 +162,7 @@ def rates(tuned: Mapping[str, Any]) -> list[str]:
 
 def sweeps(contents: Mapping[str, Any]) -> list[str]:
     """The measurements and recommendations of `kappatune sweep`."""
-    parts = []
+    parts, recommended = [], []
     for name, title in SWEEPS.items():
         content = contents[name]
         each = ", ".join(
@@ -178,10 +171,11 @@ def sweeps(contents: Mapping[str, Any]) -> list[str]:
             for method in content["methods"]
         )
         parts.append(f"{title}: {each}")
+        recommended.append(content["recommendation"]["method"].partition("k=")[2])
     return [
         "- **How many matrices: which ones they are matters more.** On the experts 10% of the matrices, which are the "
         "routers and a `v_proj`, forget as much as all of them. Task accuracy and control loss after equal steps, by "
         "`kappatune sweep`: "
-        f"{'; '.join(parts)}. It recommends everything in both cases: it "
-        "goes by the task alone, and at a fixed number of steps no smaller budget learned as well.",
+        f"{'; '.join(parts)}. It recommends {' and '.join(recommended)}: it goes by the task first, and takes the "
+        "smallest budget that learned as well as the best in these steps.",
     ]

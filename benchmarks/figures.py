@@ -44,13 +44,13 @@ def method_of(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return next(method for method in content["methods"] if method["name"] == name)
 
 
-def rate_ratios(content: Mapping[str, Any]) -> dict[str, float]:
-    """Method -> forgetting at the target with the grid's highest rate over that with its lowest (first seed)."""
+def at_two_rates(content: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """Method -> forgetting at the target with the grid's lowest and highest rate (first seed)."""
     found = {}
     for method in content["methods"]:
         tries = [method["grid"][rate]["at_target"] for rate in sorted(method["grid"], key=float)]
         if len(tries) > 1 and tries[0] and tries[-1]:
-            found[method["name"]] = tries[-1]["control_loss_change"] / tries[0]["control_loss_change"]
+            found[f"`{method['name']}`"] = tries[0]["control_loss_change"], tries[-1]["control_loss_change"]
     return found
 
 

@@ -2,8 +2,8 @@
 
     python recipes/quickstart/make.py --output_dir recipes/quickstart
 
-Takes twenty minutes to an hour on one CPU core. The text is the same on every machine; the trained weights are the same only
-for the same versions and number of threads.
+Takes twenty minutes to an hour on one CPU core. The text is the same on every machine; the trained weights are the same
+only for the same versions and number of threads.
 """
 
 import argparse
