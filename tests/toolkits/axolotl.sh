@@ -66,7 +66,15 @@ environment python3 install
 
 yaml llama tiny-llama 5
 refused "no trained adapter" axolotl inference llama.yaml --launcher python
+# its own command chooses what `train` chooses
+quietly scan.log axolotl kappatune-scan llama.yaml --output scanned.json
+quietly scan.log kappatune select scanned.json --k 5 --output scanned-selection.json
 train llama
+python - scanned-selection.json out-llama/selection.json <<'PYTHON'
+import json, sys
+scanned, trained = ([unit["name"] for unit in json.load(open(path))["units"]] for path in sys.argv[1:])
+assert scanned == trained, (scanned, trained)
+PYTHON
 merged llama tiny-llama
 # what `inference` loads is what was trained
 quietly inference.log sh -c "echo 'the cat' | axolotl inference llama.yaml --launcher python"
