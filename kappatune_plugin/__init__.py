@@ -63,4 +63,5 @@ def __dir__() -> list[str]:
 def _register(peft: Any) -> None:
     # the module registers its classes
     import_module(f"{__name__}.tuner.model")
-    import_module(f"{__name__}.export.card_hooks").follow(peft)
+    for hooks in ("card_hooks", "lora_hooks"):
+        import_module(f"{__name__}.export.{hooks}").follow(peft)

@@ -15,6 +15,8 @@ from kappatune_plugin.tuner.model import KappaTuneModel
 from kappatune_plugin.weights.units import embedding_modules, unit_block
 
 MERGE = "Export a plain checkpoint with `--as merged`, which holds everything."
+# of the names in an adapter's file
+PREFIX = "base_model.model."
 # how far a change read back may lie from the one that was written, as a share of its size: float32's rounding
 ROUNDING = 1e-4
 
@@ -76,9 +78,7 @@ def write_lora(tuned: PeftModel, folder: Path, rank: int | None = None, share: f
     Raises:
         KappaTuneError: what LoRA can't carry, or a rank that no matrix has.
     """
-    changes = changes_of(tuned)
-    if not changes:
-        raise KappaTuneError("The adapter changes nothing: there is nothing to export.")
+    changes = _something(changes_of(tuned))
     rank = rank or rank_for(changes, share)
     largest = max(min(change.shape[-2:]) for change in changes.values())
     if not 1 <= rank <= largest:
@@ -86,7 +86,7 @@ def write_lora(tuned: PeftModel, folder: Path, rank: int | None = None, share: f
     config, base = tuned.active_peft_config, tuned.unload()
     lora = get_peft_model(base, _config(base, changes, rank, config.base_model_name_or_path, config.task_type))
     for name, layer in _layers(lora).items():
-        up, down = _factors(changes[name], rank, layer)
+        up, down = _factors(changes[name], rank, layer.get_base_layer())
         layer.lora_A["default"].weight.data = down.to(layer.lora_A["default"].weight.dtype)
         layer.lora_B["default"].weight.data = up.to(layer.lora_B["default"].weight.dtype)
     expected = {name: _error(changes[name], layer) for name, layer in _layers(lora).items()}
@@ -96,6 +96,47 @@ def write_lora(tuned: PeftModel, folder: Path, rank: int | None = None, share: f
     if found.keys() != changes.keys() or any(abs(found[name] - expected[name]) > ROUNDING for name in found):
         raise KappaTuneError(f"Read back, the LoRA adapter holds other values than were written. {MERGE}")
     return LoraExport(rank, found)
+
+
+def as_lora(tuned: PeftModel, rank: float, adapter_name: str = "default") -> tuple[LoraConfig, dict[str, Tensor]]:
+    """What `peft.convert_to_lora` gives for an adapter of ours: the nearest LoRA adapter, its values by their names.
+
+    Args:
+        rank: of every matrix; a float: the smallest at which each keeps this share of the sum of its squared singular
+            values.
+
+    Raises:
+        KappaTuneError: a rank that no matrix has, an adapter that isn't active, slices, or what LoRA can't carry.
+    """
+    if adapter_name not in tuned.active_adapters:
+        raise KappaTuneError(
+            f"Adapter '{adapter_name}' isn't active, '{tuned.active_adapters[0]}' is: model.set_adapter('...') first."
+        )
+    slices = [layer.unit.name for layer in tuned.base_model.layers() if not layer.supports_lora_conversion()]
+    if slices:
+        raise KappaTuneError(
+            f"{len(slices)} trained matrices are no whole linear layers, such as {slices[0]}, and PEFT's conversion "
+            "knows no others. `kappatune export ADAPTER --as lora` writes fused experts too."
+        )
+    changes, ranks, values = _something(changes_of(tuned)), {}, {}
+    largest = min(min(change.shape) for change in changes.values())
+    if not (1 <= rank <= largest if isinstance(rank, int) else 0 < rank <= 1):
+        raise KappaTuneError(f"rank is {rank}, expected a whole number from 1 to {largest}, or a share up to 1.0.")
+    for name, change in changes.items():
+        owner = name.removesuffix(".weight")
+        ranks[owner] = rank if isinstance(rank, int) else rank_for({name: change}, rank**0.5)
+        up, down = _factors(change, ranks[owner], tuned.base_model.model.get_submodule(owner))
+        values |= {f"{PREFIX}{owner}.lora_A.weight": down, f"{PREFIX}{owner}.lora_B.weight": up}
+    base = tuned.peft_config[adapter_name]
+    config = _config(tuned.base_model.model, changes, max(ranks.values()), base.base_model_name_or_path, base.task_type)
+    config.rank_pattern, config.alpha_pattern = ranks, dict(ranks)
+    return config, values
+
+
+def _something(changes: dict[str, Tensor]) -> dict[str, Tensor]:
+    if not changes:
+        raise KappaTuneError("The adapter changes nothing: there is nothing to export.")
+    return changes
 
 
 def _config(
@@ -125,12 +166,10 @@ def _layers(lora: PeftModel) -> dict[str, LoraLayer]:
     return found
 
 
-def _factors(change: Tensor, rank: int, layer: LoraLayer) -> tuple[Tensor, Tensor]:
+def _factors(change: Tensor, rank: int, base: nn.Module) -> tuple[Tensor, Tensor]:
     """LoRA's B and A, as PEFT lays them out: of experts A is (experts x rank, in) and B (out, rank x experts)."""
     # GPT-2's Conv1D and fused experts of GPT-OSS are stored (in, out)
-    turned = isinstance(layer.get_base_layer(), Conv1D) or (
-        change.ndim == 3 and getattr(layer.get_base_layer(), "is_transposed", False)
-    )
+    turned = isinstance(base, Conv1D) or (change.ndim == 3 and getattr(base, "is_transposed", False))
     stack = change.reshape(-1, *change.shape[-2:])
     left, sigma, right = torch.linalg.svd(stack.transpose(1, 2) if turned else stack, full_matrices=False)
     kept = min(rank, sigma.shape[1])

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from kappatune_plugin.distributed import ranks, shards
 from kappatune_plugin.distributed.unsupported import OFFLOADED, offloads
@@ -170,6 +171,10 @@ class KappaTuneLayer(nn.Module, BaseTunerLayer):
     def get_base_layer(self) -> nn.Module:
         """The module that owns the base parameter."""
         return self.owner
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `peft.convert_to_lora` takes this unit: a whole linear layer, no slice of fused experts."""
+        return isinstance(self.owner, nn.Linear | Conv1D) and not self.unit.index
 
     def set_adapter(self, adapter_names: str | list[str], *args: Any, **kwargs: Any) -> None:
         """Activate one adapter and write its values.
