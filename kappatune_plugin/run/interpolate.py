@@ -185,12 +185,15 @@ def _task_texts(recipe: Recipe, rows: Dataset, tokenizer: Any, model: nn.Module)
 
 
 def _affordable(recipe: Recipe, rows: Texts, model: nn.Module) -> int | None:
-    """The tokens that STEPS training steps read, a backward pass counted as two more; None for a small model."""
+    """The tokens that a model can read in the time of STEPS training steps; None for a small model.
+
+    A step takes about as long as reading its tokens twice: most weights are frozen and need no gradient.
+    """
     args = recipe.training_args
     if sum(parameter.numel() for parameter in model.parameters()) < SMALL:
         return None
     longest = args.max_length if args.packing else np.mean(rows.lengths)
-    return int(3 * STEPS * longest * args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
+    return int(2 * STEPS * longest * args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
 
 
 def _control_documents(recipe: Recipe, data: ForgettingData, probe: ForgettingProbe) -> dict[str, list[list[Piece]]]:
