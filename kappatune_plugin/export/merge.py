@@ -18,11 +18,11 @@ from transformers.utils import cached_file
 from kappatune_plugin.compat import newer_tokenizer
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.export.card import write_card
-from kappatune_plugin.export.read_back import changed_in_memory, check_written
+from kappatune_plugin.export.read_back import changed_in_memory, check_names, check_written
 from kappatune_plugin.model_folder import CARD_PICTURES, check_free, publish, staging
 from kappatune_plugin.tuner.adapter_folder import ADAPTER, adapter_config, check_adapter, load_adapter
 from kappatune_plugin.tuner.values import VALUES
-from kappatune_plugin.weights.checkpoint_names import CheckpointNames
+from kappatune_plugin.weights.checkpoint_names import CheckpointNames, dtypes_to_save
 from kappatune_plugin.weights.load_model import model_class
 from kappatune_plugin.weights.quantized import whole_model
 from kappatune_plugin.weights.safetensors_files import checkpoint_files
@@ -95,6 +95,8 @@ def merge_adapter(
             tokenizer.save_pretrained(folder)
         for path in filter(None, (_file(name, adapter, base, options) for name in [*PROCESSOR_FILES, *more_files])):
             shutil.copyfile(path, folder / path.name)
+        if saved := dtypes_to_save(merged):
+            check_names(folder, saved)
         noted = getattr(config, "base_quantization", None)
         files = [] if noted or dtype or trained is None else checkpoint_files(base)
         if files:

@@ -1,6 +1,6 @@
 """What was written, read again: exactly what was trained differs from the base."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,6 +63,21 @@ def changed_in_memory(layers: Collection[KappaTuneLayer], names: CheckpointNames
         differs = not torch.equal(layer.block.detach().cpu(), before.cpu())
         found[layer.unit.name] = (names.whole(layer.unit.parameter), differs)
     return found
+
+
+def check_names(folder: Path, saved: Mapping[str, torch.dtype]) -> None:
+    """Raise KappaTuneError unless the checkpoint in `folder` holds these tensors in these dtypes, and no others."""
+    written = TensorFiles(folder.glob("*.safetensors"))
+    dtypes = {name: written.read(name).dtype for name in written.tensors}
+    problems = {
+        "missing": saved.keys() - dtypes.keys(),
+        "there that the model doesn't have": dtypes.keys() - saved.keys(),
+        "of another dtype": {name for name in saved.keys() & dtypes.keys() if saved[name] != dtypes[name]},
+    }
+    for what, names in problems.items():
+        if names:
+            shown = ", ".join(sorted(names)[:SHOWN])
+            raise KappaTuneError(f"Read back, {len(names)} tensors are {what}, such as {shown}. {_NOTHING}")
 
 
 def check_written(

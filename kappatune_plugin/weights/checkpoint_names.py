@@ -6,6 +6,7 @@ when it saves. The same reversed rules give the names here. transformers 4 keeps
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 
@@ -45,6 +46,22 @@ class CheckpointNames:
         for renaming in self._renamings:
             name, _ = renaming.rename_source_key(name)
         return name
+
+
+def dtypes_to_save(model: nn.Module) -> dict[str, torch.dtype] | None:
+    """The checkpoint's name and dtype of each tensor that `save_pretrained` would write; None with transformers 4."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+        from transformers.modeling_utils import remove_tied_weights_from_state_dict
+    except ImportError:
+        return None
+    values = model.state_dict()
+    for name in model._keys_to_ignore_on_save or ():
+        values.pop(name, None)
+    values = remove_tied_weights_from_state_dict(values, model)
+    # without values, which a large model has once only
+    values = {name: torch.empty_like(value, device="meta") for name, value in values.items()}
+    return {name: value.dtype for name, value in revert_weight_conversion(model, values).items()}
 
 
 def _reversed_transforms(model: nn.Module) -> tuple[list, list]:
