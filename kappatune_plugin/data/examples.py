@@ -118,6 +118,27 @@ def own_choices(pairs: Sequence[tuple[Any, Any]], labels: Mapping[Any, str]) -> 
     return found
 
 
+def check_labels(labels: Any) -> Any:
+    """`labels` of a recipe as a mapping from values to words; a list names words that stand for themselves.
+
+    Raises:
+        KappaTuneError: neither, or words that are no texts.
+    """
+    if isinstance(labels, list) and labels and all(isinstance(word, str | bool | int | float) for word in labels):
+        labels = {word: word for word in labels}
+    if not isinstance(labels, Mapping) or not labels:
+        raise KappaTuneError(f"expected a mapping such as {{0: 'no', 1: 'yes'}}, found {labels!r}.")
+    problems = []
+    for value, word in labels.items():
+        if isinstance(word, bool):
+            problems.append(f"YAML reads a bare yes or no as true or false: quote the word of {value!r}.")
+        elif not isinstance(word, str | int | float):
+            problems.append(f"the word of {value!r} is {word!r}; expected a text.")
+    if problems:
+        raise KappaTuneError("\n".join(problems))
+    return labels
+
+
 def _choices(labels: Mapping[Any, str]) -> list[str]:
     # values that share a word are one choice
     words = list(dict.fromkeys(str(word) for word in labels.values()))

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from kappatune_plugin.forgetting.report import SHARES
+from kappatune_plugin.forgetting.report import SHARES, recall_title
 from kappatune_plugin.selection.names import layer_and_type
 from kappatune_plugin.version import __version__
 
@@ -68,9 +68,8 @@ def forgetting(measured: Mapping[str, Any]) -> str:
         )
         rows.append(_row(title, task["before"], task["after"], kept.get(f"task_{task['metric']}"), share))
     if recall := measured.get("recall"):
-        rows.append(
-            _row(f"recall of {recall['facts']} facts", recall["before"], recall["after"], kept.get("recall"), True)
-        )
+        title = recall_title(recall["metric"], recall["facts"])
+        rows.append(_row(title, recall["before"], recall["after"], kept.get("recall"), True))
     for name, row in measured.get("control", {}).items():
         rows.append(_row(f"{name}: loss", row["loss_before"], row["loss_after"], kept.get(f"{name}_loss")))
         rows.append(_row(f"{name}: KL to the base", 0.0, row["kl_after"], kept.get(f"{name}_kl")))

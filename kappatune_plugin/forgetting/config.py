@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, TypeAdapter, field_validator
 
 from kappatune_plugin.checks import did_you_mean
+from kappatune_plugin.data.examples import check_labels
 from kappatune_plugin.data.rows import DataSet
 from kappatune_plugin.data.templates import TemplateText
 from kappatune_plugin.errors import KappaTuneError
@@ -21,10 +22,16 @@ def _named_control(spec: Any) -> Any:
 
 
 class Recall(DataSet):
-    """The block `forgetting.recall:`, a data set of facts and how to ask for them."""
+    """The block `forgetting.recall:`, a data set of facts, or of another task, and how to ask for them."""
 
     prompt: TemplateText = Field(description="Template of the question.", examples=[RECALL_EXAMPLE])
     completion: TemplateText = Field(description="Template of the right answer.", examples=[RECALL_EXAMPLE])
+    labels: Annotated[Any, AfterValidator(lambda labels: None if labels is None else check_labels(labels))] = Field(
+        default=None,
+        description="As data.labels, for another task that isn't trained: right is the likeliest of these answers. "
+        "null: right is what greedy decoding gives.",
+    )
+    label_column: str = Field(default="label", description="The column that labels words.")
 
 
 class Generate(Block):
@@ -66,7 +73,7 @@ class ForgettingConfig(Block):
     )
     every: Whole = Field(default=0, ge=0, description="Measure every so many steps; 0 only before and after.")
     recall: Recall | None = Field(
-        default=None, description="A data set of facts, with the templates prompt and completion."
+        default=None, description="A data set of facts, or of another task, with the templates prompt and completion."
     )
     batch_size: Whole = Field(default=8, ge=1, description="Texts measured at once.")
     max_length: Whole = Field(default=256, ge=2, description="Longest piece of text that is measured, in tokens.")

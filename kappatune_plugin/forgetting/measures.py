@@ -212,7 +212,11 @@ def completion_kl(
 
 
 def label_accuracy(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[ChoiceExample], batch_size: int = 8
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[ChoiceExample],
+    batch_size: int = 8,
+    name: str = "task",
 ) -> float:
     """Share of examples whose right choice has the highest log-likelihood after the prompt; NaN if a likelihood is NaN.
 
@@ -228,7 +232,7 @@ def label_accuracy(
         if len(example.choices) < 2:
             raise KappaTuneError(f"An example has {len(example.choices)} choices, two at least: {example.prompt!r}.")
         pairs += [completion_ids(tokenizer, example.prompt, choice) for choice in example.choices]
-    found = [-nats for nats, _ in _completion_losses(model, pairs, batch_size, "task")]
+    found = [-nats for nats, _ in _completion_losses(model, pairs, batch_size, name)]
     if any(map(math.isnan, found)):
         # nothing is greater than NaN: the first choice would win
         return math.nan

@@ -3,13 +3,14 @@
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from kappatune_plugin.data.examples import ChoiceExample, pairs
+from kappatune_plugin.data.examples import ChoiceExample, choice_examples, pairs
 from kappatune_plugin.data.rows import load_rows
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.forgetting.answers import answer_accuracy
@@ -46,13 +47,13 @@ class ForgettingData:
         controls: name -> texts; None where the base model writes them.
         task: test examples with labels, or (prompt, completion) pairs without, which are texts or lists of messages;
             empty for no task.
-        facts: (prompt, completion) pairs to recall.
+        facts: (prompt, completion) pairs to recall, or questions of another task with their possible answers.
         speech: test recordings, in the place of `task`.
     """
 
     controls: dict[str, list[str] | None] = field(default_factory=dict)
     task: Task = field(default_factory=list)
-    facts: list[tuple[str, str]] = field(default_factory=list)
+    facts: list[tuple[str, str]] | list[ChoiceExample] = field(default_factory=list)
     speech: SpeechTask | None = None
 
     @classmethod
@@ -100,7 +101,7 @@ class ForgettingProbe:
     tokenizer: PreTrainedTokenizerBase
     controls: dict[str, list[list[int]]] = field(default_factory=dict)
     task: Task = field(default_factory=list)
-    facts: list[tuple[str, str]] = field(default_factory=list)
+    facts: list[tuple[str, str]] | list[ChoiceExample] = field(default_factory=list)
     batch_size: int = 8
     generate: dict[str, int] | None = None
     harness: dict[str, Any] | None = None
@@ -139,7 +140,7 @@ class ForgettingProbe:
         if self.task:
             parts.append(f"{len(self.task)} test examples" + (", written" if self.generate is not None else ""))
         parts += [f"{len(self.speech.rows)} recordings, transcribed"] if self.speech else []
-        parts += [f"{len(self.facts)} facts"] if self.facts else []
+        parts += [f"{len(self.facts)} {'questions' if self._other_task else 'facts'}"] if self.facts else []
         parts += ["the harness"] if self.harness is not None else []
         return ", ".join(parts)
 
@@ -163,7 +164,13 @@ class ForgettingProbe:
         answers = Counter(each.choices[each.answer] for each in self.task if isinstance(each, ChoiceExample))
         majority = max(answers.values()) / len(self.task) if answers else None
         examples = len(self.task) if self.speech is None else len(self.speech.rows)
-        return ForgettingReport(list(self.controls), self.metric, len(self.facts), examples, majority)
+        report = ForgettingReport(list(self.controls), self.metric, len(self.facts), examples, majority)
+        report.recall_metric = "accuracy" if self._other_task else report.recall_metric
+        return report
+
+    @property
+    def _other_task(self) -> bool:
+        return bool(self.facts) and isinstance(self.facts[0], ChoiceExample)
 
     def measure(self, model: nn.Module, quick: bool = False, remember: Remember = measured_now) -> dict[str, float]:
         """The losses and perplexities of the controls, the task's metric, the share of facts recalled, the harness.
@@ -183,7 +190,9 @@ class ForgettingProbe:
             found |= remember(f"{key} {self.task}", lambda: {key: measure(*settings)})
         if self.facts:
             settings = model, self.tokenizer, self.facts, self.batch_size
-            found |= remember(f"recall {self.facts}", lambda: {"recall": exact_recall(*settings)})
+            other = partial(label_accuracy, name="another task")
+            recall = other if self._other_task else exact_recall
+            found |= remember(f"recall {self.facts}", lambda: {"recall": recall(*settings)})
         return found if quick else {**found, **self._slow(model)}
 
     def _loss(self, model: nn.Module, pieces: list[list[int]], name: str) -> dict[str, float]:
@@ -274,7 +283,10 @@ def _control_texts(spec: Mapping[str, Any], name: str, config: ForgettingConfig,
     return [texts[position * len(texts) // count] for position in range(count)]
 
 
-def _facts(config: ForgettingConfig, folder: Path | None) -> list[tuple[str, str]]:
-    spec = config.recall.model_dump(exclude_unset=True, exclude={"prompt", "completion"})
-    rows = load_rows(spec, "forgetting.recall", folder)
-    return pairs(rows, config.recall.prompt, config.recall.completion)[: config.max_samples]
+def _facts(config: ForgettingConfig, folder: Path | None) -> list[tuple[str, str]] | list[ChoiceExample]:
+    asked = config.recall
+    own = {"prompt", "completion", "labels", "label_column"}
+    rows = load_rows(asked.model_dump(exclude_unset=True, exclude=own), "forgetting.recall", folder)
+    if asked.labels is None:
+        return pairs(rows, asked.prompt, asked.completion)[: config.max_samples]
+    return choice_examples(rows, asked.prompt, asked.completion, asked.labels, asked.label_column)[: config.max_samples]

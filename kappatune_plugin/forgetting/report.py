@@ -13,6 +13,7 @@ from kappatune_plugin.files import read_json, write_json
 HARNESS = "lm_eval/"
 # of the task's metrics, those that count right answers
 SHARES = ("accuracy", "answer_accuracy")
+EXACT_MATCH = "exact_match"
 # of recordings: word errors a word said, with what they are made of
 WER, ERRORS = "wer", ("cer", "substitutions", "deletions", "insertions", "words")
 
@@ -25,6 +26,7 @@ class ForgettingReport:
         steps: [{"step": n, ...}] of those in between.
         kept: as `after`, once what was trained was scaled back; empty where it wasn't.
         examples: how many the task has.
+        recall_metric: "exact_match" of facts, or "accuracy" of another task's questions.
         majority: share of the task's examples whose answer is the most frequent one; None for a task without labels.
         budget: what `k: auto` decided: {"start", "most", "matrices", "steps": [{"step", "action", "matrices",
             "reason"}]}; None for a fixed k.
@@ -34,7 +36,7 @@ class ForgettingReport:
         self, controls: list[str], metric: str | None, facts: int, examples: int = 0, majority: float | None = None
     ) -> None:
         self.controls, self.metric, self.facts = controls, metric, facts
-        self.examples, self.majority = examples, majority
+        self.examples, self.majority, self.recall_metric = examples, majority, EXACT_MATCH
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
         self.kept: dict[str, float] = {}
@@ -79,7 +81,7 @@ class ForgettingReport:
                 content["task"]["majority"] = self.majority
         if self.facts:
             recall = {"before": before.get("recall"), "after": after.get("recall")}
-            content["recall"] = {"metric": "exact_match", "facts": self.facts, **recall}
+            content["recall"] = {"metric": self.recall_metric, "facts": self.facts, **recall}
         harness = {key: {"before": before[key], "after": after.get(key)} for key in before if key.startswith(HARNESS)}
         if harness:
             content["lm_eval"] = {key.removeprefix(HARNESS): values for key, values in harness.items()}
@@ -115,7 +117,7 @@ class ForgettingReport:
             errors = ERRORS[:-1] if self.metric == WER else ()
             rows += [(f"task {error}" + (" (words)" if error != "cer" else ""), f"task_{error}", 0) for error in errors]
         if self.facts:
-            rows.append((f"recall of {self.facts} facts", "recall", self.facts))
+            rows.append((recall_title(self.recall_metric, self.facts), "recall", self.facts))
         for name in self.controls:
             rows.append((f"{name}: loss a token (nats)", f"{name}_loss", 0))
             rows.append((f"{name}: perplexity", f"{name}_ppl", 0))
@@ -155,6 +157,11 @@ class ForgettingReport:
         """
         rises = [measured[f"{name}_loss"] - self.before[f"{name}_loss"] for name in self.controls]
         return max(rise if math.isfinite(rise) else math.inf for rise in rises) if rises else None
+
+
+def recall_title(metric: str, count: int) -> str:
+    """What tables call the row of `recall`."""
+    return f"recall of {count} facts" if metric == EXACT_MATCH else f"another task: accuracy ({count} examples)"
 
 
 def shown(value: float, count: int) -> str:

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, StrictBool, ValidationInfo, field_validator, model_validator
 
+from kappatune_plugin.data.examples import check_labels
 from kappatune_plugin.data.replay import ReplayConfig
 from kappatune_plugin.data.rows import TEMPLATES, DataSet, DataSets, one_or_more
 from kappatune_plugin.data.templates import TemplateText, check_template
@@ -82,22 +83,6 @@ def _test_sets(specs: Any) -> Any:
     return TestSet.given(specs) if isinstance(specs, Mapping) else one_or_more(specs)
 
 
-def _check_labels(labels: Any) -> Any:
-    if isinstance(labels, list) and labels and all(isinstance(word, str | bool | int | float) for word in labels):
-        labels = {word: word for word in labels}
-    if not isinstance(labels, Mapping) or not labels:
-        raise KappaTuneError(f"expected a mapping such as {{0: 'no', 1: 'yes'}}, found {labels!r}.")
-    problems = []
-    for value, word in labels.items():
-        if isinstance(word, bool):
-            problems.append(f"YAML reads a bare yes or no as true or false: quote the word of {value!r}.")
-        elif not isinstance(word, str | int | float):
-            problems.append(f"the word of {value!r} is {word!r}; expected a text.")
-    if problems:
-        raise KappaTuneError("\n".join(problems))
-    return labels
-
-
 def _if_given(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda value: check(value) if value is not None else None
 
@@ -124,7 +109,7 @@ class DataBlock(Block):
     completion: Annotated[Any, AfterValidator(_if_given(check_template))] = Field(
         default=None, description='Template of what it learns to answer: " {label}".'
     )
-    labels: Annotated[Any, AfterValidator(_if_given(_check_labels))] = Field(
+    labels: Annotated[Any, AfterValidator(_if_given(check_labels))] = Field(
         default=None,
         description="The word of each value of the label column: {0: 'no', 1: 'yes'}; without templates the answers "
         "that the rows of data.test choose between: ['no', 'yes'].",

@@ -19,7 +19,14 @@ from kappatune_plugin.data.examples import ChoiceExample
 from kappatune_plugin.forgetting import probe as probe_module
 from kappatune_plugin.forgetting.callback import ForgettingCallback
 from kappatune_plugin.forgetting.config import ForgettingConfig
-from kappatune_plugin.forgetting.measures import completion_kl, completion_loss, kl_to_base, shown_as, token_loss
+from kappatune_plugin.forgetting.measures import (
+    completion_kl,
+    completion_loss,
+    kl_to_base,
+    label_accuracy,
+    shown_as,
+    token_loss,
+)
 from kappatune_plugin.forgetting.probe import ForgettingData, ForgettingProbe
 from kappatune_plugin.forgetting.report import ForgettingReport
 from kappatune_plugin.recipe.load_rows import task_examples
@@ -132,6 +139,30 @@ def test_steps_of_an_interrupted_run_are_kept(saved_olmoe, tmp_path):
     assert callback.report.before["control_loss"] == pytest.approx(
         whole.state.log_history[0]["forgetting/control_loss"]
     )
+
+
+def test_another_task_is_asked_by_its_labels(saved_olmoe, tmp_path):
+    rows = [{"text": f"the cat sat {i}", "label": i % 2} for i in range(6)]
+    path = str(write_rows(tmp_path / "other.jsonl", rows))
+    asked = {"path": path, "prompt": "{text}", "completion": " {label}", "labels": {0: "no", 1: "yes"}}
+    config = ForgettingConfig(recall=asked, max_samples=5)
+    model = AutoModelForCausalLM.from_pretrained(saved_olmoe, dtype=torch.float32)
+    probe = ForgettingProbe.build(config, ForgettingData.load(config), model, tiny_tokenizer())
+    examples = [ChoiceExample(row["text"], (" no", " yes"), row["label"]) for row in rows[:5]]
+    assert probe.facts == examples and probe.cost() == "5 questions"
+    accuracy = label_accuracy(model, tiny_tokenizer(), examples)
+    assert probe.measure(model) == {"recall": accuracy}
+    report = probe.new_report()
+    report.before = report.after = {"recall": accuracy}
+    assert report.to_dict()["recall"] == {
+        "metric": "accuracy",
+        "facts": 5,
+        "before": accuracy,
+        "after": accuracy,
+    }
+    assert report.rows() == [("another task: accuracy (5 examples)", "recall", 5)]
+    with pytest.raises(KappaTuneError, match="quote the word of 1"):
+        ForgettingConfig(recall={**asked, "labels": {0: "a", 1: True}})
 
 
 def test_a_share_has_its_interval_and_what_the_most_frequent_answer_gets():
