@@ -32,14 +32,19 @@ def export(
     """
     from kappatune_plugin.export.export import export_adapter, sizes
 
+    recipe = None
+    if config is not None:
+        from kappatune_plugin.recipe.recipe import load_recipe
+        from kappatune_plugin.run.evaluate import check_recipe, evaluate
+
+        # what can't be measured is said before the work
+        recipe = load_recipe(config, [])
+        check_recipe(recipe, [str(adapter)])
     lost = export_adapter(adapter, output_dir, form, model, overwrite, trust_remote_code, dtype, rank, share)
     out = console()
     if lost is not None:
         for name, error in lost.errors.items():
             out.print(f"{name}: {error:.2%} of the change is lost at rank {lost.rank}", highlight=False, soft_wrap=True)
     out.print(f"The export is in {output_dir}: {sizes(output_dir)}.", highlight=False, soft_wrap=True)
-    if config is not None:
-        from kappatune_plugin.recipe.recipe import load_recipe
-        from kappatune_plugin.run.evaluate import evaluate
-
-        out.print(evaluate(load_recipe(config, []), [str(adapter), str(output_dir)]).table())
+    if recipe is not None:
+        out.print(evaluate(recipe, [str(adapter), str(output_dir)]).table())

@@ -77,7 +77,7 @@ def evaluate(
     Raises:
         KappaTuneError: nothing to measure, data or models that can't be loaded, an adapter of another base.
     """
-    _check(recipe, places)
+    check_recipe(recipe, places)
     test = load_test_rows(recipe)
     task = task_examples(recipe.data, test)
     data = ForgettingData.load(recipe.forgetting, task, recipe.folder, speech_task(recipe, test))
@@ -103,7 +103,8 @@ def evaluate(
     return Evaluation(named, reports)
 
 
-def _check(recipe: Recipe, places: Sequence[str]) -> None:
+def check_recipe(recipe: Recipe, places: Sequence[str]) -> None:
+    """Raise KappaTuneError if `evaluate` can't measure these, before anything is loaded."""
     problems = []
     if recipe.forgetting is None:
         problems.append("the block forgetting is missing: add `forgetting: {control: self}`.")

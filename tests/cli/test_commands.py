@@ -291,3 +291,28 @@ def test_what_of_weights_is_no_report_stays(tmp_path):
     before = (tmp_path / "model.safetensors").read_bytes()
     code, _, errors = kappatune("scan", tmp_path, "--k", "4", "--output", tmp_path / "model.safetensors")
     assert code == 2 and "is no such file" in errors and (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_an_export_is_measured_beside_its_adapter(run, tmp_path):
+    words = ["export", run, "--as", "lora", "--config", run.parent / "recipe.yaml"]
+    rows = {}
+    for rank in (1, 32):
+        code, out, errors = kappatune(*words, "--rank", rank, "--output_dir", tmp_path / str(rank))
+        assert code == 0, errors
+        rows[rank] = {
+            cells[1].strip(): cells[2:5] for cells in (line.split("│") for line in out.splitlines()) if cells[4:]
+        }
+    measured = json.loads((run / "forgetting.json").read_text())["control"]["control"]
+    base, adapter, full = rows[32]["control: loss a token (nats)"]
+    assert float(base) == pytest.approx(measured["loss_before"], abs=6e-4)
+    assert float(adapter.split()[0]) == pytest.approx(measured["loss_after"], abs=6e-4)
+    assert adapter.strip() == full.strip() != rows[1]["control: loss a token (nats)"][2].strip()
+    assert any("accuracy" in row for row in rows[1])
+
+
+def test_an_export_with_a_recipe_that_measures_nothing_writes_nothing(run, tmp_path):
+    base = json.loads((run / "adapter_config.json").read_text())["base_model_name_or_path"]
+    path = write_recipe(tmp_path / "recipe.yaml", tiny_recipe(tmp_path, base, forgetting=None))
+    code, _, errors = kappatune("export", run, "--as", "lora", "--config", path, "--output_dir", tmp_path / "lora")
+    assert code == 2 and "the block forgetting is missing" in errors
+    assert not (tmp_path / "lora").exists()
