@@ -21,6 +21,9 @@ def first_words(config: Mapping[str, Any], base: str | None, merged: bool) -> st
     of = f"[{base}](https://huggingface.co/{base})" if base else "a model that its author kept in a folder"
     if not (selection := config.get("selection")):
         return f"{what} {of}, trained by {config.get('peft_type')}."
+    beside = ", ".join(sorted(config.get("modules_to_save") or ()))
+    if not selection["units"]:
+        return f"{what} {of}. KappaTune trained {beside} whole and no other weight: k is 0."
     numbers = sum(rows * columns for rows, columns in (unit["shape"] for unit in selection["units"]))
     order = f"{selection['order']} {selection['rank_by'].replace('_', ' ')}"
     return (
@@ -31,7 +34,8 @@ def first_words(config: Mapping[str, Any], base: str | None, merged: bool) -> st
 
 def what_was_trained(config: Mapping[str, Any]) -> str:
     """A row for each type of matrix: in which layers how many, and their condition numbers."""
-    if not (selection := config.get("selection")):
+    selection = config.get("selection")
+    if not selection or not selection["units"]:
         return ""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for unit in selection["units"]:

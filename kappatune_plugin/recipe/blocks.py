@@ -35,7 +35,7 @@ class KappaTuneBlock(KappaTuneSettings):
     @field_validator("k")
     @classmethod
     def _budget_or_auto(cls, k: Any) -> Any:
-        return k if k is None or k == AUTO else check_budget(k)
+        return k if k is None or k == AUTO else check_budget(k, least=0)
 
     @field_validator("report", "selection")
     @classmethod

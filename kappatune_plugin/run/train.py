@@ -318,7 +318,9 @@ def _trained_by_group(model: nn.Module, selection: Selection) -> Counter[str]:
 def _show_decisions(trainer: SFTTrainer, out: Console) -> Selection:
     tuner = trainer.model.base_model
     selection, report = tuner.selections["default"], tuner.reports["default"]
-    if report is None:
+    if not selection.units:
+        out.print("k: 0: no matrix is trained, only what modules_to_save names.")
+    elif report is None:
         out.print(f"Training the {len(selection.units)} matrices of the selection given.")
     else:
         out.print(*report_tables(report, selection))

@@ -37,10 +37,13 @@ class Budget:
         return f"kappa {float(self.value):g}" if self.kind == "kappa" else str(self.value)
 
 
-def parse_budget(k: Any) -> Budget:
+def parse_budget(k: Any, least: int = 1) -> Budget:
     """Read a budget as people write it: 75, "75", "10%", {"params": "160M"}, {"params": 160e6} or {"kappa": 30}.
 
     A Budget is returned as it is.
+
+    Args:
+        least: number of matrices; 0 where something else is trained beside them.
 
     Raises:
         KappaTuneError: anything else, with what can be written instead.
@@ -57,7 +60,7 @@ def parse_budget(k: Any) -> Budget:
     digits = isinstance(k, str) and re.fullmatch(r"\s*\d{1,99}\s*", k)
     if not digits and (isinstance(k, bool) or not isinstance(k, int)):
         raise KappaTuneError(f"k: {k!r:.60} is no budget. Write {EXAMPLES}.")
-    if int(k) < 1:
+    if int(k) < least:
         raise KappaTuneError(f"k: {k!r} would train nothing; it is at least 1. Write {EXAMPLES}.")
     return Budget("count", Fraction(int(k)), k)
 

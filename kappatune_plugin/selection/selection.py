@@ -16,7 +16,7 @@ from kappatune_plugin.selection.budget import DEFAULT_K, Budget, parse_budget
 from kappatune_plugin.selection.file_checks import FILE, Base, Finite, Name, Shape, repeated_names
 from kappatune_plugin.selection.ranking import RANDOM, NotMeasured, Unsettled, choose, rank_values
 from kappatune_plugin.selection.report import ABOVE, KappaReport, UnitReport
-from kappatune_plugin.selection.settings import BudgetText, Order, RankBy, SelectSettings
+from kappatune_plugin.selection.settings import BudgetOrNone, Order, RankBy, SelectSettings
 
 NAMES_SHOWN = 5
 
@@ -36,12 +36,19 @@ class _File(SelectSettings):
     """The content of selection.json; none of its keys may be missing."""
 
     format: Literal[FORMAT]  # type: ignore[valid-type]
-    k: BudgetText
+    k: BudgetOrNone
     order: Order
     rank_by: RankBy
     seed: Whole
     base: Base
-    units: list[SelectedUnit] = Field(min_length=1)
+    units: list[SelectedUnit]
+
+    def contradictions(self) -> list[str]:
+        """No matrices, or some, against what `k` says."""
+        problems = super().contradictions()
+        if (parse_budget(self.k, least=0).value == 0) != (not self.units):
+            problems.append(f"units: {len(self.units)} matrices, and k is {self.k!r}.")
+        return problems
 
 
 @dataclass(frozen=True, repr=False)

@@ -1,6 +1,7 @@
 """What decides a selection, checked: the keys that a recipe, a file and `select` have in common."""
 
 from collections.abc import Collection
+from functools import partial
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
@@ -21,16 +22,17 @@ def _one_of(choices: Collection[str]) -> AfterValidator:
     return AfterValidator(check)
 
 
-def check_budget(k: Any) -> Any:
-    """`k` as it is. Raises KappaTuneError, without the key's name in front, if it is no budget."""
+def check_budget(k: Any, least: int = 1) -> Any:
+    """`k` as it is. Raises KappaTuneError, without the key's name in front, if it is no budget (see `parse_budget`)."""
     try:
-        parse_budget(k)
+        parse_budget(k, least)
     except KappaTuneError as error:
         raise KappaTuneError(str(error).removeprefix("k: ")) from error
     return k
 
 
 BudgetText = Annotated[Any, AfterValidator(check_budget)]
+BudgetOrNone = Annotated[Any, AfterValidator(partial(check_budget, least=0))]
 Order = Annotated[Any, _one_of(ORDERS)]
 RankBy = Annotated[Any, _one_of(RANKS)]
 
@@ -52,7 +54,7 @@ class SelectSettings(Block):
 
     def contradictions(self) -> list[str]:
         """A threshold of kappa, ranked by something else."""
-        budget = None if self.k in (None, "auto") else parse_budget(self.k)
+        budget = None if self.k in (None, "auto") else parse_budget(self.k, least=0)
         if budget is None or budget.kind != "kappa" or self.rank_by == "kappa":
             return []
         return [f"k: {budget} goes with rank_by kappa, not {self.rank_by}. Give a number of matrices."]

@@ -69,7 +69,7 @@ def _same(key: str, given: Any, saved: Any) -> bool:
     if key == "selection":
         return not differences(Selection.load(given), Selection.from_dict(saved))
     if key == "k":
-        return parse_budget(given) == parse_budget(saved)
+        return parse_budget(given, least=0) == parse_budget(saved, least=0)
     return given == saved or (isinstance(given, list) and isinstance(saved, list | set) and set(given) == set(saved))
 
 

@@ -23,14 +23,16 @@ def _budget_of_a_model(k: Any) -> Any:
         raise KappaTuneError(
             "auto needs the forgetting block of a recipe, to run with `kappatune sft`. Give a number here."
         )
-    return k if k is None else check_budget(k)
+    return k if k is None else check_budget(k, least=0)
 
 
 class KappaTuneSettings(SelectSettings):
     """What to train, checked: the settings that `KappaTuneConfig`, recipes and the toolkits have in common."""
 
     k: Annotated[Any, AfterValidator(_budget_of_a_model)] = Field(
-        default=None, description=f"{SelectSettings.model_fields['k'].description} Default: {DEFAULT_K}."
+        default=None,
+        description=f"{SelectSettings.model_fields['k'].description} 0 trains modules_to_save alone. Default: "
+        f"{DEFAULT_K}.",
     )
     include: list[str] | None = Field(
         default=None,
@@ -71,6 +73,11 @@ class KappaTuneSettings(SelectSettings):
         ]
         if self.report is not None and self.selection is not None:
             problems.append("report and selection are both given: a selection needs no report, remove one.")
+        if str(self.k).strip() == "0" and not self.modules_to_save:
+            problems.append(
+                "k: 0 trains no matrix, and modules_to_save names nothing else: name a module there "
+                "(`modules_to_save: [multi_modal_projector]`), or write `k: 75`."
+            )
         return problems
 
 
@@ -132,7 +139,7 @@ class KappaTuneConfig(PeftConfig):
     @property
     def budget(self) -> Budget:
         """`k`, read; the default where it is None."""
-        return parse_budget(DEFAULT_K if self.k is None else self.k)
+        return parse_budget(DEFAULT_K if self.k is None else self.k, least=0)
 
     def to_dict(self) -> dict[str, Any]:
         """As PEFT saves it; paths mean nothing on another machine and are left out."""

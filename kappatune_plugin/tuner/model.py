@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import DUMMY_TARGET_MODULES, BaseTuner
 from torch import nn
 
 from kappatune_plugin.distributed import shards
@@ -101,12 +101,12 @@ class KappaTuneModel(BaseTuner):
         self._targets: dict[str, list[WeightUnit]] = {}
         for unit in units:
             self._targets.setdefault(unit.parameter.rpartition(".")[0], []).append(unit)
+        config.target_modules = None if units else DUMMY_TARGET_MODULES  # else PEFT refuses to attach nothing
         self._readers = parameter_readers(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         del self._readers
-        attached = [layer for layer in self.layers() if adapter_name in layer.kappatune_values]
-        if len(attached) != len(units):
-            missing = {unit.name for unit in units} - {layer.unit.name for layer in attached}
+        attached = {layer.unit.name for layer in self.layers() if adapter_name in layer.kappatune_values}
+        if missing := {unit.name for unit in units} - attached:
             raise KappaTuneError(f"Can't train {sorted(missing)}: PEFT doesn't reach parameters of the model itself.")
         self.selections[adapter_name] = selection
         follow(self)
@@ -266,7 +266,7 @@ class KappaTuneModel(BaseTuner):
     ) -> tuple[Selection, list[WeightUnit]]:
         """Decide what `config` trains, from its selection, its report, or a scan of the base model."""
         self.reports[adapter_name] = None
-        selection = given_selection(config)
+        selection = given_selection(config, source)
         if selection is None:
             # writing back waits for all ranks, forever under NCCL if one died in the scan
             with together("the scan"), self._as_loaded():

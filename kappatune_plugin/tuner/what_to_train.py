@@ -93,18 +93,21 @@ def selection_from(report: KappaReport, config: KappaTuneConfig) -> Selection:
     return select(report, k=config.budget, order=config.order, rank_by=config.rank_by, seed=config.seed)
 
 
-def given_selection(config: KappaTuneConfig) -> Selection | None:
-    """The selection that `config` names or carries; None if there is none.
+def given_selection(config: KappaTuneConfig, source: ModelSource) -> Selection | None:
+    """The selection that `config` names or carries, that of no matrix with `k: 0`; None if there is none.
 
     Raises:
         KappaTuneError: it can't be read, or `k` is another one than the selection was made with.
     """
     given = config.selection
+    if given is None and config.budget.value == 0:
+        base = {"name": source.name, "hash": source.base_hash()}
+        return Selection([], config.k, config.order, config.rank_by, config.seed, base)
     if given is None:
         return None
     if not isinstance(given, Selection):
         given = Selection.from_dict(given) if isinstance(given, dict) else Selection.load(given)
-    if config.k is not None and config.budget != parse_budget(given.k):
+    if config.k is not None and config.budget != parse_budget(given.k, least=0):
         raise KappaTuneError(f"k is {config.k!r} but the selection was made with k = {given.k!r}: remove one of them.")
     return given
 

@@ -1,6 +1,7 @@
 """Each form of an export computes what was trained, loaded by plain transformers and PEFT."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,10 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from helpers.loops import TOKENS, logits, train
+from helpers.loops import TOKENS, logits, train, trainable
 from helpers.tiny import tiny_model, tiny_tokenizer
 from kappatune_plugin import KappaTuneConfig, KappaTuneError
 from kappatune_plugin.cli import app
@@ -26,7 +27,7 @@ import sys
 sys.modules["kappatune_plugin"] = None
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 work, tokens = sys.argv[1], torch.load(sys.argv[1] + "/tokens.pt")
 found = {}
 for kind in sys.argv[2:]:
@@ -40,6 +41,20 @@ for kind in sys.argv[2:]:
             found[kind, form] = model.eval()(input_ids=tokens).logits
 torch.save(found, work + "/found.pt")
 """
+# the adapter in a fresh process, with this package
+AGAIN = """
+import sys
+import kappatune_plugin
+import torch
+from peft import AutoPeftModelForCausalLM
+work, kind = sys.argv[1:]
+model = AutoPeftModelForCausalLM.from_pretrained(f"{work}/{kind}/adapter").eval()
+with torch.no_grad():
+    torch.save(model(input_ids=torch.load(work + "/tokens.pt")).logits, work + "/adapter.pt")
+"""
+# a folder of model folders; beside the repository unless the environment names one
+DEFAULT_MODELS = Path(__file__).resolve().parents[3] / "shared" / "data" / "models"
+SMOLLM = Path(os.environ.get("KAPPATUNE_TEST_MODELS", DEFAULT_MODELS)) / "smollm2-135m-instruct"
 
 
 def make(kind: str, folder: Path) -> torch.Tensor:
@@ -86,6 +101,40 @@ def test_without_this_package_they_compute_what_was_trained(made):
         assert not torch.allclose(expected[kind], base, atol=1e-4)
         assert torch.equal(found[kind, "merged"], expected[kind]), kind
         assert torch.equal(found[kind, "patch"], expected[kind]), kind
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not SMOLLM.is_dir(), reason=f"no {SMOLLM.name} in {SMOLLM.parent}; KAPPATUNE_TEST_MODELS names another"
+)
+def test_of_a_real_model_adapter_merged_and_patch_are_the_same_to_the_bit(tmp_path):
+    (tmp_path / "smollm").mkdir()
+    (tmp_path / "smollm" / "base").symlink_to(SMOLLM.resolve())
+    base, adapter = tmp_path / "smollm" / "base", tmp_path / "smollm" / "adapter"
+    tokens = AutoTokenizer.from_pretrained(base)(["The capital of France is Paris."] * 2, return_tensors="pt").input_ids
+    untrained = AutoModelForCausalLM.from_pretrained(base)
+    before = logits(untrained, input_ids=tokens)
+    model = get_peft_model(untrained, KappaTuneConfig(k=9, include=["mlp"], task_type="CAUSAL_LM"))
+    train(model, 2, torch.optim.AdamW(trainable(model), lr=2e-4), input_ids=tokens, labels=tokens)
+    model.save_pretrained(adapter)
+    expected = logits(model, input_ids=tokens)
+    assert not torch.equal(before, expected)
+    for form in ("merged", "patch"):
+        export_adapter(adapter, tmp_path / "smollm" / form, form)
+    export_adapter(adapter, tmp_path / "smollm" / "lora", "lora", rank=576)
+    torch.save(tokens, tmp_path / "tokens.pt")
+    for code in (ELSEWHERE, AGAIN):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path), "smollm"], check=True, capture_output=True)
+    found = torch.load(tmp_path / "found.pt") | {"adapter": torch.load(tmp_path / "adapter.pt")}
+    for form in (("smollm", "merged"), ("smollm", "patch"), "adapter"):
+        assert torch.equal(found[form], expected), form
+    # LoRA holds what was trained before it was rounded to the base's bfloat16
+    assert found["smollm", "lora"].shape == expected.shape
+    exact, base = (AutoModelForCausalLM.from_pretrained(SMOLLM, dtype=torch.float32) for _ in range(2))
+    for layer in model.base_model.layers():
+        exact.get_parameter(layer.unit.parameter).data.copy_(layer.master)
+    lora = logits(PeftModel.from_pretrained(base, tmp_path / "smollm" / "lora"), input_ids=tokens)
+    torch.testing.assert_close(lora, logits(exact, input_ids=tokens), rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)

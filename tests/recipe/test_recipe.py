@@ -90,7 +90,7 @@ def test_all_problems_at_once(load):
         load,
         learning_rat=1,
         max_steps="many",
-        kappatune={"k": 0, "exlude": ["norm"], "order": "lowst"},
+        kappatune={"k": -1, "exlude": ["norm"], "order": "lowst"},
         data={"train": {"path": "x"}, "prompt": "{text", "completion": " {label}", "lables": {}},
         forgetting={"every": -1, "contrl": "self"},
     )
@@ -99,7 +99,7 @@ def test_all_problems_at_once(load):
         "unknown key 'learning_rat'. Did you mean 'learning_rate'?",
         "max_steps: expected a whole number, found 'many'",
         "unknown key 'kappatune.exlude'. Did you mean 'exclude'?",
-        "k: 0",
+        "k: -1",
         "lowst",
         "data.prompt: '{text'",
         "unknown key 'data.lables'. Did you mean 'labels'?",

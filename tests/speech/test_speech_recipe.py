@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 from helpers.recipes import tiny_recipe, write_recipe, write_rows
@@ -140,3 +141,29 @@ def test_a_text_model_and_missing_files_are_said_before_training(saved, saved_ol
     (tmp_path / "sounds" / "3.flac").unlink()
     with pytest.raises(KappaTuneError, match=r"data.train, row 3: there is no file '.*3.flac'"):
         run_sft(recipe)
+
+
+def test_stage_one_trains_the_projector_alone(saved, tmp_path):
+    recipe = recipe_in(tmp_path, saved, learning_rate="3e-2", kappatune={"k": 0, "modules_to_save": [PROJECTOR]})
+    result = run_sft(recipe)
+    assert result.selection.units == []
+    trained = [name for name, each in result.trainer.model.named_parameters() if each.requires_grad]
+    assert trained and all(f".{PROJECTOR}." in name for name in trained)
+    stored = load_file(result.output_dir / "adapter_model.safetensors")
+    assert stored and all(f".{PROJECTOR}." in name for name in stored)
+    rows = speech_rows(recipe_rows(tmp_path), recipe.audio, "rows", tmp_path)
+    batch = collator_of(recipe)([rows[0], rows[1]])
+    before, tuned = loaded(saved).state_dict(), load_adapter(loaded(saved), result.output_dir).eval()
+    merged = loaded(merge_adapter(result.output_dir, tmp_path / "merged"))
+    with torch.no_grad():
+        of_run = result.trainer.model.eval()(**batch).logits
+        assert torch.equal(tuned(**batch).logits, of_run) and torch.equal(merged(**batch).logits, of_run)
+    changed = {name for name, value in merged.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if PROJECTOR in name}
+    card = (result.output_dir / "README.md").read_text()
+    assert f"KappaTune trained {PROJECTOR} whole and no other weight" in card
+
+
+def test_no_matrix_and_nothing_beside_it_is_a_mistake(saved, tmp_path):
+    with pytest.raises(KappaTuneError, match=r"k: 0 trains no matrix, and modules_to_save names nothing else: name a"):
+        recipe_in(tmp_path, saved, kappatune={"k": 0})
