@@ -24,7 +24,7 @@ class CheckpointNames:
         """The checkpoint's names of one expert's projections inside the fused `parameter`, in their order.
 
         If the checkpoint stores the experts fused too (GPT-OSS), they are named as in other architectures:
-        `<owner>.<expert>.<projection>.weight`.
+        `<owner>.<expert>.<projection>.weight`; without the projection where the parameter is called weight (JetMoe).
         """
         for converter in self._converters:
             renamed, source = converter.rename_source_key(parameter)
@@ -35,7 +35,8 @@ class CheckpointNames:
             return [self._rename(name) for name in names]
         owner = parameter.rpartition(".")[0]
         prefix = f"{owner}." if owner else ""
-        return [self._rename(f"{prefix}{expert}.{projection}.weight") for projection in projections]
+        names = [f"{projection.removesuffix('weight')}.weight".lstrip(".") for projection in projections]
+        return [self._rename(f"{prefix}{expert}.{name}") for name in names]
 
     def operations(self, parameter: str) -> set[str]:
         """The operations that `save_pretrained` would apply to `parameter`, by the names of transformers' classes."""

@@ -49,6 +49,10 @@ PLACES = {
         (slice(0, 48),),
         (slice(48, None),),
     ),
+    "jetmoe": {
+        f"model.layers.1.{owner}.3.weight": (f"model.layers.1.{owner}.weight", (3,))
+        for owner in ("mlp.input_linear", "mlp.output_linear", "self_attention.experts.input_linear")
+    },
     "qwen3_vl_moe": _of_transformers("model.language_model.layers.1.mlp.experts", (slice(0, 24),), (slice(24, None),)),
 }
 pytestmark = pytest.mark.skipif(Version(transformers.__version__) < Version("5"), reason="layouts of transformers 5")
