@@ -65,3 +65,14 @@ def _register(peft: Any) -> None:
     import_module(f"{__name__}.tuner.model")
     for hooks in ("card_hooks", "lora_hooks"):
         import_module(f"{__name__}.export.{hooks}").follow(peft)
+
+
+# from here, since `transformers.trainer` imports peft: what it lacks then it has when its own import has ended
+@when_imported("transformers.trainer")
+def _cards_of_transformers(trainer: Any) -> None:
+    import_module(f"{__name__}.export.card_hooks").of_transformers(trainer)
+
+
+@when_imported("trl.trainer.base_trainer")
+def _cards_of_trl(base_trainer: Any) -> None:
+    import_module(f"{__name__}.export.card_hooks").of_trl(base_trainer)

@@ -11,8 +11,6 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from wrapt import when_imported
-
 from kappatune_plugin.tuner.model import KappaTuneModel
 
 # what a reader needs to train the same, where there is no recipe
@@ -65,13 +63,13 @@ def _plain(args: Any, key: str) -> bool:
     return isinstance(getattr(args, key, None), str | int | float)
 
 
-@when_imported("transformers.trainer")
-def _transformers(module: Any) -> None:
+def of_transformers(module: Any) -> None:
+    """Have the Trainer of `transformers.trainer` write it."""
     _of_trainers(module.Trainer)
 
 
-@when_imported("trl.trainer.base_trainer")
-def _trl(module: Any) -> None:
+def of_trl(module: Any) -> None:
+    """Have the trainers of `trl.trainer.base_trainer` write it."""
     for each in list(vars(module).values()):
         if isinstance(each, type) and "create_model_card" in vars(each) and each.__module__ == module.__name__:
             _of_trainers(each)

@@ -1,6 +1,8 @@
 """The card tells what was trained and measured, in the hub's form, whoever made the folder."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 from datasets import Dataset
@@ -64,6 +66,13 @@ def test_of_a_toolkit(saved_olmoe, tmp_path):
     read(tmp_path / "out", saved_olmoe)
     trainer.create_model_card(model_name="mine", dataset_tags=["x"], tags=["axolotl"])
     assert "κ" in read(tmp_path / "out", saved_olmoe).text
+
+
+def test_this_package_may_be_imported_before_the_trainers():
+    """`transformers.trainer` imports peft, and our method with it, before it has a Trainer."""
+    code = "import kappatune_plugin, transformers, trl\n"
+    code += "assert [each.create_model_card.__wrapped__ for each in (transformers.Trainer, trl.SFTTrainer)]"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_a_persons_card_stays(saved_olmoe, tmp_path):
