@@ -36,7 +36,11 @@ from kappatune_plugin.interpolation.texts import Texts, rise
 from kappatune_plugin.interpolation.token_losses import control_documents, row_documents, texts
 from kappatune_plugin.study.summary import interval as summary_interval
 
-TASKS = {"irony": ("Tweet: {}\nIs it ironic?", " no", " yes"), "sst2": ("Review: {}\nSentiment:", " bad", " good")}
+TASKS = {
+    "irony": ("Tweet: {}\nIs it ironic?", " no", " yes"),
+    "sst2": ("Review: {}\nSentiment:", " bad", " good"),
+    "subj": ("Sentence: {}\nPlot or opinion?", " opinion", " plot"),
+}
 TITLES = {"irony": "Irony of tweets", "sst2": "SST-2, the tone of film reviews"}
 RUN = ("task", "arm", "replay", "seed")
 ARMS = {
@@ -59,7 +63,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=REPOSITORY.parent / "shared" / "data")
     parser.add_argument("--results", type=Path, default=REPOSITORY / "docs" / "results" / "dial.jsonl")
     parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs" / "dial.md")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TITLES))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--limits", nargs="+", type=float, default=[0.02, 0.05])
     parser.add_argument("--seeds", type=int, default=3)
@@ -129,6 +133,10 @@ def load(folder: Path, task: str) -> list[list[tuple[str, int]]]:
         files = [folder / "sent-conv" / f"stsa.binary.{part}" for part in ("train", "test")]
         lines = [file.read_text("latin-1").strip().split("\n") for file in files]
         return [[(line[2:].strip(), int(line[0])) for line in each] for each in lines]
+    if task == "subj":
+        lines = (folder / "sent-conv" / "subj.all").read_text("latin-1").strip().split("\n")
+        rows = random.Random(0).sample([(line[2:].strip(), int(line[0])) for line in lines], len(lines))
+        return [rows[1000:], rows[:1000]]
     parts = [
         [folder / "tweeteval" / "irony" / f"{part}_{kind}.txt" for kind in ("text", "labels")]
         for part in ("train", "test")

@@ -1,0 +1,124 @@
+"""The study on real models: who learns most within a limit of forgetting?
+
+SmolLM2-135M-Instruct and Gemma 3 270M, dequantized from 4 bit by shared/data/pretrained.sh, and a mixture of experts
+made of the former by benchmarks/mixture.py, learn a task beside WikiText-2 and text that the base writes as controls; a
+task that isn't trained is asked by its labels. Each method has the best of three rates, then three seeds, and is scaled
+back to each limit. Killed and started again it goes on where it was; settings may run side by side.
+
+    python benchmarks/study_real.py --models FOLDER [--settings smollm2-irony ...] --results docs/results
+    python benchmarks/results.py
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from dial import LONGEST, TASKS, load
+from study import REPOSITORY, publish, write
+
+from kappatune_plugin.study.session import Asked, compare_session
+
+MODELS = {"smollm2": "smollm2-135m-instruct", "mixture": "smollm2-135m-mixture", "gemma3": "gemma-3-270m"}
+RECIPE = REPOSITORY / "recipes" / "sst2_tinystories.yaml"
+METHODS = (
+    "lowest,highest,lowest_mlp,highest_mlp,random_mlp,shape_matched_random,highest:rank_by=gain_over_forgetting,"
+    "lora,lora_mlp,osf,full,lora:replay=0.25,full:replay=0.25,lowest_mlp:replay=0.25"
+)
+ESFT = ",highest:rank_by=expert_share,highest:rank_by=expert_gate"
+SETTINGS = {
+    "smollm2-irony": METHODS,
+    "smollm2-sst2": METHODS,
+    "smollm2-subj": METHODS,
+    "mixture-irony": METHODS + ESFT,
+    "mixture-sst2": METHODS + ESFT,
+    "gemma3-irony": METHODS,
+}
+# asked, and not trained
+OTHER = {"irony": "sst2", "sst2": "irony", "subj": "irony"}
+RATES, LIMITS, STEPS = "5e-5,1.5e-4,5e-4", "0.01,0.02,0.05,0.1", 40
+TRAIN, TEST, ASKED, PARAGRAPHS = 400, 80, 60, 80
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--data", type=Path, default=REPOSITORY.parent / "shared" / "data")
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS)
+    parser.add_argument("--methods", default=None, help="in the place of each setting's own")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--output", type=Path, default=Path("outputs/study-real"))
+    parser.add_argument("--results", type=Path, default=None, help="a folder to copy each setting's JSON file to")
+    args = parser.parse_args()
+    # half the time of the defaults on a CPU
+    torch.set_float32_matmul_precision("medium")
+    for name in args.settings:
+        folder = args.output / name
+        changes = changed(name, args.models, args.data, folder / "data") | {"max_steps": args.steps}
+        words = [
+            word
+            for key, value in changes.items()
+            for word in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
+        ]
+        asked = Asked(RECIPE, words, args.seeds, RATES, args.steps, output_dir=folder, limits=LIMITS)
+        compare_session(asked, args.methods or SETTINGS[name])
+        if args.results is not None:
+            local = {args.data: "data", args.models: "models", args.output: "study"}
+            publish(folder / "compare.json", args.results / f"{name}.json", local)
+
+
+def changed(name: str, models: Path, data: Path, folder: Path) -> dict[str, Any]:
+    """What replaces the recipe's model, task and control."""
+    model, task = name.split("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    prompt, *words = TASKS[task]
+    other_prompt, *other_words = TASKS[OTHER[task]]
+    train, test = (
+        sample(rows, count, 0) for rows, count in zip(load(data / "tasks", task), (TRAIN, TEST), strict=True)
+    )
+    asked = sample(load(data / "tasks", OTHER[task])[1], ASKED, 0)
+    lines = (data / "text" / "wikitext-2" / "raw_test.txt").read_text("utf-8").splitlines()
+    paragraphs = [line.strip() for line in lines if len(line.split()) > 50]
+    paragraphs = random.Random(0).sample(paragraphs, PARAGRAPHS)
+    control = write([{"text": each} for each in paragraphs], folder / "control.jsonl")
+    recall = {
+        "path": str(rows_of(asked, folder / "other.jsonl")),
+        "prompt": other_prompt.replace("{}", "{sentence}"),
+        "completion": "{label}",
+        "labels": dict(enumerate(other_words)),
+    }
+    return {
+        "model_name_or_path": str(models / MODELS[model]),
+        "attn_implementation": "eager",
+        "per_device_train_batch_size": 8,
+        "kappatune.k": "10%",
+        "data.train": {"path": str(rows_of(train, folder / "train.jsonl"))},
+        "data.test": {"path": str(rows_of(test, folder / "test.jsonl"))},
+        "data.prompt": prompt.replace("{}", "{sentence}"),
+        "data.completion": "{label}",
+        "data.labels": dict(enumerate(words)),
+        "forgetting.control": {"wikitext": {"path": str(control)}, "self": "self"},
+        "forgetting.recall": recall,
+        "forgetting.max_length": 128,
+        "forgetting.long_texts": "truncate",
+        "forgetting.samples": 32,
+        "forgetting.batch_size": 16,
+    }
+
+
+def sample(rows: list[tuple[str, int]], count: int, seed: int) -> list[tuple[str, int]]:
+    """So many of the short rows."""
+    short = [row for row in rows if len(row[0].split()) <= LONGEST]
+    return random.Random(seed).sample(short, min(count, len(short)))
+
+
+def rows_of(rows: list[tuple[str, int]], target: Path) -> Path:
+    """Rows as the templates name their columns."""
+    return write([{"sentence": text, "label": label} for text, label in rows], target)
+
+
+if __name__ == "__main__":
+    main()
