@@ -233,11 +233,11 @@ def compared(records: Sequence[dict[str, Any]], limit: float) -> list[str]:
 
 
 def interval(values: Sequence[float], show: Callable[[float], str]) -> str:
-    """The mean, with the half width of its 95% t interval where there are two values or more; "" for none."""
+    """The mean, with the half width of its 95% t interval from three values on; "" for none."""
     if not values:
         return ""
     mean, half = summary_interval(values)
-    return show(mean) if half is None else f"{show(mean)} ± {show(half).lstrip('+')}"
+    return show(mean) if half is None or len(values) < 3 else f"{show(mean)} ± {show(half).lstrip('+')}"
 
 
 def percent(share: float) -> str:
