@@ -92,7 +92,7 @@ class Bench:
         """
         overrides = list(overrides)
         recipe = load_recipe(path, [*overrides, *_flags(SETTINGS)])
-        _check(recipe)
+        check_comparable(recipe)
         rows, test = load_data(recipe)
         learned, held_out = _split(rows, validation)
         task = task_examples(recipe.data, test)
@@ -182,10 +182,15 @@ def _flags(settings: dict[str, Any]) -> list[str]:
     return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
 
 
-def _check(recipe: Recipe) -> None:
+def check_comparable(recipe: Recipe) -> None:
+    """Raise KappaTuneError with everything in `recipe` that methods can't be compared on."""
     problems = []
     if recipe.forgetting is None:
         problems.append("the block forgetting is missing: add `forgetting: {control: self}`.")
+    if recipe.audio is not None:
+        problems.append(
+            "audio: a comparison measures tasks of text. Run `kappatune sft` once for each order and budget."
+        )
     if recipe.auto is not None:
         problems.append("kappatune.k: auto decides while it trains: give a budget, such as the one that it found.")
     if recipe.kappatune.selection is not None:

@@ -14,7 +14,7 @@ from kappatune_plugin.recipe.recipe import Recipe, load_recipe
 from kappatune_plugin.run.settings import setting_problem
 from kappatune_plugin.selection.budget import budget, parse_budget
 from kappatune_plugin.study import DEFAULT_SCALES
-from kappatune_plugin.study.bench import Bench
+from kappatune_plugin.study.bench import Bench, check_comparable
 from kappatune_plugin.study.compare import compare
 from kappatune_plugin.study.methods import parse_methods, split_list
 from kappatune_plugin.study.plots import budget_plot, frontier_plot, limits_plot, matched_plot, task_measure
@@ -114,6 +114,7 @@ def sweep_session(asked: Asked, budgets: str) -> dict[str, Any]:
 
 def _prepare(asked: Asked, grid: Sequence[float], what: str, ranks: Sequence[str] = ()) -> tuple[Bench, Settings, Path]:
     recipe = load_recipe(asked.config, asked.overrides)
+    check_comparable(recipe)
     args = recipe.training_args
     if problem := setting_problem(args):
         raise KappaTuneError(problem)

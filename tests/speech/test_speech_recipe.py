@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
+from helpers.command import kappatune
 from helpers.recipes import tiny_recipe, write_recipe, write_rows
 from helpers.speech import speech_model, write_recordings
 from kappatune_plugin import KappaTuneError
@@ -167,3 +168,62 @@ def test_stage_one_trains_the_projector_alone(saved, tmp_path):
 def test_no_matrix_and_nothing_beside_it_is_a_mistake(saved, tmp_path):
     with pytest.raises(KappaTuneError, match=r"k: 0 trains no matrix, and modules_to_save names nothing else: name a"):
         recipe_in(tmp_path, saved, kappatune={"k": 0})
+
+
+def test_a_finished_run_is_scaled_back_later(saved, tmp_path):
+    texts = {"control": "self", "samples": 22, "max_length": 16, "batch_size": 32}
+    recipe = recipe_in(tmp_path, saved, learning_rate="3e-2", max_steps=8, forgetting=texts)
+    run = run_sft(recipe)
+    trained = run.forgetting
+    assert trained.delta(trained.after) > 0.05 and not trained.kept
+    words = ["interpolate", run.output_dir, "--config", tmp_path / "recipe.yaml", "--max_delta", 0.05, "--one"]
+    code, said, errors = kappatune(*words, "--output_dir", tmp_path / "kept")
+    assert code == 0, errors
+    found = json.loads((tmp_path / "kept" / "interpolation.json").read_text())
+    (alpha,) = set(found["alphas"].values())
+    assert 0 < alpha < 1 and found["verified"]["self"]["upper"] <= 0.05
+    before = loaded(saved).state_dict()
+    whole, kept = (
+        load_adapter(loaded(saved), folder).merge_and_unload().state_dict()
+        for folder in (run.output_dir, tmp_path / "kept")
+    )
+    moved = {name for name in before if not torch.equal(whole[name], before[name])}
+    assert any(PROJECTOR in name for name in moved) and any("language_model" in name for name in moved)
+    for name in before:
+        torch.testing.assert_close(kept[name], before[name] + alpha * (whole[name] - before[name]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("command", [["compare", "--methods", "lowest,random"], ["sweep", "--k", "2,4"]])
+def test_a_comparison_of_recordings_is_refused_before_any_work(saved, tmp_path, command):
+    recipe_in(tmp_path, saved, kappatune={"k": 5})
+    code, _, errors = kappatune(*command, "--config", tmp_path / "recipe.yaml", "--output_dir", tmp_path / "study")
+    assert code == 2 and "audio: a comparison measures tasks of text" in errors
+    assert not (tmp_path / "study").exists() or not list((tmp_path / "study").iterdir())
+
+
+@pytest.mark.parametrize("stage", ["stage 1", "llama_asr", "llama_asr_highest"])
+def test_the_papers_recipes_run_on_a_small_model(saved, tmp_path, stage):
+    sounds = write_recordings(tmp_path / "sounds", 8)
+    heard = write_rows(tmp_path / "heard.jsonl", sounds)
+    texts = write_rows(tmp_path / "texts.jsonl", TEXTS)
+    here = {
+        "model_name_or_path": saved,
+        "output_dir": tmp_path / "out",
+        **{"dtype": "float32", "use_cpu": True, "bf16": False, "disable_tqdm": True, "report_to": "none"},
+        **{"max_steps": 2, "kappatune.k": 0 if stage == "stage 1" else 5},
+        "data": {"train": {"path": str(heard)}, "test": {"path": str(heard)}},
+        "audio.folder": tmp_path / "sounds",
+        "audio.max_new_tokens": 4,
+        "forgetting.control": {"path": str(texts)},
+    }
+    words = [
+        word
+        for key, value in here.items()
+        for word in (f"--{key}", json.dumps(value) if isinstance(value, dict) else str(value))
+    ]
+    name = "llama_asr" if stage == "stage 1" else stage
+    result = run_sft(load_recipe(Path(__file__).parents[2] / "recipes" / f"{name}.yaml", words))
+    assert len(result.selection.units) == here["kappatune.k"]
+    assert result.selection.order == ("highest" if stage == "llama_asr_highest" else "lowest")
+    assert any(PROJECTOR in key for key in load_file(result.output_dir / "adapter_model.safetensors"))
+    assert result.forgetting.after.keys() >= {"task_wer", "task_cer"}
