@@ -60,7 +60,7 @@ class SpeechCollator:
             KappaTuneError: a recording that can't be read.
         """
         batch = self.prompts(rows)
-        pad, eos = self._padding, self.processor.tokenizer.eos_token_id
+        pad, eos = self.padding, self.processor.tokenizer.eos_token_id
         ids, labels = [], []
         prompts = zip(batch.pop("input_ids"), batch.pop("attention_mask"), rows, strict=True)
         for prompt, mask, row in prompts:
@@ -89,7 +89,8 @@ class SpeechCollator:
         return dict(made)
 
     @property
-    def _padding(self) -> int:
+    def padding(self) -> int:
+        """The token that fills up rows: the tokenizer's, or the end token."""
         tokenizer = self.processor.tokenizer
         return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
