@@ -150,6 +150,9 @@ def test_runs_of_recipes_that_load(copy, quick_runs, part):
             continue
         write(path, with_value(recipe_of(copy), key, raw))
         how, recipe = outcome(lambda: load_recipe(path))
+        if how == "done" and recipe.training_args.max_steps > 1000:
+            # 12:30:59 is 45059 in YAML: what was asked for, and hours
+            continue
         # two spellings of the same are run once
         if how == "done" and (meant := repr(replace(recipe, resolved={}))) not in seen:
             seen.add(meant)

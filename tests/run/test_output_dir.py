@@ -1,5 +1,6 @@
 """A run writes only its own files, whole, and replaces an earlier run only when it may; a merge too."""
 
+import json
 import os
 import shutil
 import signal
@@ -253,6 +254,17 @@ def test_values_in_another_number_format_are_refused(copy):
     )
     with pytest.raises(KappaTuneError, match="is I8, expected one of F64"):
         merge_adapter(copy / "out", copy / "merged")
+
+
+def test_an_adapter_whose_files_disagree_is_not_merged(copy):
+    """The message blames the files: nobody resumes here."""
+    path = copy / "out" / "adapter_config.json"
+    content = json.loads(path.read_text())
+    content["selection"]["units"].pop()
+    path.write_text(json.dumps(content))
+    with pytest.raises(KappaTuneError, match="1 weights only among them.*files disagree, one was damaged or edited"):
+        merge_adapter(copy / "out", copy / "merged")
+    assert not (copy / "merged").exists()
 
 
 def test_only_models_with_adapters_are_removed(tmp_path):

@@ -36,10 +36,13 @@ SETTINGS = Settings(seeds=(0, 1), learning_rates=(1e-3, 1e-2), every=3, smooth=2
 METHODS = parse_methods("lowest,lora,full")
 
 
+SECRET = "SECRET-a1b2"
+
+
 @pytest.fixture(scope="module")
 def recipe(saved_olmoe, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("recipe")
-    return write_recipe(folder / "recipe.yaml", tiny_recipe(folder, saved_olmoe, max_steps=6))
+    return write_recipe(folder / "recipe.yaml", tiny_recipe(folder, saved_olmoe, max_steps=6, hub_token=SECRET))
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +62,13 @@ def without_times(content: dict) -> dict:
     for method in content["methods"]:
         del method["seconds"]
     return content
+
+
+def test_no_file_of_a_comparison_holds_a_secret(recipe, whole):
+    folder, content = whole
+    assert SECRET in recipe.read_text() and content["recipe"]["data"] and SECRET not in json.dumps(content)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert files and [path for path in files if SECRET.encode() in path.read_bytes()] == []
 
 
 def test_rows_are_held_out_and_none_is_lost(bench):
