@@ -73,7 +73,8 @@ class KappaTuneSettings(SelectSettings):
         ]
         if self.report is not None and self.selection is not None:
             problems.append("report and selection are both given: a selection needs no report, remove one.")
-        if str(self.k).strip() == "0" and not self.modules_to_save:
+        nothing = self.k not in (None, AUTO) and parse_budget(self.k, least=0).value == 0
+        if nothing and not self.modules_to_save:
             problems.append(
                 "k: 0 trains no matrix, and modules_to_save names nothing else: name a module there "
                 "(`modules_to_save: [multi_modal_projector]`), or write `k: 75`."

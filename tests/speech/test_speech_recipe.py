@@ -12,6 +12,7 @@ from helpers.command import kappatune
 from helpers.recipes import tiny_recipe, write_recipe, write_rows
 from helpers.speech import speech_model, write_recordings
 from kappatune_plugin import KappaTuneError
+from kappatune_plugin.export.export import export_adapter
 from kappatune_plugin.export.merge import merge_adapter
 from kappatune_plugin.recipe.recipe import load_recipe
 from kappatune_plugin.recipe.speech import collator_of
@@ -156,6 +157,12 @@ def test_stage_one_trains_the_projector_alone(saved, tmp_path):
     batch = collator_of(recipe)([rows[0], rows[1]])
     before, tuned = loaded(saved).state_dict(), load_adapter(loaded(saved), result.output_dir).eval()
     merged = loaded(merge_adapter(result.output_dir, tmp_path / "merged"))
+    export_adapter(result.output_dir, tmp_path / "patch", "patch")
+    assert set(load_file(tmp_path / "patch" / "model-patch.safetensors")) == {
+        name for name in load_file(saved / "model.safetensors") if PROJECTOR in name
+    }
+    found = evaluate(recipe, [str(result.output_dir)]).reports[str(result.output_dir)]
+    assert found.after == pytest.approx(result.forgetting.after, rel=1e-4, abs=1e-6)
     with torch.no_grad():
         of_run = result.trainer.model.eval()(**batch).logits
         assert torch.equal(tuned(**batch).logits, of_run) and torch.equal(merged(**batch).logits, of_run)
@@ -165,9 +172,10 @@ def test_stage_one_trains_the_projector_alone(saved, tmp_path):
     assert f"KappaTune trained {PROJECTOR} whole and no other weight" in card
 
 
-def test_no_matrix_and_nothing_beside_it_is_a_mistake(saved, tmp_path):
+@pytest.mark.parametrize("k", [0, "0", "00"])
+def test_no_matrix_and_nothing_beside_it_is_a_mistake(saved, tmp_path, k):
     with pytest.raises(KappaTuneError, match=r"k: 0 trains no matrix, and modules_to_save names nothing else: name a"):
-        recipe_in(tmp_path, saved, kappatune={"k": 0})
+        recipe_in(tmp_path, saved, kappatune={"k": k})
 
 
 def test_a_finished_run_is_scaled_back_later(saved, tmp_path):
