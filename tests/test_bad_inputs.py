@@ -76,6 +76,8 @@ def recipe_of(home: Path) -> dict:
 def copy(home, tmp_path, monkeypatch) -> Path:
     """A copy of it to stand in."""
     copied = Path(shutil.copytree(home, tmp_path / "home"))
+    # data from "~" would be all that the person has who runs the tests
+    monkeypatch.setenv("HOME", str(tmp_path / "nobody"))
     monkeypatch.chdir(copied)
     return copied
 

@@ -90,6 +90,8 @@ def load_rows(spec: Mapping[str, Any] | str, what: str, base: Path | None = None
         raise KappaTuneError("\n".join(problems))
     spec = local_spec(spec, base)
     path, split, take = spec.pop("path"), spec.pop("split", None) or "train", spec.pop("take", None)
+    if os.path.isdir(path) and os.path.realpath(path) == os.path.abspath(os.sep):
+        raise KappaTuneError(f"{what}: '{path}' is the root folder, all of this machine. Give a folder of data files.")
     if os.path.isfile(path):
         builder, options = _builder(path, what)
         rows = _load(builder, {**options, **spec, "data_files": path}, split, what, shown=path)

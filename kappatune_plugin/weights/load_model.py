@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PretrainedConfig
 
+# hundreds are the most that anybody has trained
+MOST_LAYERS = 100_000
+
 
 def load_model(path: str, trust_remote_code: bool = False) -> nn.Module:
     """The model in the folder `path` or of that name on the hub, on the CPU, in the dtype it was saved in.
@@ -64,13 +67,21 @@ def trained_without_values(model: nn.Module, config: "PeftConfig") -> tuple["Pef
 
 
 def model_config(path: str, trust_remote_code: bool = False) -> "PretrainedConfig":
-    """The config in the folder `path` or of that name on the hub. Raises KappaTuneError if there is none."""
+    """The config in the folder `path` or of that name on the hub. Raises KappaTuneError if there is none to build."""
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise cannot_load(path, error) from error
+    layers = getattr(getattr(config, "text_config", config), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        # transformers would build them until the memory is full
+        raise KappaTuneError(
+            f"The config.json of '{path}' is damaged: num_hidden_layers is {layers}, expected at most "
+            f"{MOST_LAYERS}. Download it again."
+        )
+    return config
 
 
 def model_class(config: "PretrainedConfig") -> Any:

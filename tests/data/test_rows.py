@@ -96,6 +96,7 @@ def test_paths_start_in_the_recipes_folder(tmp_path, monkeypatch):
         (None, {"path": "a/b", "trust_remote_code": True}, ["trust_remote_code"]),
         (None, {"path": "a/b", "streaming": True}, ["streaming", "split"]),
         (None, {"path": "nobody/nothing"}, ["nobody/nothing"]),
+        (None, "///", ["data.train", "'///' is the root folder"]),
     ],
 )
 def test_data_that_cannot_be_loaded(tmp_path, monkeypatch, make, spec, words):

@@ -338,6 +338,14 @@ def test_an_index_that_names_no_files_is_refused(tmp_path):
         scan(str(tmp_path), progress=False)
 
 
+def test_more_layers_than_any_memory_holds_are_refused(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**400}))
+    with pytest.raises(KappaTuneError, match="num_hidden_layers is 10{400}, expected at most 100000"):
+        scan(str(tmp_path), progress=False)
+
+
 def test_layers_that_the_config_does_not_name_are_said(tmp_path):
     model = tiny_model("llama", num_hidden_layers=3)
     model.save_pretrained(tmp_path)
