@@ -1,6 +1,7 @@
 """Which checkpoint of a run can be resumed: a save that was killed leaves a folder that looks like one."""
 
 import json
+import os
 import warnings
 import zipfile
 from pathlib import Path
@@ -52,7 +53,8 @@ def checkpoint_to_resume(wanted: str | bool | None, output_dir: Path, save_only_
 
 def checkpoint_problems(folder: Path, save_only_model: bool = False) -> list[str]:
     """What keeps the checkpoint in `folder` from being complete; reads no tensor."""
-    if not folder.is_dir():
+    # which is false, and no error, for a name that no file can have
+    if not os.path.isdir(folder):
         return ["it is not a folder"]
     adapter = [(ADAPTER_CONFIG, _check_json), (ADAPTER, _check_safetensors)]
     # .metadata is written when all ranks have written theirs

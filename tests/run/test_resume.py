@@ -98,3 +98,5 @@ def test_none_complete_is_an_error(copy, tmp_path):
         checkpoint_to_resume(True, tmp_path / "empty")
     with pytest.raises(KappaTuneError, match="it is not a folder"):
         checkpoint_to_resume(str(tmp_path / "empty"), copy)
+    with pytest.raises(KappaTuneError, match="it is not a folder"):
+        checkpoint_to_resume("m" * 300, copy)
