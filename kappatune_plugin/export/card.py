@@ -113,16 +113,15 @@ def _data(
 
 
 def _results(measured: Mapping[str, Any], task: str, datasets: list[str]) -> list[EvalResult]:
-    """What was measured after training, in the hub's form."""
-    found = []
-    if (row := measured.get("task")) and row.get("after") is not None:
-        found.append((datasets[0] if datasets else "the task's test rows", row["metric"], row["after"]))
+    """What was measured of the weights in the folder, in the hub's form: as kept, where what was trained was not."""
+    kept, found = measured.get("kept") or {}, []
+    if row := measured.get("task"):
+        where = datasets[0] if datasets else "the task's test rows"
+        found.append((where, row["metric"], kept.get(f"task_{row['metric']}", row.get("after"))))
     for name, row in measured.get("control", {}).items():
-        if row.get("loss_after") is not None:
-            found.append((f"control: {name}", "loss", row["loss_after"]))
+        found.append((f"control: {name}", "loss", kept.get(f"{name}_loss", row.get("loss_after"))))
     for name, row in measured.get("lm_eval", {}).items():
-        if row.get("after") is not None:
-            found.append((f"lm_eval: {name}", "accuracy", row["after"]))
+        found.append((f"lm_eval: {name}", "accuracy", kept.get(f"lm_eval/{name}", row.get("after"))))
     return [
         EvalResult(
             # the hub's format holds results of one dataset_type together, under one name
@@ -131,6 +130,7 @@ def _results(measured: Mapping[str, Any], task: str, datasets: list[str]) -> lis
             metric_value=value, metric_name=f"{metric.replace('_', ' ')} after training",
         )
         for where, metric, value in found
+        if value is not None
     ]  # fmt: skip
 
 

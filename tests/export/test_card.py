@@ -43,6 +43,17 @@ def test_of_a_run(saved_olmoe, tmp_path, capsys):
     assert all(words in card.text for words in ("import kappatune_plugin", "kappatune merge", "vllm serve"))
 
 
+def test_results_are_those_of_the_weights_that_were_kept(tmp_path):
+    measured = {
+        "control": {"wiki": {"loss_after": 4.2, "loss_before": 4.0, "kl_after": 0.1}},
+        "task": {"metric": "accuracy", "before": 0.5, "after": 0.9, "examples": 10},
+        "kept": {"wiki_loss": 4.1, "task_accuracy": 0.8},
+    }
+    (tmp_path / "forgetting.json").write_text(json.dumps({"format": 1, **measured}))
+    write_card(tmp_path, KappaTuneConfig(k=3, task_type="CAUSAL_LM").to_dict())
+    assert [each.metric_value for each in read(tmp_path).data.eval_results] == [0.8, 4.1]
+
+
 def test_of_plain_trainers(saved_olmoe, tmp_path):
     args = {**ON_CPU, "max_steps": 1, "save_strategy": "steps", "save_steps": 1}
     rows = Dataset.from_list([{"prompt": "the cat", "completion": " sat"}] * 4)
