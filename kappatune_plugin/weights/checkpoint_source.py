@@ -42,6 +42,10 @@ class SafetensorsSource(Source):
 
     def __init__(self, path: str, files: TensorFiles, model: nn.Module) -> None:
         """`model` has the checkpoint's architecture; its values are never used."""
+        empty = next((name for name, parameter in model.named_parameters() if parameter.numel() == 0), None)
+        if empty is not None:
+            # no unit, so that nothing would compare its shape with the stored one's
+            raise Unusable(f"its config.json leaves {empty} no values")
         self.name = path_name(path)
         self.units = find_units(model)
         self.parameters = [name for name, _ in model.named_parameters()]

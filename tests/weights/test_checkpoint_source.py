@@ -346,6 +346,14 @@ def test_more_layers_than_any_memory_holds_are_refused(tmp_path):
         scan(str(tmp_path), progress=False)
 
 
+def test_matrices_that_the_config_makes_empty_are_refused(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 0}))
+    with pytest.raises(KappaTuneError, match="Can't load a model from"):
+        scan(str(tmp_path), progress=False)
+
+
 def test_layers_that_the_config_does_not_name_are_said(tmp_path):
     model = tiny_model("llama", num_hidden_layers=3)
     model.save_pretrained(tmp_path)
