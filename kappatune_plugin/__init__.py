@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kappatune_plugin.selection.selection import Selection, select
     from kappatune_plugin.tuner.config import KappaTuneConfig
     from kappatune_plugin.tuner.model import KappaTuneModel
+    from kappatune_plugin.tuner.plain_lora import lora_config
 
 __all__ = [
     "Kappa",
@@ -32,6 +33,7 @@ __all__ = [
     "__version__",
     "condition_number",
     "interpolate",
+    "lora_config",
     "scan",
     "select",
 ]
@@ -44,6 +46,7 @@ _WHERE = {
     "Selection": "selection.selection",
     "condition_number": "condition.number",
     "interpolate": "interpolation.interpolate",
+    "lora_config": "tuner.plain_lora",
     "scan": "scanning.scan",
     "select": "selection.selection",
 }

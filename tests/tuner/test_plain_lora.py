@@ -1,0 +1,95 @@
+"""PEFT's LoRA on the selected matrices: those and no others, and an adapter that PEFT alone loads."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from helpers.loops import logits, train
+from helpers.tiny import tiny_model
+from kappatune_plugin import KappaTuneConfig, KappaTuneError, lora_config, scan, select
+
+ALONE = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/base")
+model = PeftModel.from_pretrained(base, sys.argv[1] + "/adapter").eval()
+found = model(input_ids=torch.arange(8)[None]).logits
+torch.testing.assert_close(found, torch.load(sys.argv[1] + "/logits.pt"), rtol=0, atol=1e-6)
+assert "kappatune_plugin" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "olmoe", "mixtral", "qwen3_moe", "deepseek_v2"])
+def test_only_the_selected_have_pairs_and_the_merged_model_computes_the_same(kind, tmp_path):
+    model = tiny_model(kind)
+    include = ["*attn.*"]
+    expected = select(scan(model, include=include), k=3)
+    settings = lora_config(model, KappaTuneConfig(k=3, include=include, task_type="CAUSAL_LM"), r=2, lora_alpha=4)
+    tuned = get_peft_model(model, settings)
+    names = {name.split(".lora_")[0] for name, value in tuned.named_parameters() if value.requires_grad}
+    assert names == {f"base_model.model.{row.name.removesuffix('.weight')}" for row in expected.units}
+    assert sum(each.numel() for each in tuned.parameters() if each.requires_grad) == sum(
+        2 * sum(row.shape) for row in expected.units
+    )
+    before = logits(tuned)
+    train(tuned)
+    trained = logits(tuned)
+    assert not torch.allclose(before, trained, atol=1e-3)
+    tuned.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model(kind), tmp_path)
+    torch.testing.assert_close(logits(loaded), trained, rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(loaded.merge_and_unload()), trained, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_adapter_loads_where_this_package_is_not_imported(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    tuned = get_peft_model(model, lora_config(model, KappaTuneConfig(k=2, task_type="CAUSAL_LM"), r=2))
+    train(tuned)
+    tuned.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        torch.save(tuned.eval()(input_ids=torch.arange(8)[None]).logits, tmp_path / "logits.pt")
+    subprocess.run([sys.executable, "-c", ALONE, str(tmp_path)], check=True)
+
+
+def test_alpha_rank_and_rslora_mean_what_they_mean_in_peft():
+    model = tiny_model("llama")
+    config = KappaTuneConfig(selection=select(scan(model), k=1))
+    for rslora, expected in ((False, 6 / 4), (True, 6 / math.sqrt(4))):
+        settings = lora_config(model, config, r=4, lora_alpha=6, lora_dropout=0.25, use_rslora=rslora)
+        tuned = get_peft_model(model, settings)
+        (layer,) = [each for each in tuned.modules() if hasattr(each, "lora_A") and "default" in each.lora_A]
+        assert layer.scaling["default"] == expected and layer.lora_dropout["default"].p == 0.25
+        model = tuned.unload()
+
+
+def test_a_module_whose_name_only_ends_like_a_selected_one_has_no_pair():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"up": nn.Linear(6, 6), "side": nn.ModuleDict({"up": nn.Linear(6, 6)})})
+    config = KappaTuneConfig(selection=select(scan(model, include=["up.weight"]), k=1))
+    tuned = get_peft_model(model, lora_config(model, config, r=2))
+    names = {name.split(".lora_")[0] for name, value in tuned.named_parameters() if value.requires_grad}
+    assert names == {"base_model.model.up"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "r", "message"),
+    [
+        ("llama", {"k": 2}, 33, "r is 33, expected 1 to"),
+        ("llama", {"k": 2}, 0, "r is 0, expected 1 to"),
+        ("mixtral", {"k": 2, "include": ["*.experts.*"]}, 2, "is a slice of a fused parameter.*exclude"),
+        ("llama", {"k": 0, "modules_to_save": ["lm_head"]}, 2, "k: 0 selects no matrix"),
+        ("llama", {"k": 1, "include": ["embedding"], "exclude": []}, 2, "of class Embedding"),
+    ],
+)
+def test_what_it_refuses(kind, config, r, message):
+    with pytest.raises(KappaTuneError, match=message):
+        lora_config(tiny_model(kind), KappaTuneConfig(**config), r=r)
