@@ -60,6 +60,24 @@ def test_the_adapter_loads_where_this_package_is_not_imported(tmp_path):
     subprocess.run([sys.executable, "-c", ALONE, str(tmp_path)], check=True)
 
 
+def test_more_names_than_peft_keeps_apart_are_still_those_selected(tmp_path):
+    # from 20 names on PEFT looks for shorter ones that mean the same modules
+    model = tiny_model("llama", num_hidden_layers=6)
+    expected = select(scan(model), k=25)
+    tuned = get_peft_model(model, lora_config(model, KappaTuneConfig(selection=expected), r=2))
+    tuned.save_pretrained(tmp_path)
+    for each in (tuned, PeftModel.from_pretrained(tiny_model("llama", num_hidden_layers=6), tmp_path)):
+        names = {name.split(".lora_")[0] for name, _ in each.named_parameters() if ".lora_" in name}
+        assert names == {f"base_model.model.{row.name.removesuffix('.weight')}" for row in expected.units}
+
+
+def test_experts_left_out_as_the_page_says():
+    model = tiny_model("mixtral")
+    exclude = ["norm", "bias", "embedding", "head", "router", "*.experts.*"]
+    settings = lora_config(model, KappaTuneConfig(k=4, exclude=exclude), r=2)
+    assert len(settings.target_modules) == 4 and not any(".experts" in name for name in settings.target_modules)
+
+
 def test_alpha_rank_and_rslora_mean_what_they_mean_in_peft():
     model = tiny_model("llama")
     config = KappaTuneConfig(selection=select(scan(model), k=1))
