@@ -60,6 +60,8 @@ def model_init_kwargs(recipe: Recipe) -> dict[str, Any]:
     args, model = recipe.training_args, recipe.model_args
     if not isinstance(args.model_init_kwargs, dict | None):
         raise KappaTuneError(f"model_init_kwargs: {args.model_init_kwargs!r} is not a mapping.")
+    if wrong := [key for key in args.model_init_kwargs or {} if not isinstance(key, str)]:
+        raise KappaTuneError(f"model_init_kwargs: has the key {wrong[0]!r}; keys are names. Delete it.")
     quantization = get_quantization_config(model)
     return {
         **({"quantization_config": quantization} if quantization else {}),

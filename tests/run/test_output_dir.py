@@ -192,6 +192,7 @@ def test_rows_that_are_left_out_are_counted(saved_olmoe, tmp_path, capsys):
         ({"output_dir": "o" * 300}, "Can't write"),
         ({"model_init_kwargs": {"a": 1}}, "unexpected keyword argument 'a'"),
         ({"model_init_kwargs": "x"}, "model_init_kwargs: x is not a mapping"),
+        ({"model_init_kwargs": {1: 2}}, "has the key 1; keys are names"),
         ({"optim_args": "x"}, "optim_args: x is not"),
         ({"seed": -1}, "seed: -1 is not a whole number from 0"),
         ({"data": {"train": {"path": "m" * 300 + ".jsonl"}}}, "there is no file"),
