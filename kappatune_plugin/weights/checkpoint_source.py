@@ -42,13 +42,14 @@ class SafetensorsSource(Source):
 
     def __init__(self, path: str, files: TensorFiles, model: nn.Module) -> None:
         """`model` has the checkpoint's architecture; its values are never used."""
-        empty = next((name for name, parameter in model.named_parameters() if parameter.numel() == 0), None)
+        parameters = {name: shards.layout(parameter) for name, parameter in model.named_parameters()}
+        empty = next((name for name, parameter in parameters.items() if not parameter.numel()), None)
         if empty is not None:
             # no unit, so that nothing would compare its shape with the stored one's
             raise Unusable(f"its config.json leaves {empty} no values")
         self.name = path_name(path)
         self.units = find_units(model)
-        self.parameters = [name for name, _ in model.named_parameters()]
+        self.parameters = list(parameters)
         self.contents = {}
         self.files = files
         self._architecture = f"{model.config.to_json_string()} {transformers.__version__}"

@@ -371,7 +371,7 @@ def test_a_recipe_with_what_a_comparison_would_ignore(saved_olmoe, tmp_path, key
     recipe = load_recipe(write_recipe(tmp_path / "recipe.yaml", tiny_recipe(tmp_path, saved_olmoe)))
     setattr(recipe.kappatune, key, "something")
     with pytest.raises(KappaTuneError, match=f"kappatune.{key} is given"):
-        bench_module._check(recipe)
+        bench_module.check_comparable(recipe)
 
 
 def test_a_report_of_the_lowest_is_replaced_by_what_the_methods_rank_by(saved_olmoe, tmp_path):
