@@ -80,8 +80,8 @@ def check_loaded_keys(tuner: nn.Module, state_dict: dict[str, Any], prefix: str,
         raise KappaTuneError(
             f"The values to load are those of another selection: {len(there)} weights only among them "
             f"({', '.join(there[:3])}), {len(here)} only in the adapter's selection ({', '.join(here[:3])}). Load them "
-            "into the adapter that they were saved with. Where an adapter's own files disagree, one was damaged or "
-            "edited: copy it again."
+            "into the adapter that they were saved with; to resume, use the settings that the run began with. Where an "
+            "adapter's own files disagree, one was damaged or edited: copy it again."
         )
     # FSDP2 leaves fingerprints out of what it loads into a model that is nowhere yet
     nowhere = any(value.is_meta for name, value in tuner.named_parameters() if MARK not in name)

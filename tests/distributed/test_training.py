@@ -131,7 +131,7 @@ def test_resuming(mode, saved_olmoe, tmp_path, selection):
         assert_equal(on_ranks(mode, saved_olmoe, tmp_path / "alone", selection, **alone), whole)
     model = AutoModelForCausalLM.from_pretrained(saved_olmoe, dtype=torch.float32)
     other = select(scan(model, progress=False), k=14, order="random", seed=4)
-    with pytest.raises(AssertionError, match="KappaTuneError: The checkpoint trains another selection"):
+    with pytest.raises(AssertionError, match="KappaTuneError: The .* another selection"):
         on_ranks(mode, saved_olmoe, tmp_path / "other", other, resume=folder)
 
 
