@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from kappatune_plugin.data.examples import IGNORED
 from kappatune_plugin.interpolation.texts import Texts
+from kappatune_plugin.interpolation.token_losses import summed_nats
 from kappatune_plugin.speech.collator import SpeechCollator
 
 # bytes of what the processor made that stay in memory: of 30 seconds of sound Whisper's takes 1.5 MB
@@ -42,9 +42,8 @@ def speech_texts(
         each = (kept[place] if place < len(kept) else collator([rows[place]]) for place in places)
         for batch in _batches(each, batch_size, padding):
             batch = {name: value.to(model.device) for name, value in batch.items()}
-            labels = batch.pop("labels")[:, 1:]
-            logits = model(**batch).logits[:, :-1].float().transpose(1, 2)
-            found.append(cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none").sum(-1))
+            labels = batch.pop("labels")
+            found.append(summed_nats(model(**batch).logits, labels))
         return torch.cat(found)
 
     return Texts(nats, predicted, read)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kappatune_plugin.data.examples import IGNORED
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.forgetting.measures import blocks, completion_ids, padded
 from kappatune_plugin.interpolation.texts import Texts
@@ -67,11 +68,21 @@ def row_documents(tokenizer: Any, pairs: Sequence[tuple[str, str]], end_token: b
 def _piece_nats(model: nn.Module, batch: Sequence[Piece]) -> Tensor:
     """Summed nats of each piece's tokens that count, shape (pieces,)."""
     ids, mask = padded([piece for piece, _ in batch], model.device)
-    logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[:, :-1]
-    counts = mask[:, 1:].clone()
+    labels = ids.masked_fill(~mask, IGNORED)
     for row, (_, start) in enumerate(batch):
-        counts[row, : start - 1] = False
+        labels[row, :start] = IGNORED
+    return summed_nats(model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits, labels)
+
+
+def summed_nats(logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss of each row, summed over its labels that aren't IGNORED, shape (rows,), float32.
+
+    Args:
+        logits: shape (rows, tokens, vocabulary), each the prediction of the token after it.
+        labels: token ids, shape (rows, tokens).
+    """
+    counts, labels = labels[:, 1:] != IGNORED, labels[:, 1:]
     # a prompt's logits are never copied, and cross_entropy takes several times as long on a CPU
-    counted = logits[counts].float()
-    losses = counted.logsumexp(-1) - counted.gather(-1, ids[:, 1:][counts][:, None]).squeeze(-1)
-    return losses.new_zeros(len(batch)).index_add(0, counts.nonzero()[:, 0], losses)
+    counted = logits[:, :-1][counts].float()
+    losses = counted.logsumexp(-1) - counted.gather(-1, labels[counts][:, None]).squeeze(-1)
+    return losses.new_zeros(len(labels)).index_add(0, counts.nonzero()[:, 0], losses)
