@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from datasets import Dataset
+from pydantic import AfterValidator
 
 from kappatune_plugin.checks import did_you_mean
 from kappatune_plugin.data.templates import Template, check_columns, parse_template
@@ -118,12 +119,9 @@ def own_choices(pairs: Sequence[tuple[Any, Any]], labels: Mapping[Any, str]) -> 
     return found
 
 
-def check_labels(labels: Any) -> Any:
-    """`labels` of a recipe as a mapping from values to words; a list names words that stand for themselves.
-
-    Raises:
-        KappaTuneError: neither, or words that are no texts.
-    """
+def _check_labels(labels: Any) -> Any:
+    if labels is None:
+        return None
     if isinstance(labels, list) and labels and all(isinstance(word, str | bool | int | float) for word in labels):
         labels = {word: word for word in labels}
     if not isinstance(labels, Mapping) or not labels:
@@ -137,6 +135,10 @@ def check_labels(labels: Any) -> Any:
     if problems:
         raise KappaTuneError("\n".join(problems))
     return labels
+
+
+# `labels` of a recipe: a mapping from values to words, or None; a list names words that stand for themselves
+Labels = Annotated[Any, AfterValidator(_check_labels)]
 
 
 def _choices(labels: Mapping[Any, str]) -> list[str]:

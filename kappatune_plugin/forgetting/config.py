@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, TypeAdapter, field_validator
 
 from kappatune_plugin.checks import did_you_mean
-from kappatune_plugin.data.examples import check_labels
+from kappatune_plugin.data.examples import Labels
 from kappatune_plugin.data.rows import DataSet
 from kappatune_plugin.data.templates import TemplateText
 from kappatune_plugin.errors import KappaTuneError
@@ -26,7 +26,7 @@ class Recall(DataSet):
 
     prompt: TemplateText = Field(description="Template of the question.", examples=[RECALL_EXAMPLE])
     completion: TemplateText = Field(description="Template of the right answer.", examples=[RECALL_EXAMPLE])
-    labels: Annotated[Any, AfterValidator(lambda labels: None if labels is None else check_labels(labels))] = Field(
+    labels: Labels = Field(
         default=None,
         description="As data.labels, for another task that isn't trained: right is the likeliest of these answers. "
         "null: right is what greedy decoding gives.",

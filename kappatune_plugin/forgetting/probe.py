@@ -26,7 +26,7 @@ from kappatune_plugin.forgetting.measures import (
     sample_base,
     token_loss,
 )
-from kappatune_plugin.forgetting.report import WER, ForgettingReport
+from kappatune_plugin.forgetting.report import EXACT_MATCH, WER, ForgettingReport
 from kappatune_plugin.speech.recordings import TRANSCRIPT
 from kappatune_plugin.speech.word_errors import SpeechTask
 
@@ -164,9 +164,8 @@ class ForgettingProbe:
         answers = Counter(each.choices[each.answer] for each in self.task if isinstance(each, ChoiceExample))
         majority = max(answers.values()) / len(self.task) if answers else None
         examples = len(self.task) if self.speech is None else len(self.speech.rows)
-        report = ForgettingReport(list(self.controls), self.metric, len(self.facts), examples, majority)
-        report.recall_metric = "accuracy" if self._other_task else report.recall_metric
-        return report
+        recall = "accuracy" if self._other_task else EXACT_MATCH
+        return ForgettingReport(list(self.controls), self.metric, len(self.facts), examples, majority, recall)
 
     @property
     def _other_task(self) -> bool:
@@ -190,8 +189,7 @@ class ForgettingProbe:
             found |= remember(f"{key} {self.task}", lambda: {key: measure(*settings)})
         if self.facts:
             settings = model, self.tokenizer, self.facts, self.batch_size
-            other = partial(label_accuracy, name="another task")
-            recall = other if self._other_task else exact_recall
+            recall = partial(label_accuracy, name="another task") if self._other_task else exact_recall
             found |= remember(f"recall {self.facts}", lambda: {"recall": recall(*settings)})
         return found if quick else {**found, **self._slow(model)}
 

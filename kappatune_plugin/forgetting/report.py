@@ -33,10 +33,16 @@ class ForgettingReport:
     """
 
     def __init__(
-        self, controls: list[str], metric: str | None, facts: int, examples: int = 0, majority: float | None = None
+        self,
+        controls: list[str],
+        metric: str | None,
+        facts: int,
+        examples: int = 0,
+        majority: float | None = None,
+        recall_metric: str = EXACT_MATCH,
     ) -> None:
         self.controls, self.metric, self.facts = controls, metric, facts
-        self.examples, self.majority, self.recall_metric = examples, majority, EXACT_MATCH
+        self.examples, self.majority, self.recall_metric = examples, majority, recall_metric
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
         self.kept: dict[str, float] = {}

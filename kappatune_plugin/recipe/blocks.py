@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, StrictBool, ValidationInfo, field_validator, model_validator
 
-from kappatune_plugin.data.examples import check_labels
+from kappatune_plugin.data.examples import Labels
 from kappatune_plugin.data.replay import ReplayConfig
 from kappatune_plugin.data.rows import TEMPLATES, DataSet, DataSets, one_or_more
 from kappatune_plugin.data.templates import TemplateText, check_template
@@ -109,7 +109,7 @@ class DataBlock(Block):
     completion: Annotated[Any, AfterValidator(_if_given(check_template))] = Field(
         default=None, description='Template of what it learns to answer: " {label}".'
     )
-    labels: Annotated[Any, AfterValidator(_if_given(check_labels))] = Field(
+    labels: Labels = Field(
         default=None,
         description="The word of each value of the label column: {0: 'no', 1: 'yes'}; without templates the answers "
         "that the rows of data.test choose between: ['no', 'yes'].",
