@@ -85,14 +85,10 @@ def one_run(
 ) -> list[dict[str, Any]]:
     """Train once, then scale back to each limit in both ways; a record for each, and one for what was trained."""
     prompt, *words = TASKS[task]
-    train, test = (
-        [(prompt.format(text), label) for text, label in rows if len(text.split()) <= LONGEST]
-        for rows in load(data / "tasks", task)
-    )
+    train, test = ([(prompt.format(text), label) for text, label in rows] for rows in load(data / "tasks", task))
     train = random.Random(seed).sample(train, HELD_OUT + STEPS * BATCH)
     learned, test = [(text, words[label]) for text, label in train], random.Random(0).sample(test, TEST)
-    paragraphs = [line.strip() for line in (data / "text/wikitext-2/raw_test.txt").read_text("utf-8").splitlines()]
-    paragraphs = random.Random(seed).sample([each for each in paragraphs if len(each.split()) > 50], DOCUMENTS + UNSEEN)
+    paragraphs = wikitext(data, DOCUMENTS + UNSEEN, seed)
     config, rate = ARMS[arm]
     rows = row_documents(tokenizer, learned)
     shown = rows[HELD_OUT:]
@@ -128,14 +124,26 @@ def one_run(
 
 
 def load(folder: Path, task: str) -> list[list[tuple[str, int]]]:
-    """(text, label) of the rows to train on, and of those to test with."""
+    """(text, label) of the short rows to train on, and of those to test with."""
+    return [[row for row in rows if len(row[0].split()) <= LONGEST] for rows in _rows(folder, task)]
+
+
+def wikitext(data: Path, count: int, seed: int) -> list[str]:
+    """So many long paragraphs of WikiText-2's test part."""
+    lines = (data / "text/wikitext-2/raw_test.txt").read_text("utf-8").splitlines()
+    return random.Random(seed).sample([line.strip() for line in lines if len(line.split()) > 50], count)
+
+
+def _rows(folder: Path, task: str) -> list[list[tuple[str, int]]]:
+    def labelled(name: str) -> list[tuple[str, int]]:
+        lines = (folder / "sent-conv" / name).read_text("latin-1").strip().split("\n")
+        return [(line[2:].strip(), int(line[0])) for line in lines]
+
     if task == "sst2":
-        files = [folder / "sent-conv" / f"stsa.binary.{part}" for part in ("train", "test")]
-        lines = [file.read_text("latin-1").strip().split("\n") for file in files]
-        return [[(line[2:].strip(), int(line[0])) for line in each] for each in lines]
+        return [labelled("stsa.binary.train"), labelled("stsa.binary.test")]
     if task == "subj":
-        lines = (folder / "sent-conv" / "subj.all").read_text("latin-1").strip().split("\n")
-        rows = random.Random(0).sample([(line[2:].strip(), int(line[0])) for line in lines], len(lines))
+        rows = labelled("subj.all")
+        random.Random(0).shuffle(rows)
         return [rows[1000:], rows[:1000]]
     parts = [
         [folder / "tweeteval" / "irony" / f"{part}_{kind}.txt" for kind in ("text", "labels")]

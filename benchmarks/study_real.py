@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dial import LONGEST, TASKS, load
+from dial import TASKS, load, wikitext
 from study import REPOSITORY, publish, write
 
 from kappatune_plugin.study.session import Asked, compare_session
@@ -76,16 +76,11 @@ def changed(name: str, models: Path, data: Path, folder: Path) -> dict[str, Any]
     folder.mkdir(parents=True, exist_ok=True)
     prompt, *words = TASKS[task]
     other_prompt, *other_words = TASKS[OTHER[task]]
-    train, test = (
-        sample(rows, count, 0) for rows, count in zip(load(data / "tasks", task), (TRAIN, TEST), strict=True)
-    )
-    asked = sample(load(data / "tasks", OTHER[task])[1], ASKED, 0)
-    lines = (data / "text" / "wikitext-2" / "raw_test.txt").read_text("utf-8").splitlines()
-    paragraphs = [line.strip() for line in lines if len(line.split()) > 50]
-    paragraphs = random.Random(0).sample(paragraphs, PARAGRAPHS)
-    control = write([{"text": each} for each in paragraphs], folder / "control.jsonl")
+    train, test = load(data / "tasks", task)
+    asked = load(data / "tasks", OTHER[task])[1]
+    control = write([{"text": each} for each in wikitext(data, PARAGRAPHS, 0)], folder / "control.jsonl")
     recall = {
-        "path": str(rows_of(asked, folder / "other.jsonl")),
+        "path": str(rows_of(asked, ASKED, folder / "other.jsonl")),
         "prompt": other_prompt.replace("{}", "{sentence}"),
         "completion": "{label}",
         "labels": dict(enumerate(other_words)),
@@ -95,8 +90,8 @@ def changed(name: str, models: Path, data: Path, folder: Path) -> dict[str, Any]
         "attn_implementation": "eager",
         "per_device_train_batch_size": 8,
         "kappatune.k": "10%",
-        "data.train": {"path": str(rows_of(train, folder / "train.jsonl"))},
-        "data.test": {"path": str(rows_of(test, folder / "test.jsonl"))},
+        "data.train": {"path": str(rows_of(train, TRAIN, folder / "train.jsonl"))},
+        "data.test": {"path": str(rows_of(test, TEST, folder / "test.jsonl"))},
         "data.prompt": prompt.replace("{}", "{sentence}"),
         "data.completion": "{label}",
         "data.labels": dict(enumerate(words)),
@@ -109,15 +104,10 @@ def changed(name: str, models: Path, data: Path, folder: Path) -> dict[str, Any]
     }
 
 
-def sample(rows: list[tuple[str, int]], count: int, seed: int) -> list[tuple[str, int]]:
-    """So many of the short rows."""
-    short = [row for row in rows if len(row[0].split()) <= LONGEST]
-    return random.Random(seed).sample(short, min(count, len(short)))
-
-
-def rows_of(rows: list[tuple[str, int]], target: Path) -> Path:
-    """Rows as the templates name their columns."""
-    return write([{"sentence": text, "label": label} for text, label in rows], target)
+def rows_of(rows: list[tuple[str, int]], count: int, target: Path) -> Path:
+    """So many of the rows, as the templates name their columns."""
+    sample = random.Random(0).sample(rows, count)
+    return write([{"sentence": text, "label": label} for text, label in sample], target)
 
 
 if __name__ == "__main__":
