@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from helpers.loops import TOKENS, train
-from helpers.tiny import CONFIGS, SHAPE, tiny_model, tiny_tokenizer
+from helpers.tiny import CONFIGS, QWEN_VL, SHAPE, tiny_model, tiny_tokenizer
 from kappatune_plugin import KappaTuneConfig
 from kappatune_plugin.export.merge import merge_adapter
 
@@ -23,16 +23,6 @@ T5["decoder_start_token_id"] = 0
 BARTISH = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
 BARTISH |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "dropout": 0.0}
 LLAMA = CONFIGS["llama"][1]
-ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
-VISION = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4}
-QWEN_VL = {
-    "text_config": {**LLAMA, "rope_parameters": ROPE, "model_type": "qwen2_vl_text"},
-    "vision_config": {**VISION, "spatial_merge_size": 1},
-    "image_token_id": 60,
-    "video_token_id": 61,
-    "vision_start_token_id": 62,
-    "vision_end_token_id": 63,
-}
 CLASSES = torch.arange(len(TOKENS)) % 3
 PIXELS = torch.randn(len(TOKENS), 3, 8, 8, generator=torch.Generator().manual_seed(0))
 VIT = {**ENCODER, "image_size": 8, "patch_size": 4}

@@ -15,20 +15,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from helpers.loops import logits, train
 from helpers.quantize import needs_bitsandbytes
-from helpers.tiny import CONFIGS, SHAPE, tiny_model, tiny_tokenizer
+from helpers.tiny import CONFIGS, QWEN_VL, SHAPE, tiny_model, tiny_tokenizer
 from kappatune_plugin import KappaTuneConfig, KappaTuneError
 from kappatune_plugin.export import merge
 from kappatune_plugin.export.export import export_adapter
 from kappatune_plugin.weights.quantized import whole_model
 
-LLAMA = CONFIGS["llama"][1]
-ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
-SEES = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4}
-QWEN_VL = {
-    "text_config": {**LLAMA, "rope_parameters": ROPE, "model_type": "qwen2_vl_text"},
-    "vision_config": {**SEES, "spatial_merge_size": 1},
-    **{"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63},
-}
 PATCHES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
 GEMMA3 = {
     "text_config": {**CONFIGS["gemma3"][1], "model_type": "gemma3_text"},

@@ -49,6 +49,19 @@ CONFIGS = {
 MOE_KINDS = ("olmoe", "mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss")
 
 
+# of a model that sees, for its class
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+_VISION = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4}
+QWEN_VL = {
+    "text_config": {**CONFIGS["llama"][1], "rope_parameters": _ROPE, "model_type": "qwen2_vl_text"},
+    "vision_config": {**_VISION, "spatial_merge_size": 1},
+    "image_token_id": 60,
+    "video_token_id": 61,
+    "vision_start_token_id": 62,
+    "vision_end_token_id": 63,
+}
+
+
 def tiny_model(
     kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, vocab_size: int = 64, **overrides: object
 ) -> PreTrainedModel:

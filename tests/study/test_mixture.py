@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+
+from helpers.tiny import tiny_model
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -14,18 +15,7 @@ import mixture  # noqa: E402
 
 @pytest.fixture(scope="module")
 def dense():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        attn_implementation="eager",
-    )
-    return LlamaForCausalLM(config).eval()
+    return tiny_model("llama").eval()
 
 
 @pytest.fixture(scope="module")
