@@ -218,7 +218,19 @@ def label_accuracy(
     batch_size: int = 8,
     name: str = "task",
 ) -> float:
-    """Share of examples whose right choice has the highest log-likelihood after the prompt; NaN if a likelihood is NaN.
+    """`label_scores`, the share alone."""
+    return label_scores(model, tokenizer, examples, batch_size, name)[0]
+
+
+def label_scores(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[ChoiceExample],
+    batch_size: int = 8,
+    name: str = "task",
+) -> tuple[float, float]:
+    """How well the right choices are known: the share of examples whose right choice has the highest log-likelihood
+    after the prompt, and the loss of the right choices in nats a token, without an end token; NaN if one is NaN.
 
     The likelihood is the sum over a choice's tokens, not divided by their number: it is the probability of that label.
 
@@ -232,15 +244,18 @@ def label_accuracy(
         if len(example.choices) < 2:
             raise KappaTuneError(f"An example has {len(example.choices)} choices, two at least: {example.prompt!r}.")
         pairs += [completion_ids(tokenizer, example.prompt, choice) for choice in example.choices]
-    found = [-nats for nats, _ in _completion_losses(model, pairs, batch_size, name)]
+    found = [nats for nats, _ in _completion_losses(model, pairs, batch_size, name)]
     if any(map(math.isnan, found)):
-        # nothing is greater than NaN: the first choice would win
-        return math.nan
-    scores, right = iter(found), 0
+        # nothing is less than NaN: the first choice would win
+        return math.nan, math.nan
+    scores = iter(zip(found, (len(choice) for _, choice in pairs), strict=True))
+    right, nats, tokens = 0, 0.0, 0
     for example in examples:
-        likelihoods = [next(scores) for _ in example.choices]
-        right += likelihoods.index(max(likelihoods)) == example.answer
-    return right / len(examples)
+        choices = [next(scores) for _ in example.choices]
+        losses = [loss for loss, _ in choices]
+        right += losses.index(min(losses)) == example.answer
+        nats, tokens = nats + choices[example.answer][0], tokens + choices[example.answer][1]
+    return right / len(examples), nats / tokens
 
 
 def completion_loss(

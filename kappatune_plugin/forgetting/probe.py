@@ -22,6 +22,7 @@ from kappatune_plugin.forgetting.measures import (
     exact_recall,
     kl_to_base,
     label_accuracy,
+    label_scores,
     measuring,
     sample_base,
     token_loss,
@@ -174,6 +175,9 @@ class ForgettingProbe:
     def measure(self, model: nn.Module, quick: bool = False, remember: Remember = measured_now) -> dict[str, float]:
         """The losses and perplexities of the controls, the task's metric, the share of facts recalled, the harness.
 
+        Of a task with labels also the loss of the right ones ("task_loss", nats a token), which a few rows tell apart
+        where their accuracy can't.
+
         Args:
             quick: leave out what writes text or runs the harness: for measurements during a run.
             remember: called for each measure with what it is measured on, as a text, and a function that measures.
@@ -182,11 +186,12 @@ class ForgettingProbe:
         for name, pieces in self.controls.items():
             loss = remember(f"loss {pieces}", lambda pieces=pieces, name=name: self._loss(model, pieces, name))
             found[f"{name}_loss"], found[f"{name}_ppl"] = loss["loss"], loss["ppl"]
-        if self.metric in ("accuracy", "loss"):
-            measure = label_accuracy if self.metric == "accuracy" else completion_loss
-            settings = model, self.tokenizer, self.task, self.batch_size
-            key = f"task_{self.metric}"
-            found |= remember(f"{key} {self.task}", lambda: {key: measure(*settings)})
+        settings = model, self.tokenizer, self.task, self.batch_size
+        if self.metric == "accuracy":
+            keys = ("task_accuracy", "task_loss")
+            found |= remember(f"{keys} {self.task}", lambda: dict(zip(keys, label_scores(*settings), strict=True)))
+        if self.metric == "loss":
+            found |= remember(f"task_loss {self.task}", lambda: {"task_loss": completion_loss(*settings)})
         if self.facts:
             settings = model, self.tokenizer, self.facts, self.batch_size
             recall = partial(label_accuracy, name="another task") if self._other_task else exact_recall

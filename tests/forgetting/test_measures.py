@@ -19,6 +19,7 @@ from kappatune_plugin.forgetting.measures import (
     exact_recall,
     kl_to_base,
     label_accuracy,
+    label_scores,
     measuring,
     sample_base,
     token_loss,
@@ -164,15 +165,17 @@ def test_label_accuracy_by_brute_force():
     # labels of one token and of several, whose likelihoods add up
     choices = (" yes", " no", " the cat")
     prompts = [f"the cat {number} sat" for number in range(12)]
-    best = []
+    best, losses = [], []
     for prompt in prompts:
         scores = []
         for choice in choices:
             ids, count = tokenizer(prompt + choice).input_ids, len(tokenizer(choice).input_ids)
             scores.append(-sum(slow_losses(model, ids)[-count:]))
         best.append(scores.index(max(scores)))
+        losses.append((-max(scores), len(tokenizer(choices[best[-1]]).input_ids)))
     examples = [ChoiceExample(prompt, choices, answer) for prompt, answer in zip(prompts, best, strict=True)]
-    assert label_accuracy(model, tokenizer, examples) == 1.0
+    nats, tokens = map(sum, zip(*losses, strict=True))
+    assert label_scores(model, tokenizer, examples) == (1.0, pytest.approx(nats / tokens))
     wrong = [ChoiceExample(e.prompt, e.choices, (e.answer + 1) % 3) for e in examples[:3]]
     assert label_accuracy(model, tokenizer, wrong + examples[3:], batch_size=2) == 9 / 12
 
@@ -277,5 +280,5 @@ def test_a_model_of_nan_knows_nothing():
     with torch.no_grad():
         model.lm_head.weight.fill_(math.nan)
     examples = [ChoiceExample("the cat", (" yes", " no"), answer) for answer in (0, 1)]
-    assert math.isnan(label_accuracy(model, tokenizer, examples))
+    assert all(map(math.isnan, label_scores(model, tokenizer, examples)))
     assert math.isnan(exact_recall(model, tokenizer, [("the cat", " yes")]))

@@ -370,7 +370,7 @@ def test_what_is_known_of_the_base_is_not_measured_again(saved_olmoe, tmp_path, 
     found = probe(one, tmp_path)
     remember = partial(cache.remembered, "the base")
     first = found.measure(model, remember=remember)
-    assert first == found.measure(model) and len(first) == 4
+    assert first == found.measure(model) and len(first) == 5
     with monkeypatch.context() as patched:
         patched.setattr(probe_module, "token_loss", None)
         assert found.measure(model, remember=remember) == first
