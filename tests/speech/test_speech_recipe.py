@@ -11,6 +11,7 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor
 from helpers.command import kappatune
 from helpers.recipes import tiny_recipe, write_recipe, write_rows
 from helpers.speech import speech_model, write_recordings
+from helpers.training import losses
 from kappatune_plugin import KappaTuneError
 from kappatune_plugin.export.export import export_adapter
 from kappatune_plugin.export.merge import merge_adapter
@@ -59,8 +60,8 @@ def test_a_run_hears_saves_and_merges(saved, tmp_path):
     recipe = recipe_in(tmp_path, saved, learning_rate="3e-2", max_steps=30)
     assert recipe.training_args.remove_unused_columns is False
     result = run_sft(recipe)
-    losses = [entry["loss"] for entry in result.trainer.state.log_history if "loss" in entry]
-    assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
+    found = losses(result.trainer)
+    assert sum(found[-3:]) < 0.5 * sum(found[:3])
     names = [unit.name for unit in result.selection.units]
     assert len(names) == 5 and all("language_model" in name for name in names)
     content = json.loads((result.output_dir / "forgetting.json").read_text())
@@ -170,6 +171,22 @@ def test_stage_one_trains_the_projector_alone(saved, tmp_path):
     assert changed == {name for name in before if PROJECTOR in name}
     card = (result.output_dir / "README.md").read_text()
     assert f"KappaTune trained {PROJECTOR} whole and no other weight" in card
+
+
+def test_stage_one_resumes_to_the_bit(saved, tmp_path):
+    """Trained on from its second step, the projector and every loss are those of the run that nothing interrupted."""
+    beside = {"kappatune": {"k": 0, "modules_to_save": [PROJECTOR]}, "save_strategy": "steps", "save_steps": 2}
+    whole, resumed = (
+        run_sft(recipe_in(tmp_path / name, saved, learning_rate="3e-2", forgetting=None, **beside, **how))
+        for name, how in (("whole", {}), ("resumed", {"resume_from_checkpoint": f"{tmp_path}/whole/out/checkpoint-2"}))
+    )
+    assert len(losses(whole.trainer)) == 4 and losses(resumed.trainer) == losses(whole.trainer)
+    at_two, one, other = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (whole.output_dir / "checkpoint-2", whole.output_dir, resumed.output_dir)
+    )
+    assert one.keys() == other.keys() and all(torch.equal(other[name], one[name]) for name in one)
+    assert not any(torch.equal(at_two[name], one[name]) for name in one)
 
 
 @pytest.mark.parametrize("k", [0, "0", "00"])
