@@ -53,7 +53,7 @@ def changes_of(tuned: PeftModel) -> dict[str, Tensor]:
         if parameter.ndim > 3 or isinstance(layer.owner, nn.Embedding) or id(parameter) in tied:
             raise KappaTuneError(f"LoRA can't carry the change of {unit.name}, an embedding or a convolution. {MERGE}")
         change = found.setdefault(unit.parameter, torch.zeros(parameter.shape, dtype=torch.float32))
-        added = layer.master.detach().float() - layer.original.whole(parameter).float()
+        added = layer.active.whole().float() - layer.original.whole(parameter).float()
         unit_block(change, unit).copy_(added)
     return {name: change for name, change in found.items() if change.any()}
 

@@ -282,12 +282,12 @@ def _say_rounding(tuned: PeftModel) -> None:
     layers = tuned.base_model.layers()
     update = error = 0.0
     for layer in layers:
-        master = layer.master.detach().double()
-        update += (master - layer.original.whole(layer.parameter).double()).square().sum().item()
-        error += (master - layer.block.double()).square().sum().item()
+        trained = layer.active.whole().double()
+        update += (trained - layer.original.whole(layer.parameter).double()).square().sum().item()
+        error += (trained - layer.block.double()).square().sum().item()
     share = (error / update) ** 0.5 if update else 0.0
     if share > ROUNDING_SAID:
-        kept, written = (str(each.dtype).removeprefix("torch.") for each in (layers[0].master, layers[0].parameter))
+        kept, written = (str(each.dtype).removeprefix("torch.") for each in (layers[0].leaves[0], layers[0].parameter))
         warnings.warn(
             f"The values were trained in {kept} and the checkpoint is in {written}: rounding changes what was trained "
             f"by {share:.0%} of its size (root mean square). To keep it add --dtype {kept}.",

@@ -41,7 +41,7 @@ class AutoBudgetCallback(ForgettingCallback):
         self.matrices = counts[0]
         self.log: list[dict[str, Any]] = []
         self.report.budget = {"start": counts[0], "most": counts[-1], "steps": self.log}
-        self._within: dict[str, Tensor] = {}
+        self._within: dict[str, list[Tensor]] = {}
         self._within_matrices = counts[0]
         self._shrunk = False
 
@@ -104,14 +104,19 @@ class AutoBudgetCallback(ForgettingCallback):
         self._within_matrices = self.matrices
         # one that rests has the base's values
         self._within = {
-            layer.unit.name: layer.master.detach().to("cpu", copy=True) for layer in self._layers() if not layer.resting
+            layer.unit.name: [leaf.detach().to("cpu", copy=True) for leaf in layer.leaves]
+            for layer in self._layers()
+            if not layer.resting
         }
 
     @torch.no_grad()
     def _go_back(self, state: Any, decision: Decision) -> None:
         for layer in self._layers():
             within = self._within.get(layer.unit.name)
-            layer.master.copy_(layer.original.whole(layer.parameter) if within is None else within)
+            if within is None:
+                layer.active.reset()
+            for leaf, value in zip(layer.leaves, within or (), strict=within is not None):
+                leaf.copy_(value)
         self._tuner.write_through(everything=True)
         self._train(self._within_matrices)
         self._note_decision(state, decision)
@@ -120,10 +125,11 @@ class AutoBudgetCallback(ForgettingCallback):
         """What rests has no optimizer state."""
         for layer in self._layers():
             if layer.resting:
-                optimizer.state.pop(layer.master, None)
+                for leaf in layer.leaves:
+                    optimizer.state.pop(leaf, None)
 
     def _layers(self) -> list[KappaTuneLayer]:
-        return [layer for layer in self._tuner.layers() if layer.master is not None]
+        return [layer for layer in self._tuner.layers() if layer.active is not None]
 
     def _note_decision(self, state: Any, decision: Decision) -> None:
         entry = {"step": state.global_step, "action": decision.action, "matrices": self.matrices}

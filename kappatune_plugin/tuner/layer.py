@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from kappatune_plugin.distributed import ranks, shards
 from kappatune_plugin.distributed.unsupported import OFFLOADED, offloads
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.tuner.values import VALUES, Original, Values
+from kappatune_plugin.tuner.values import VALUES, Original, Values, held
 from kappatune_plugin.weights.fingerprint import is_in_layers, unit_hash
 from kappatune_plugin.weights.units import WeightUnit, unit_block
 
@@ -54,7 +54,7 @@ class KappaTuneLayer(nn.Module, BaseTunerLayer):
         self.original = Original(self.parameter, unit)
         self.merged_adapters = []
         self._active_adapter = []
-        self._written: tuple[int, int] | str | None = None
+        self._written: tuple[tuple[int, int], ...] | str | None = None
         self.resting = self.ran = self.reached = False
         self.register_state_dict_pre_hook(_check_written)
         self.register_load_state_dict_post_hook(_take_over_loaded)
@@ -70,26 +70,29 @@ class KappaTuneLayer(nn.Module, BaseTunerLayer):
         return unit_block(self.parameter, self.unit)
 
     @property
-    def master(self) -> Tensor | None:
+    def active(self) -> Values | None:
         """The active adapter's values of this unit; None where it has none."""
         name = self.active_adapters[0] if self.active_adapters else None
-        return self.kappatune_values[name].weight if name in self.kappatune_values else None
+        return self.kappatune_values[name] if name in self.kappatune_values else None
+
+    @property
+    def leaves(self) -> tuple[nn.Parameter, ...]:
+        """The parameters that an optimizer holds of the active adapter."""
+        return () if self.active is None else self.active.leaves
 
     @property
     def moved(self) -> bool:
         """Whether the active values may have changed in place since they were last written into the base."""
-        master = self.master
-        return master is not None and (self.original.divided or self._state() != self._written)
+        return self.active is not None and (self.original.divided or self._state() != self._written)
 
     @property
-    def to_train(self) -> Tensor | None:
+    def to_train(self) -> Values | None:
         """See `slice_gradients.Bindable`."""
-        master = self.master
-        off = master is None or self.disable_adapters or self.merged or self.resting
-        return master if not off and master.requires_grad else None
+        off = self.disable_adapters or self.merged or self.resting
+        return self.active if not off and any(leaf.requires_grad for leaf in self.leaves) else None
 
     @property
-    def trained(self) -> Tensor | None:
+    def trained(self) -> Values | None:
         """`to_train`, whole on this rank.
 
         Raises:
@@ -100,10 +103,10 @@ class KappaTuneLayer(nn.Module, BaseTunerLayer):
         if in_use and self.moved and not self.original.divided:
             why = OFFLOADED if offloads(self.owner) else f"{{name}} {NOT_WRITTEN}"
             raise KappaTuneError(why.format(name=self.unit.name))
-        master = self.to_train
-        if master is not None:
-            shards.gather_while_running(self.owner, master)
-        return master
+        values = self.to_train
+        for leaf in self.leaves if values is not None else ():
+            shards.gather_while_running(self.owner, leaf)
+        return values
 
     def add(self, adapter: str) -> None:
         """Start `adapter` at the base model's values."""
@@ -130,21 +133,20 @@ class KappaTuneLayer(nn.Module, BaseTunerLayer):
 
         Collective where the base or the values are divided over ranks.
         """
-        master = self.kappatune_values[adapter].weight if adapter else self.master
-        if self.parameter.is_meta or (master is not None and master.is_meta):
+        values = self.kappatune_values[adapter] if adapter else self.active
+        if self.parameter.is_meta or (values is not None and any(leaf.is_meta for leaf in values.leaves)):
             return
         self.original.divide(self.parameter)
-        if master is None or self.disable_adapters:
+        if values is None or self.disable_adapters:
             self.write_original()
         else:
             wanted = shards.block_ranges(self.parameter, self.unit.index)
-            values = shards.redistribute(_held(master), shards.block_ranges(master, ()), wanted)
-            shards.write_block(self.parameter, self.unit.index, values)
+            shards.write_block(self.parameter, self.unit.index, values.part(wanted))
         self._written = self._state()
 
-    def _state(self) -> tuple[int, int]:
+    def _state(self) -> tuple[tuple[int, int], ...]:
         """Another one for other active values, and for the same ones changed in place (but for `.data`)."""
-        return (0, 0) if self.master is None else (id(self.master), self.master._version)
+        return tuple((id(leaf), leaf._version) for leaf in self.leaves)
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy is another tensor, and begins with another version
@@ -221,9 +223,9 @@ class KappaTuneLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if adapter_name in self.kappatune_values:
-            master = self.kappatune_values[adapter_name].weight
-            if not self.parameter.is_meta and not shards.is_partitioned(master):
-                master.data = master.data.to(device or self.parameter.device)
+            for leaf in self.kappatune_values[adapter_name].leaves:
+                if not self.parameter.is_meta and not shards.is_partitioned(leaf):
+                    leaf.data = leaf.data.to(device or self.parameter.device)
             self.write()
 
 
@@ -235,10 +237,9 @@ def check_finite(layers: Sequence[KappaTuneLayer], adapter_names: list[str] | No
     wrong, divided = [], False
     for layer in layers:
         for name in adapter_names or layer.active_adapters:
-            if name in layer.kappatune_values:
-                master = layer.kappatune_values[name].weight
-                divided = divided or shards.is_partitioned(master)
-                if not torch.isfinite(_held(master)).all():
+            for leaf in layer.kappatune_values[name].leaves if name in layer.kappatune_values else ():
+                divided = divided or shards.is_partitioned(leaf)
+                if not torch.isfinite(held(leaf)).all():
                     wrong.append(f"{layer.unit.name} of adapter '{name}'")
     if divided:
         wrong = [each for part in ranks.exchange(wrong) for each in part]
@@ -252,9 +253,10 @@ def warn_not_finite(tuner: nn.Module, prefix: str, keep_vars: bool) -> None:
     Whether a run that diverged goes on is for the settings of its trainer to say. Divided values are left out.
     """
     layers = [module for module in tuner.modules() if isinstance(module, KappaTuneLayer)]
-    trained = [(layer.unit.name, layer.master) for layer in layers if layer.master is not None]
-    here = [(name, held) for name, held in trained if not (held.is_meta or shards.is_partitioned(held))]
-    wrong = [name for name, held in here if not torch.isfinite(held).all()]
+    trained = [layer for layer in layers if layer.active is not None]
+    leaves = [(layer.unit.name, leaf) for layer in trained for leaf in layer.leaves]
+    here = [(name, leaf) for name, leaf in leaves if not (leaf.is_meta or shards.is_partitioned(leaf))]
+    wrong = list(dict.fromkeys(name for name, leaf in here if not torch.isfinite(leaf).all()))
     if wrong:
         warnings.warn(
             f"{len(wrong)} of {len(trained)} trained matrices hold values that aren't finite (NaN or infinite), such "
@@ -269,8 +271,8 @@ def check_reached(layers: Sequence[KappaTuneLayer]) -> None:
 
     Experts are let through: a batch may have no token for one of them.
     """
-    wanted = [layer for layer in layers if layer.master is not None and layer.master.requires_grad]
-    missed = [layer for layer in wanted if not (layer.resting or layer.reached or layer.master.grad is not None)]
+    wanted = [layer for layer in layers if any(leaf.requires_grad for leaf in layer.leaves)]
+    missed = [layer for layer in wanted if not (layer.resting or layer.reached or _has_gradient(layer))]
     missed = [layer for layer in missed if not _is_expert(layer)]
     if not missed:
         return
@@ -293,23 +295,21 @@ def _is_expert(layer: KappaTuneLayer) -> bool:
     return ".experts." in layer.unit.name or (bool(layer.unit.index) and "stack" not in layer.unit.groups)
 
 
-def _held(values: Tensor) -> Tensor:
-    return shards.read_block(values, ()) if shards.is_partitioned(values) else values.detach()
+def _has_gradient(layer: KappaTuneLayer) -> bool:
+    return any(leaf.grad is not None for leaf in layer.leaves)
 
 
-def _is_here(layer: KappaTuneLayer, master: Tensor) -> bool:
-    held = (layer.parameter, master)
-    return not any(value.is_meta or shards.is_partitioned(value) for value in held)
+def _is_here(layer: KappaTuneLayer) -> bool:
+    return not any(value.is_meta or shards.is_partitioned(value) for value in (layer.parameter, *layer.leaves))
 
 
 def _check_written(layer: KappaTuneLayer, prefix: str, keep_vars: bool) -> None:
     """Before values are saved: the base must hold them, or what was evaluated is not what is saved."""
-    master = layer.master
-    if master is None or layer.disable_adapters or master.is_meta or not _is_here(layer, master):
+    if layer.active is None or layer.disable_adapters or not _is_here(layer):
         return
-    held, trained = layer.block, master.detach().to(layer.block.dtype)
+    there, trained = layer.block, layer.active.whole().to(layer.block.dtype)
     # NaN is unequal to itself
-    if not ((held == trained) | (held.isnan() & trained.isnan())).all():
+    if not ((there == trained) | (there.isnan() & trained.isnan())).all():
         raise KappaTuneError(
             f"{layer.unit.name}: the trained values and the base model differ, so training steps were not written "
             "through. Call model.base_model.write_through() after each optimizer step."

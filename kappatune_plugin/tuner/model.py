@@ -175,8 +175,8 @@ class KappaTuneModel(BaseTuner):
         """
         for layer in self.layers():
             for name in self._float32 & set(layer.kappatune_values):
-                master = layer.kappatune_values[name].weight
-                master.data = master.data.float()
+                for leaf in layer.kappatune_values[name].leaves:
+                    leaf.data = leaf.data.float()
         if self._float32:
             self.write_through(everything=True)
 
@@ -208,8 +208,8 @@ class KappaTuneModel(BaseTuner):
         Raises:
             KappaTuneError: see `layer.check_reached`.
         """
-        layers = [layer for layer in self._layers_cached() if layer.master is not None and not layer.disable_adapters]
-        check_reached([layer for layer in layers if held is None or id(layer.master) in held])
+        layers = [layer for layer in self._layers_cached() if layer.leaves and not layer.disable_adapters]
+        check_reached([layer for layer in layers if held is None or _is_in(held, layer)])
 
     def stepped(self, held: Set[int]) -> None:
         """Called after a step of any optimizer: write what it moved, unless that is not there yet.
@@ -217,12 +217,12 @@ class KappaTuneModel(BaseTuner):
         Args:
             held: the `id` of each tensor that the optimizer holds.
         """
-        layers = [layer for layer in self._layers_cached() if layer.master is not None]
-        if any(shards.is_stepped_elsewhere(layer.master) for layer in layers):
+        layers = [layer for layer in self._layers_cached() if layer.leaves]
+        if any(shards.is_stepped_elsewhere(leaf) for layer in layers for leaf in layer.leaves):
             self._late = True
             return
         for layer in layers:
-            if id(layer.master) in held or layer.moved:
+            if _is_in(held, layer) or layer.moved:
                 layer.write()
 
     def take_over(self, missing: Set[str]) -> None:
@@ -372,6 +372,10 @@ class KappaTuneModel(BaseTuner):
         if "_layers" not in self.__dict__:
             self.__dict__["_layers"] = self.layers()
         return self.__dict__["_layers"]
+
+
+def _is_in(held: Set[int], layer: KappaTuneLayer) -> bool:
+    return any(id(leaf) in held for leaf in layer.leaves)
 
 
 def _check_head(head: nn.Module) -> None:

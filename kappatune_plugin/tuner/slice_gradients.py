@@ -37,12 +37,23 @@ class Bindable(Protocol):
     reached: bool
 
     @property
-    def to_train(self) -> Tensor | None:
-        """The values that receive the gradient; None while this unit isn't training."""
+    def to_train(self) -> "Trained | None":
+        """What is trained; None while this unit isn't training."""
 
     @property
-    def trained(self) -> Tensor | None:
-        """The same, once it is sure that the base holds them."""
+    def trained(self) -> "Trained | None":
+        """The same, once it is sure that the base holds its values."""
+
+
+class Trained(Protocol):
+    """What is trained of one unit."""
+
+    def target(self) -> Tensor:
+        """A tensor of the unit's shape as stored, for the gradient of its values: autograd takes it on from there."""
+
+    @property
+    def leaves(self) -> tuple[nn.Parameter, ...]:
+        """The parameters that an optimizer holds."""
 
 
 @dataclass
@@ -55,11 +66,12 @@ class Binding:
 
 
 class SliceAlias(torch.autograd.Function):
-    """base, layers, *masters -> an alias of base; the gradient of `base[unit.index]` goes to that unit's master."""
+    """base, layers, *targets -> an alias of base; the gradient of `base[unit.index]` goes to that unit's target."""
 
     @staticmethod
-    def forward(ctx: Any, base: Tensor, layers: Sequence[Bindable], *masters: Tensor) -> Tensor:
-        ctx.layers, ctx.masters = layers, masters
+    def forward(ctx: Any, base: Tensor, layers: Sequence[Bindable], *targets: Tensor) -> Tensor:
+        ctx.layers, ctx.dtypes = layers, [target.dtype for target in targets]
+        ctx.trained = [layer.to_train for layer in layers]
         for layer in layers:
             layer.ran = True
         return base.detach()
@@ -67,8 +79,9 @@ class SliceAlias(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         slices: list[Tensor | None] = []
-        for position, (layer, master) in enumerate(zip(ctx.layers, ctx.masters, strict=True)):
-            if layer.trained is not master:
+        each = zip(ctx.layers, ctx.trained, ctx.dtypes, strict=True)
+        for position, (layer, trained, dtype) in enumerate(each):
+            if layer.trained is not trained:
                 raise KappaTuneError(
                     f"backward() of a forward that trained {layer.unit.name} runs while the base holds other values: "
                     "call it outside of disable_adapter(), with the adapter active that the forward ran with."
@@ -77,7 +90,7 @@ class SliceAlias(torch.autograd.Function):
             needed = ctx.needs_input_grad[2 + position]
             # a view would keep the whole fused gradient in memory for as long as the slice's
             copy = bool(layer.unit.index)
-            slices.append(_contiguous(unit_block(gradient, layer.unit), master.dtype, copy) if needed else None)
+            slices.append(_contiguous(unit_block(gradient, layer.unit), dtype, copy) if needed else None)
         return None, None, *slices
 
 
@@ -209,10 +222,10 @@ def _alias(module: nn.Module, binding: Binding) -> bool:
     if attribute in owner.__dict__ or (owner is not module and shards.is_partitioned(owner._parameters[attribute])):
         return False
     training = [(layer, layer.trained) for layer in binding.layers]
-    training = [(layer, master) for layer, master in training if master is not None]
+    training = [(layer, trained.target()) for layer, trained in training if trained is not None]
     if training:
-        active, masters = zip(*training, strict=True)
-        owner.__dict__[attribute] = SliceAlias.apply(owner._parameters[attribute], active, *masters)
+        active, targets = zip(*training, strict=True)
+        owner.__dict__[attribute] = SliceAlias.apply(owner._parameters[attribute], active, *targets)
     return bool(training)
 
 
@@ -229,23 +242,24 @@ def _run_traced(module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> A
     """
     bindings = module.__dict__[BINDINGS] if torch.is_grad_enabled() else ()
     training = [(each, layer, layer.to_train) for each in bindings for layer in each.layers]
-    training = [(binding, layer, master) for binding, layer, master in training if master is not None]
-    for binding, layer, master in training:
-        if shards.is_partitioned(master) or shards.is_partitioned(binding.owner._parameters[binding.attribute]):
+    training = [(binding, layer, trained) for binding, layer, trained in training if trained is not None]
+    for binding, layer, trained in training:
+        held = (binding.owner._parameters[binding.attribute], *trained.leaves)
+        if any(map(shards.is_partitioned, held)):
             return _run_eager(module, forward, *args, **kwargs)
         layer.ran = True
-    held: list[tuple[dict[str, Any], str, Tensor]] = []
+    replaced: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
         for binding in bindings:
-            pairs = [(layer.unit.index, master) for each, layer, master in training if each is binding]
+            pairs = [(layer.unit.index, trained.target()) for each, layer, trained in training if each is binding]
             if pairs:
-                indices, masters = zip(*pairs, strict=True)
+                indices, targets = zip(*pairs, strict=True)
                 parameters, attribute = binding.owner._parameters, binding.attribute
-                held.append((parameters, attribute, parameters[attribute]))
-                parameters[attribute] = _TracedAlias.apply(parameters[attribute], indices, *masters)
+                replaced.append((parameters, attribute, parameters[attribute]))
+                parameters[attribute] = _TracedAlias.apply(parameters[attribute], indices, *targets)
         return forward(*args, **kwargs)
     finally:
-        for parameters, attribute, base in held:
+        for parameters, attribute, base in replaced:
             parameters[attribute] = base
 
 
@@ -259,8 +273,8 @@ class _TracedAlias(torch.autograd.Function):
     """`SliceAlias` without what torch.compile can't trace."""
 
     @staticmethod
-    def forward(ctx: Any, base: Tensor, indices: Sequence[tuple], *masters: Tensor) -> Tensor:
-        ctx.indices, ctx.dtypes = indices, [master.dtype for master in masters]
+    def forward(ctx: Any, base: Tensor, indices: Sequence[tuple], *targets: Tensor) -> Tensor:
+        ctx.indices, ctx.dtypes = indices, [target.dtype for target in targets]
         return base.detach()
 
     @staticmethod

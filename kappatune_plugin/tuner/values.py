@@ -6,7 +6,7 @@ prefix stands there once; TRL copies what is called `.default.`, so the name sta
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +34,11 @@ def renamed(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     return {_OLD.sub(name, key): value for key, value in state_dict.items()}
 
 
+def held(values: Tensor) -> Tensor:
+    """What this process has of trained values: all, or its range, flat."""
+    return shards.read_block(values, ()) if shards.is_partitioned(values) else values.detach()
+
+
 class Values(nn.Module):
     """One adapter's values of one unit.
 
@@ -52,6 +57,28 @@ class Values(nn.Module):
         self.__dict__["layer"] = layer
         self.weight = nn.Parameter(layer.original.whole(layer.parameter))
         self.register_buffer("base", torch.tensor([layer.fingerprint]))
+
+    @property
+    def leaves(self) -> tuple[nn.Parameter, ...]:
+        """See `slice_gradients.Trained`."""
+        return tuple(self._parameters.values())
+
+    def target(self) -> Tensor:
+        """See `slice_gradients.Trained`."""
+        return self.weight
+
+    def whole(self) -> Tensor:
+        """The values in the unit's shape as stored; a view. They must not be divided over ranks."""
+        return self.weight.detach()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Go back to the base model's values. Collective where those are divided over ranks."""
+        self.weight.copy_(self.layer.original.whole(self.layer.parameter))
+
+    def part(self, wanted: Sequence[shards.Range]) -> Tensor:
+        """The flat range `wanted[rank]` of the values. Collective where they are divided over ranks."""
+        return shards.redistribute(held(self.weight), shards.block_ranges(self.weight, ()), wanted)
 
     def _apply(self, *args: Any, **kwargs: Any) -> "Values":
         base = self.base

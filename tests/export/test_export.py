@@ -132,7 +132,7 @@ def test_of_a_real_model_adapter_merged_and_patch_are_the_same_to_the_bit(tmp_pa
     assert found["smollm", "lora"].shape == expected.shape
     exact, base = (AutoModelForCausalLM.from_pretrained(SMOLLM, dtype=torch.float32) for _ in range(2))
     for layer in model.base_model.layers():
-        exact.get_parameter(layer.unit.parameter).data.copy_(layer.master)
+        exact.get_parameter(layer.unit.parameter).data.copy_(layer.active.weight)
     lora = logits(PeftModel.from_pretrained(base, tmp_path / "smollm" / "lora"), input_ids=tokens)
     torch.testing.assert_close(lora, logits(exact, input_ids=tokens), rtol=0, atol=2e-3)
 

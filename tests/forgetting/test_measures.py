@@ -33,7 +33,7 @@ def tuned_model(dtype: torch.dtype = torch.float32):
     model = get_peft_model(tiny_model("olmoe", dtype, vocab_size=300), KappaTuneConfig(k=9))
     with torch.no_grad():
         for layer in model.base_model.layers():
-            layer.master.add_(torch.randn_like(layer.master) * 0.3)
+            layer.active.weight.add_(torch.randn_like(layer.active.weight) * 0.3)
     model.base_model.write_through()
     return model
 

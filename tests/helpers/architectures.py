@@ -155,7 +155,7 @@ def _config(k: str, exclude: Sequence[str] = ()) -> KappaTuneConfig:
 
 
 def _compare_gradient(layer: nn.Module, full: Tensor | None, outcome: Outcome) -> None:
-    unit, mine = layer.unit, layer.master.grad
+    unit, mine = layer.unit, layer.active.weight.grad
     wanted = None if full is None else unit_block(full, unit)
     if wanted is None or not wanted.any():
         outcome.without_gradient.append(unit.name)
@@ -171,7 +171,7 @@ def _compare_gradient(layer: nn.Module, full: Tensor | None, outcome: Outcome) -
 
 def _check_net(every: PeftModel, outcome: Outcome) -> None:
     """A step is refused if and only if a matrix got nothing; experts may have got no token."""
-    missed = [layer.unit.name for layer in every.base_model.layers() if layer.master.grad is None]
+    missed = [layer.unit.name for layer in every.base_model.layers() if layer.active.weight.grad is None]
     missed = [name for name in missed if ".experts." not in name]
     try:
         every.base_model.stepping()

@@ -60,7 +60,7 @@ def _check_gradients(tuned: PeftModel) -> None:
     for layer in tuned.base_model.layers():
         wanted = reference.get_parameter(layer.unit.parameter).grad
         assert wanted.any()
-        torch.testing.assert_close(layer.master.grad, wanted)
+        torch.testing.assert_close(layer.active.weight.grad, wanted)
 
 
 @pytest.mark.parametrize("change", [_hooked, _dispatched, _patched, _fused])

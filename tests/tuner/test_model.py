@@ -160,7 +160,7 @@ def test_the_base_may_run_between_forward_and_backward():
     tokens = random_batches(1)[0][0]
     peft_model = get_peft_model(tiny_model("olmoe"), KappaTuneConfig(k=7))
     steps(peft_model, random_batches(1))
-    masters = [layer.master for layer in peft_model.base_model.layers()]
+    masters = [layer.active.weight for layer in peft_model.base_model.layers()]
     peft_model.zero_grad()
     peft_model(input_ids=tokens, labels=tokens).loss.backward()
     expected = [master.grad.clone() for master in masters]
@@ -230,7 +230,7 @@ def test_safe_merge_refuses_what_is_not_finite():
     peft_model = get_peft_model(tiny_model("llama"), KappaTuneConfig(k=2))
     first, last = peft_model.base_model.layers()
     with torch.no_grad():
-        last.master[0, 0] = torch.nan
+        last.active.weight[0, 0] = torch.nan
     for merge in (peft_model.merge_and_unload, peft_model.base_model.merge_adapter):
         with pytest.raises(KappaTuneError, match="finite"):
             merge(safe_merge=True)

@@ -38,7 +38,7 @@ def test_a_plain_loop_trains_what_the_optimizer_holds(name):
     model = get_peft_model(tiny_model("olmoe"), KappaTuneConfig(k=6))
     losses = train(model, 4, OPTIMIZERS[name](trainable(model)))
     assert losses == sorted(losses, reverse=True) and losses[0] - losses[-1] > 1e-3
-    assert all(torch.equal(layer.block, layer.master) for layer in model.base_model.layers())
+    assert all(torch.equal(layer.block, layer.active.weight) for layer in model.base_model.layers())
 
 
 def test_an_optimizer_that_evaluates_in_its_step_sees_its_own_values():
@@ -113,7 +113,7 @@ def test_an_averaged_copy_is_the_mean_of_what_was_trained():
     for _ in range(3):
         train(model, 1, optimizer)
         averaged.update_parameters(model)
-        seen.append({layer.unit.name: layer.master.detach().clone() for layer in model.base_model.layers()})
+        seen.append({layer.unit.name: layer.active.weight.detach().clone() for layer in model.base_model.layers()})
     expected = tiny_model("llama")
     for name in seen[0]:
         expected.get_parameter(name).data = sum(each[name] for each in seen) / 3

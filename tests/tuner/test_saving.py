@@ -149,12 +149,12 @@ def test_what_diverged_is_saved_as_it_is_and_said(tmp_path):
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     model(input_ids=TOKENS, labels=TOKENS).loss.backward()
     broken = model.base_model.layers()[1]
-    broken.master.grad.fill_(torch.nan)
+    broken.active.weight.grad.fill_(torch.nan)
     optimizer.step()
     with pytest.warns(UserWarning, match=f"1 of 4 trained matrices.*{broken.unit.name}"):
         model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path)
-    assert [layer.master.isnan().all() for layer in loaded.base_model.layers()] == [False, True, False, False]
+    assert [layer.active.weight.isnan().all() for layer in loaded.base_model.layers()] == [False, True, False, False]
 
 
 @pytest.mark.parametrize("kind", ["olmoe", "mixtral"])

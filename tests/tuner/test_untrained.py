@@ -54,15 +54,15 @@ def test_an_optimizer_answers_for_what_it_holds_alone():
     tuned, tokens = _all_of(tiny_model("llama")), random_batches(1)[0][0]
     layers = tuned.base_model.layers()
     tuned(input_ids=tokens, labels=tokens).loss.backward()
-    layers[0].master.grad, layers[0].reached = None, False
-    torch.optim.SGD([layers[1].master], lr=0.1).step()
+    layers[0].active.weight.grad, layers[0].reached = None, False
+    torch.optim.SGD([layers[1].active.weight], lr=0.1).step()
     with pytest.raises(KappaTuneError, match=layers[0].unit.name):
-        torch.optim.SGD([layers[0].master, layers[2].master], lr=0.1).step()
+        torch.optim.SGD([layers[0].active.weight, layers[2].active.weight], lr=0.1).step()
 
 
 def test_a_closure_brings_its_gradients_itself():
     tuned, tokens = _all_of(tiny_model("llama")), random_batches(1)[0][0]
-    masters = [layer.master for layer in tuned.base_model.layers()]
+    masters = [layer.active.weight for layer in tuned.base_model.layers()]
     optimizer = torch.optim.LBFGS(masters, lr=0.1, max_iter=2)
 
     def closure() -> Tensor:

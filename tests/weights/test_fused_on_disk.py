@@ -101,7 +101,7 @@ def test_merged_checkpoints_have_the_files_own_keys(model_type, tmp_path):
     merge_adapter(tmp_path / "adapter", tmp_path / "merged")
     before, after = (load_file(tmp_path / each / "model.safetensors") for each in ("base", "merged"))
     assert {key: value.shape for key, value in after.items()} == {key: value.shape for key, value in before.items()}
-    trained = {layer.unit.name: layer.master.detach() for layer in model.base_model.layers()}
+    trained = {layer.unit.name: layer.active.weight.detach() for layer in model.base_model.layers()}
     assert set(trained) == set(chosen)
     for name, (key, place) in PLACES[model_type].items():
         assert torch.equal(after[key][place], trained[name]), name

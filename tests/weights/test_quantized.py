@@ -200,7 +200,7 @@ def test_a_base_that_was_saved_quantized(tmp_path):
     tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(base), KappaTuneConfig(k=4))
     with torch.no_grad():
         for layer in tuned.base_model.layers():
-            layer.master.add_(0.5)
+            layer.active.weight.add_(0.5)
     tuned.base_model.write_through()
     tuned.save_pretrained(out)
     merge_adapter(out, tmp_path / "merged")
