@@ -22,7 +22,7 @@ from peft import get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoProcessor
 from transformers.integrations import HfDeepSpeedConfig
 from trl import SFTConfig, SFTTrainer
 
@@ -35,6 +35,7 @@ from kappatune_plugin.distributed import lost_ranks as watch
 from kappatune_plugin.distributed import ranks, shards
 from kappatune_plugin.run import replay
 from kappatune_plugin.scanning import measure
+from kappatune_plugin.speech.collator import SpeechCollator
 from kappatune_plugin.tuner.values import VALUES
 from kappatune_plugin.weights import model_source as sources
 from kappatune_plugin.weights import open_source
@@ -109,7 +110,17 @@ def mode_settings(mode: str) -> dict[str, Any]:
     return {"use_cpu": True}
 
 
-def make_trainer(mode: str, model: str, output: str, config: dict[str, Any], **settings: Any) -> SFTTrainer:
+def make_trainer(
+    mode: str, model: str, output: str, config: dict[str, Any], recordings: list[Any] | None = None, **settings: Any
+) -> SFTTrainer:
+    """Of texts, or with `recordings` (rows as `speech_rows` gives them) of a speech model."""
+    if recordings is None:
+        data = {"train_dataset": Dataset.from_dict({"text": TEXTS}), "processing_class": tiny_tokenizer()}
+    else:
+        collator = SpeechCollator.build(AutoProcessor.from_pretrained(model), "Say: <|AUDIO|>")
+        data = {"train_dataset": Dataset.from_list(recordings), "processing_class": collator.processor}
+        data["data_collator"] = collator
+        settings = {"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}, **settings}
     arguments = {
         "output_dir": output,
         "bf16": False,
@@ -128,13 +139,7 @@ def make_trainer(mode: str, model: str, output: str, config: dict[str, Any], **s
         **settings,
         **mode_settings(mode),
     }
-    return SFTTrainer(
-        model,
-        args=SFTConfig(**arguments),
-        train_dataset=Dataset.from_dict({"text": TEXTS}),
-        processing_class=tiny_tokenizer(),
-        peft_config=KappaTuneConfig(**config),
-    )
+    return SFTTrainer(model, args=SFTConfig(**arguments), peft_config=KappaTuneConfig(**config), **data)
 
 
 def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

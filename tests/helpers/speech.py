@@ -123,6 +123,13 @@ def speech_model(kind: str) -> tuple[PreTrainedModel, Any, str]:
     return sharpened(VoxtralForConditionalGeneration(config)), VoxtralLike(tokenizer, token), "en"
 
 
+def save_speech(folder: Path, kind: str = "qwen2_audio") -> Path:
+    """`speech_model` and its processor, as files in `folder`."""
+    for each in speech_model(kind)[:2]:
+        each.save_pretrained(folder)
+    return folder
+
+
 class GraniteLike:
     """Makes the inputs that GraniteSpeechProcessor makes, of samples instead of mel spectra."""
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 from helpers.command import kappatune
 from helpers.recipes import tiny_recipe, write_recipe, write_rows
-from helpers.speech import speech_model, write_recordings
+from helpers.speech import save_speech, write_recordings
 from helpers.training import losses
 from kappatune_plugin import KappaTuneError
 from kappatune_plugin.export.export import export_adapter
@@ -29,11 +29,7 @@ PROJECTOR = "multi_modal_projector"
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
     """A tiny Qwen2-Audio with its processor. Read only."""
-    folder = tmp_path_factory.mktemp("qwen2_audio")
-    model, processor, _ = speech_model("qwen2_audio")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return save_speech(tmp_path_factory.mktemp("qwen2_audio"))
 
 
 def recipe_in(folder: Path, model: Path, **changes):
