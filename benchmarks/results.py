@@ -5,11 +5,11 @@
 The comparisons come from benchmarks/study.py --results docs/results.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import compact
 import records
 import speech_results
 from conclusions import conclusions
@@ -73,7 +73,7 @@ def pictures(content: Mapping[str, Any]) -> tuple[str, ...]:
 def committed() -> dict[str, Any]:
     """Setting -> its committed comparison, where there is one."""
     found = {name: DOCS / "results" / f"{name}.json" for name in SETTINGS}
-    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in found.items() if path.exists()}
+    return {name: compact.read(path) for name, path in found.items() if path.exists()}
 
 
 def text(contents: Mapping[str, Any]) -> str:

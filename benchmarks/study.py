@@ -16,8 +16,10 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from compact import compact, read
+
+from kappatune_plugin.files import write_text
 from kappatune_plugin.study.session import Asked, compare_session, sweep_session
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -138,27 +140,11 @@ def pretrained(model: str, task: str, data: Path, folder: Path) -> tuple[Path, d
 
 def publish(source: Path, target: Path, names: Mapping[Path, str]) -> None:
     """Copy a comparison's JSON, `compact`, with this machine's folders replaced by the given `names`."""
-    text = compact(json.loads(source.read_text(encoding="utf-8")))
+    text = compact(read(source))
     for folder, name in {**names, REPOSITORY: "."}.items():
         text = text.replace(str(folder.resolve()), name).replace(str(folder), name)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(text, encoding="utf-8")
-
-
-def compact(content: Mapping[str, Any]) -> str:
-    """JSON with a line for each key and for each method, numbers with six digits."""
-    methods = ",\n  ".join(json.dumps(six_digits(each)) for each in content["methods"])
-    rest = [f"{json.dumps(key)}: {json.dumps(six_digits(value))}" for key, value in content.items() if key != "methods"]
-    return ",\n ".join(["{" + rest[0], *rest[1:], f'"methods": [\n  {methods}\n ]']) + "\n}\n"
-
-
-def six_digits(value: Any) -> Any:
-    """`value` with six digits of each number that has more."""
-    if isinstance(value, Mapping):
-        return {key: six_digits(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [six_digits(each) for each in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    write_text(target, text)
 
 
 def ask(name: str, data: Path, folder: Path, seeds: int) -> Asked:

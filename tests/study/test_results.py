@@ -7,9 +7,13 @@ from statistics import median
 
 import pytest
 
+from helpers.made_up_comparisons import entry, made_up
+from kappatune_plugin.study.summary import over_seeds
+
 REPOSITORY = Path(__file__).parents[2]
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
+import compact  # noqa: E402
 import conclusions  # noqa: E402
 import figures  # noqa: E402
 import results  # noqa: E402
@@ -53,7 +57,9 @@ def test_a_committed_comparison_is_whole(name):
         assert len(names) == 4 and all(each.startswith("lowest:k=") for each in names)
     else:
         assert {"lowest", "random_mlp", "highest" if name.endswith("choices") else "lora"} <= set(names)
-    assert "/work" not in json.dumps(content) and "/tmp" not in json.dumps(content)
+    written = (results.DOCS / "results" / f"{name}.json").read_text(encoding="utf-8")
+    assert "/work" not in written and "/tmp" not in written
+    assert written == compact.compact(content), "python benchmarks/compact.py docs/results/*.json"
     for picture in results.pictures(content):
         assert (REPOSITORY / "docs" / "results" / f"{name}-{picture}.png").exists()
 
@@ -69,26 +75,35 @@ def test_the_difference_from_lora_is_paired_and_bold_where_it_is_not_zero():
     assert results.against(rise(None), rise(1.0)) == "" and results.against(rise(1.0), None) == ""
 
 
-def test_a_published_comparison_names_no_folder_of_this_machine(tmp_path):
+def test_a_published_comparison_is_compact_and_names_no_folder_of_this_machine(tmp_path):
     data, output = tmp_path / "shared" / "data", tmp_path / "out"
     output.mkdir()
+    point = {"control_loss_change": 0.123456789, "a_loss_change": 0.1, "b_loss_change": 0.2, "a_ppl_change": 3.0}
+    run = {"validation_loss": 0.5, "at_target": None, "final": point}
+    first = entry("a", [0.5, 0.7], [0.1, None])
+    course = [{**first["final"], "step": over_seeds([step] * 2)} for step in range(1, 22)]
     content = {
-        "model": f"{data}/models/m",
-        "train": f"{output}/dense/data/train.jsonl",
-        "recipe": f"{REPOSITORY}/recipes/q",
-        "methods": [{"name": "a", "loss": 1.23456789}, {"name": "b", "loss": None}],
+        **made_up({**first, "grid": {"0.001": run}, "course": course, "lowest_loss": None}, seeds=2),
+        "before": {"a_ppl": 2.0, "b_ppl": 3.0},
+        "train": f"{data}/models/m, {output}/data/train.jsonl, {REPOSITORY}/recipes/q",
     }
     (output / "compare.json").write_text(json.dumps(content))
-    study.publish(output / "compare.json", tmp_path / "published" / "q.json", {data: "data", output: "study"})
-    text = (tmp_path / "published" / "q.json").read_text()
-    assert json.loads(text) == {
-        "model": "data/models/m",
-        "train": "study/dense/data/train.jsonl",
-        "recipe": "./recipes/q",
-        "methods": [{"name": "a", "loss": 1.23457}, {"name": "b", "loss": None}],
+    published = tmp_path / "published" / "q.json"
+    study.publish(output / "compare.json", published, {data: "data", output: "study"})
+    text = published.read_text()
+    assert "data/models/m, study/data/train.jsonl, ./recipes/q" in text
+    # a line a record, and one for each key
+    assert len(text.splitlines()) == len(content) + 3
+    again = compact.read(published)
+    (method,) = again["methods"]
+    assert method["final"] == {key: each for key, each in first["final"].items() if key != "replay_error"}
+    assert method["grid"]["0.001"]["final"] == {
+        "control_loss_change": 0.123457,
+        "a_loss_change": 0.1,
+        "b_loss_change": 0.2,
     }
-    # a line a record
-    assert len(text.splitlines()) == 8
+    assert [each["step"]["mean"] for each in method["course"]] == [3, 6, 9, 12, 15, 18, 21]
+    assert method["lowest_loss"] is None and "seconds" not in method and compact.compact(again) == text
 
 
 def test_sentences_are_a_seeded_sample_of_the_short_ones(tmp_path):
