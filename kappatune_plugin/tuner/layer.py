@@ -87,7 +87,7 @@ class KappaTuneLayer(nn.Module, BaseTunerLayer):
 
     @property
     def to_train(self) -> Values | None:
-        """See `slice_gradients.Bindable`."""
+        """See `slices.alias.Bindable`."""
         off = self.disable_adapters or self.merged or self.resting
         return self.active if not off and any(leaf.requires_grad for leaf in self.leaves) else None
 

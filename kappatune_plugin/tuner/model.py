@@ -19,6 +19,7 @@ from kappatune_plugin.distributed.lost_ranks import together
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.selection.report import KappaReport
 from kappatune_plugin.selection.selection import Selection
+from kappatune_plugin.slices.bind import BINDINGS, bind, parameter_readers, shadow, unbind, unshadow
 from kappatune_plugin.tuner.config import KappaTuneConfig
 from kappatune_plugin.tuner.layer import (
     MIXED_BATCH,
@@ -30,7 +31,6 @@ from kappatune_plugin.tuner.layer import (
 )
 from kappatune_plugin.tuner.register import PREFIX, register
 from kappatune_plugin.tuner.saved_selection import check_loaded_keys, check_selection, keep_selection, named_as_here
-from kappatune_plugin.tuner.slice_gradients import BINDINGS, bind, parameter_readers, shadow, unbind, unshadow
 from kappatune_plugin.tuner.trainer_hooks import follow, in_step
 from kappatune_plugin.tuner.values import VALUES
 from kappatune_plugin.tuner.what_to_train import (

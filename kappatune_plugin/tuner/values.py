@@ -60,11 +60,11 @@ class Values(nn.Module):
 
     @property
     def leaves(self) -> tuple[nn.Parameter, ...]:
-        """See `slice_gradients.Trained`."""
+        """See `slices.alias.Trained`."""
         return tuple(self._parameters.values())
 
     def target(self) -> Tensor:
-        """See `slice_gradients.Trained`."""
+        """See `slices.alias.Trained`."""
         return self.weight
 
     def whole(self) -> Tensor:

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from helpers.architectures import Outcome, all_architectures, examine
 from helpers.tiny_configs import tiny_config
-from kappatune_plugin.tuner import slice_gradients
+from kappatune_plugin.slices import bind
 from kappatune_plugin.weights.units import find_units
 
 # weights that other modules read, experts of all forms, a head tied to an embedding, an encoder beside a decoder
@@ -41,7 +41,7 @@ def test_every_architecture(auto: str, model_type: str):
 
 
 def test_the_sweep_sees_a_matrix_that_only_its_own_module_would_train(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(slice_gradients, "_runs", lambda module: False)
+    monkeypatch.setattr(bind, "_runs", lambda module: False)
     assert any("conv1d.weight: no gradient" in each for each in examine("AutoModelForCausalLM", "mamba").wrong)
 
 
