@@ -1,4 +1,4 @@
-"""Figures from the committed comparisons, as docs/RESULTS.md shows them."""
+"""Figures from the committed comparisons, as docs/RESULTS-small-models.md shows them."""
 
 from collections.abc import Mapping
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""What benchmarks/speech.py found, as a picture and as a section of docs/RESULTS.md; and the settings both know."""
+"""What benchmarks/speech.py found, a picture and a section of docs/RESULTS-small-models.md; the settings both know."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def section(records: list[dict[str, Any]]) -> str:
-    """What the records say, as the section of docs/RESULTS.md."""
+    """What the records say, as the section of docs/RESULTS-small-models.md."""
     first = next(each for each in records if each["order"] is None)["curve"][-1]
     seeds = {order: sum(each["order"] == order for each in records) for order in ORDERS}
     lines = [

@@ -1,13 +1,13 @@
-"""The study behind docs/RESULTS.md: every method on the quickstart model and on two small pretrained ones.
+"""The study behind docs/RESULTS-small-models.md: every method on the quickstart model and on two small pretrained ones.
 
 The pretrained models and their data are local copies in the folder that --data names (default: shared/data beside the
 repository): models/tinystories-656k, models/tinystories-656k-upcycled-moe-DERIVED, tasks/sent-conv/{stsa.binary.train,
 subj.all}, text/tinystories/ts_2m.txt. Killed and started again it goes on where it was.
 
     python benchmarks/study.py [--settings quickstart quickstart-target dense-subj ...] --results docs/results
-    python benchmarks/results.py    # writes docs/RESULTS.md from docs/results/*.json
+    python benchmarks/results.py    # writes the page from docs/results/*.json
 
-benchmarks/study_gpu.py is the same with a larger pretrained mixture of experts.
+benchmarks/study_real.py and benchmarks/study_gpu.py do it with real models.
 """
 
 import argparse

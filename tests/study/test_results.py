@@ -1,4 +1,4 @@
-"""docs/RESULTS.md says what the committed comparisons say."""
+"""docs/RESULTS.md and docs/RESULTS-small-models.md say what the committed comparisons say."""
 
 import json
 import sys
@@ -14,21 +14,26 @@ REPOSITORY = Path(__file__).parents[2]
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 import compact  # noqa: E402
-import conclusions  # noqa: E402
 import figures  # noqa: E402
+import real_page  # noqa: E402
 import results  # noqa: E402
+import small_conclusions  # noqa: E402
+import small_page  # noqa: E402
 import study  # noqa: E402
 
+SMALL, REAL = results.committed(small_page.SETTINGS), results.committed(real_page.names())
 
-def test_the_page_is_what_the_script_writes():
-    assert (REPOSITORY / "docs" / "RESULTS.md").read_text(encoding="utf-8") == results.text(results.committed())
+
+@pytest.mark.parametrize("page", ["RESULTS.md", "RESULTS-small-models.md"])
+def test_the_page_is_what_the_script_writes(page):
+    assert (results.DOCS / page).read_text(encoding="utf-8") == results.pages()[page]
 
 
 def test_the_readme_shows_what_was_measured():
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    contents = results.committed()
+    contents = SMALL
     target = contents["quickstart-target"]
-    ratios = [ratio for name in conclusions.TUNED for ratio in figures.times_a_third(contents[name])]
+    ratios = [ratio for name in small_conclusions.TUNED for ratio in figures.times_a_third(contents[name])]
 
     def both(name):
         found = (figures.method_of(contents[f"{model}-subj-choices"], name) for model in ("dense", "moe"))
@@ -47,9 +52,18 @@ def test_the_readme_shows_what_was_measured():
         assert said in words, said
 
 
-@pytest.mark.parametrize("name", results.committed())
+@pytest.mark.parametrize("name", [*SMALL, *REAL])
+def test_a_committed_comparison_is_compact_and_names_no_folder(name):
+    written = (results.RESULTS / f"{name}.json").read_text(encoding="utf-8")
+    assert "/work" not in written and "/tmp" not in written
+    assert written == compact.compact(compact.read(results.RESULTS / f"{name}.json")), (
+        "python benchmarks/compact.py docs/results/*.json"
+    )
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_a_committed_comparison_is_whole(name):
-    content = results.committed()[name]
+    content = SMALL[name]
     assert content["format"] == 1 and len(content["settings"]["seeds"]) >= 3
     names = [method["name"] for method in content["methods"]]
     assert len(names) == len(set(names))
@@ -57,11 +71,8 @@ def test_a_committed_comparison_is_whole(name):
         assert len(names) == 4 and all(each.startswith("lowest:k=") for each in names)
     else:
         assert {"lowest", "random_mlp", "highest" if name.endswith("choices") else "lora"} <= set(names)
-    written = (results.DOCS / "results" / f"{name}.json").read_text(encoding="utf-8")
-    assert "/work" not in written and "/tmp" not in written
-    assert written == compact.compact(content), "python benchmarks/compact.py docs/results/*.json"
-    for picture in results.pictures(content):
-        assert (REPOSITORY / "docs" / "results" / f"{name}-{picture}.png").exists()
+    for picture in small_page.pictures(content):
+        assert (results.RESULTS / f"{name}-{picture}.png").exists()
 
 
 def test_the_difference_from_lora_is_paired_and_bold_where_it_is_not_zero():
@@ -69,10 +80,10 @@ def test_the_difference_from_lora_is_paired_and_bold_where_it_is_not_zero():
         return {"control_loss_change": {"mean": 0.0, "half": None, "values": list(values)}}
 
     # differences .1, .2, .3: mean .2, s = .1, t(2) = 4.303: ± .248
-    assert results.against(rise(1.1, 2.2, 3.3), rise(1.0, 2.0, 3.0)) == "+0.200 ± .248"
-    assert results.against(rise(1.2, 2.2, 3.21), rise(1.0, 2.0, 3.0)).startswith("**+0.203 ± .0")
-    assert results.against(rise(1.2, None, 3.2), rise(None, 2.0, 3.0)) == "+0.200"
-    assert results.against(rise(None), rise(1.0)) == "" and results.against(rise(1.0), None) == ""
+    assert figures.against(rise(1.1, 2.2, 3.3), rise(1.0, 2.0, 3.0)) == "+0.200 ± .248"
+    assert figures.against(rise(1.2, 2.2, 3.21), rise(1.0, 2.0, 3.0)).startswith("**+0.203 ± .0")
+    assert figures.against(rise(1.2, None, 3.2), rise(None, 2.0, 3.0)) == "+0.200"
+    assert figures.against(rise(None), rise(1.0)) == "" and figures.against(rise(1.0), None) == ""
 
 
 def test_a_published_comparison_is_compact_and_names_no_folder_of_this_machine(tmp_path):

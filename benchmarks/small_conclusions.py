@@ -1,4 +1,4 @@
-"""The section "In short" of docs/RESULTS.md, with every figure read from the committed comparisons."""
+"""The section "In short" of docs/RESULTS-small-models.md, with every figure read from the committed comparisons."""
 
 from collections.abc import Mapping
 from statistics import median

@@ -1,0 +1,285 @@
+"""docs/RESULTS.md: real models, who learns most within a limit of forgetting; whatever of it there are files of."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import dial
+import study_real
+from levers import LEVERS, added, difference, is_clear
+from real_tables import LARGER, LEGEND, LOSS, MODELS, RIGHT, TASKS, every_method, limits_of, words_of
+
+from kappatune_plugin.console import number
+from kappatune_plugin.study.summary import leaders, over_seeds
+from kappatune_plugin.study.tables import MEASURES, shown
+
+Contents = Mapping[str, Mapping[str, Any]]
+# a page of more isn't read in five minutes
+PICTURES = 3
+# levers of a group that the summary tells; the table has all
+SAID = 3
+HEAD = """# Does it forget less?
+
+Written by `python benchmarks/results.py` from the files in `docs/results`. Change the script, not this page.
+
+**The question.** Fine-tuning makes a model worse at what isn't in its rows. Of all ways to fine-tune, which one learns
+most while the loss on other text rises by no more than .01, .02, .05 or .1 nats a token? And what of that is owed to
+the matrices that κ chooses, what to the learning rate, to scaling back ([the dial](dial.md)) and to replay?
+"""
+
+
+def names() -> list[str]:
+    """The settings that the page knows, those of a model one after the other."""
+    return [f"{model}-{task}" for model in MODELS for task in TASKS]
+
+
+def text(contents: Contents, dialed: Sequence[Mapping[str, Any]], matrices: str) -> str:
+    """The page.
+
+    Args:
+        contents: setting -> its comparison.
+        dialed: the records of benchmarks/dial.py.
+        matrices: the section on one matrix at a time.
+    """
+    parts = [HEAD, in_short(contents), how(contents)]
+    for place, (model, found) in enumerate(by_model(contents).items()):
+        picture = f"\n![learned within two limits](results/{model}-limits.png)\n" if place < PICTURES else ""
+        parts.append(f"## {MODELS[model]}\n\n{winners(found)}\n{picture}")
+    parts += [what_adds(contents), on_the_dial(dialed), matrices, unknown(contents)]
+    parts += ["## Every method\n\n" + LEGEND if contents else ""]
+    parts += [f"### {words_of(name)}\n\n{every_method(content)}\n" for name, content in contents.items()]
+    return "\n".join(part for part in parts if part)
+
+
+def by_model(contents: Contents) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """Model -> words for a task -> comparison."""
+    found: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for name, content in contents.items():
+        model, task = name.split("-")
+        found.setdefault(model, {})[TASKS[task]] = content
+    return found
+
+
+def in_short(contents: Contents) -> str:
+    """The answers, from the files."""
+    lines = ["## In short\n"]
+    if not contents:
+        lines.append(
+            "- No comparison of real models is in `docs/results` yet; what follows is all that has been measured."
+        )
+    for limit in limits_of(contents.values()):
+        lines.append(f"- **Within {limit:g} nats** {most(contents, limit)}")
+    for heading, levers in LEVERS.items():
+        said = [sentence for lever in levers[:SAID] if (sentence := verdict(contents, lever))]
+        if said:
+            lines += [f"- **{heading}.** " + " ".join(said)]
+    lines.append(
+        "- Models of 0.7 to 4.5 million parameters: [small models, and earlier studies](RESULTS-small-models.md)."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def most(contents: Contents, limit: float) -> str:
+    """In how many settings each method has learned most, and where by more than chance."""
+    best: dict[str, int] = {}
+    alone = 0
+    for content in contents.values():
+        limits = content["settings"]["frontier"]["limits"]
+        found = leaders(content, limits.index(limit), LOSS) if limit in limits else None
+        if found:
+            best[found[0]] = best.get(found[0], 0) + 1
+            alone += len(content["settings"]["seeds"]) > 1 and not found[1]
+    each = ", ".join(f"`{name}` in {count}" for name, count in sorted(best.items(), key=lambda item: -item[1]))
+    total = sum(best.values())
+    return f"the lowest loss has {each} of {total} settings; in {alone} by more than chance against every other method."
+
+
+def verdict(contents: Contents, lever: Any) -> str:
+    """What a decision adds at each limit, as a sentence; "" where it isn't measured."""
+    found = {limit: added(list(contents.values()), lever, limit, LOSS) for limit in limits_of(contents.values())}
+    there = {limit: measure for limit, measure in found.items() if measure}
+    if not there:
+        return ""
+    kinds = {
+        "lower": [limit for limit, each in there.items() if is_clear(each) and each["mean"] < 0],
+        "higher": [limit for limit, each in there.items() if is_clear(each) and each["mean"] > 0],
+    }
+    parts = [
+        f"the loss is {kind} within {', '.join(f'{limit:g} ({difference(there[limit], FORM)})' for limit in limits)}"
+        for kind, limits in kinds.items()
+        if limits
+    ]
+    one = all(each["half"] is None for each in there.values())
+    means = [each["mean"] for each in there.values()]
+    span = f"{number(FORM, min(means))} to {number(FORM, max(means))}"
+    rest = [limit for limit in there if limit not in kinds["lower"] + kinds["higher"]]
+    if rest:
+        parts.append(f"one value and no interval ({span})" if one else f"no clear difference within {_limits(rest)}")
+    return f"{lever.words[0].upper()}{lever.words[1:]}: {'; '.join(parts)}."
+
+
+FORM = "{:+.3f}"
+
+
+def _limits(limits: Sequence[float]) -> str:
+    return ", ".join(f"{limit:g}" for limit in limits)
+
+
+def how(contents: Contents) -> str:
+    """The setting: what is measured how, and of which models."""
+    rows = ["| setting | seeds | methods | steps | task before | loss on WikiText before | the other task before |"]
+    rows.append("|---" * 7 + "|")
+    for name in [*study_real.SETTINGS, *(name for name in contents if name not in study_real.SETTINGS)]:
+        content = contents.get(name)
+        cells = ["not measured yet", *[""] * 5] if content is None else _before(content)
+        rows.append(f"| {words_of(name)} | {' | '.join(cells)} |")
+    return f"{HOW}\n{chr(10).join(rows)}\n"
+
+
+def _before(content: Mapping[str, Any]) -> list[str]:
+    base = content["before"]
+    return [
+        str(len(content["settings"]["seeds"])),
+        str(len(content["methods"])),
+        str(content["steps"]),
+        f"{base['task_accuracy']:.1%} right",
+        f"{base['wikitext_loss']:.3f}" if "wikitext_loss" in base else "",
+        f"{base['recall']:.1%} right" if "recall" in base else "",
+    ]
+
+
+HOW = f"""## The setting
+
+- Each method trains {study_real.STEPS} steps of 8 rows out of {study_real.TRAIN}, a tenth of them held out. Its rate is
+  that of {study_real.RATES.replace(",", ", ")} with the lowest loss on the held-out rows (first seed).
+- It is then scaled back to each limit, by held-out rows and one half of each control: WikiText-2, and text that the
+  base wrote. A limit is on the control that rose most. Learned is what {study_real.TEST} test rows say: the loss of the
+  right label, without an end token (nats a token), and the share that is right.
+- κ methods train a tenth of the matrices, the others as many parameters as κ-lowest does, full fine-tuning all.
+- Another task isn't trained, only asked ({study_real.ASKED} rows): what becomes of it is in the tables at the end.
+- ± is the 95% interval of Student's t over seeds, which share the test rows: with {study_real.TEST} of them a share of
+  a half has a standard error of {100 * (0.25 / study_real.TEST) ** 0.5:.1f} points besides.
+"""
+
+
+def winners(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """A row a task and limit: who has learned most, and how many methods it may be by chance."""
+    rows = ["| task | limit | lowest loss | may be chance against | most right | may be chance against |"]
+    rows.append("|---" * 6 + "|")
+    for task, content in found.items():
+        for place, limit in enumerate(content["settings"]["frontier"]["limits"]):
+            cells = [cell for measure in (LOSS, RIGHT) for cell in _leader(content, place, measure)]
+            rows.append(f"| {task} | {limit:g} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _leader(content: Mapping[str, Any], place: int, key: str) -> tuple[str, str]:
+    found = leaders(content, place, key)
+    if found is None:
+        return "", ""
+    best, alike = found
+    method = next(each for each in content["methods"] if each["name"] == best)
+    value = shown(method["frontier"]["within"][place]["one"][key], MEASURES[key][1])
+    others = len(content["methods"]) - 1
+    if len(content["settings"]["seeds"]) < 2:
+        return f"`{best}` {value}", "one seed"
+    named = ", ".join(f"`{name}`" for name in alike) if len(alike) <= 3 else f"{len(alike)} of {others}"
+    return f"`{best}` {value}", named or "none"
+
+
+def what_adds(contents: Contents) -> str:
+    """A table of what each decision adds within each limit."""
+    limits = limits_of(contents.values())
+    rows = []
+    for heading, levers in LEVERS.items():
+        group = [_added_row(contents, lever, limits) for lever in levers]
+        if any(group):
+            rows += [f"| **{heading}** |" + " |" * len(limits), *filter(None, group)]
+    if not rows:
+        return ""
+    head = [f"| | {' | '.join(f'{limit:g} nats' for limit in limits)} |", "|---" * (len(limits) + 1) + "|"]
+    return "\n".join([WHAT_ADDS, *head, *rows, ""])
+
+
+WHAT_ADDS = """## What each decision adds
+
+Differences of the loss on test rows within each limit (nats a token; below zero the first has learned more), and of the
+right answers (points). ± is over settings where two or more have both methods, over seeds where one has; in bold where
+it leaves out zero. What is known by the rate alone is known of the first seed.
+"""
+
+
+def _added_row(contents: Contents, lever: Any, limits: Sequence[float]) -> str:
+    cells = []
+    for limit in limits:
+        loss = added(list(contents.values()), lever, limit, LOSS)
+        right = added(list(contents.values()), lever, limit, RIGHT)
+        points = right and {name: right[name] and 100 * right[name] for name in ("mean", "half")}
+        cells.append("; ".join(filter(None, (difference(loss, FORM), difference(points, "{:+.1f}")))))
+    return f"| {lever.words} | {' | '.join(cells)} |" if any(cells) else ""
+
+
+def on_the_dial(records: Sequence[Mapping[str, Any]]) -> str:
+    """What the study of the dial says of choices, at one fixed rate each."""
+    runs = {tuple(each[name] for name in dial.RUN) for each in records}
+    if not runs:
+        return ""
+    rows, replayed = [], sum(run[dial.RUN.index("replay")] > 0 for run in runs)
+    limits = sorted({each["limit"] for each in records if "limit" in each})
+    for ours, theirs in (("lowest_mlp", "lora"), ("lowest", "lora"), ("full", "lora")):
+        cells = [_dialed(records, ours, theirs, limit) for limit in limits]
+        rows.append(f"| `{ours}` against `{theirs}` | {' | '.join(cells)} |")
+    heads = " | ".join(f"within {limit:g} nats" for limit in limits)
+    return "\n".join(
+        [
+            ON_THE_DIAL.format(runs=len(runs), replayed=replayed),
+            f"| | {heads} |",
+            "|---" * (len(limits) + 1) + "|",
+            *rows,
+            "",
+        ]
+    )
+
+
+ON_THE_DIAL = """## SmolLM2-135M-Instruct (dequantized from 4 bit), at one rate a method
+
+From {runs} runs of `python benchmarks/dial.py` ([its tables](dial.md#what-it-is-worth-on-a-real-model)), {replayed} of
+them with replay: irony and SST-2, each method at a rate that wasn't tuned, scaled back with a scale a matrix.
+Differences of the loss on 80 test rows, end token included (nats a token), and of the right answers (points), run by
+run; ± is the 95% interval over runs, in bold where it leaves out zero.
+"""
+
+
+def _dialed(records: Sequence[Mapping[str, Any]], ours: str, theirs: str, limit: float) -> str:
+    found: dict[tuple, dict[str, Mapping[str, Any]]] = {}
+    for each in records:
+        if each.get("limit") == limit and each["asked"] == "per_matrix" and each["mode"] != "none":
+            found.setdefault((each["task"], each["replay"], each["seed"]), {})[each["arm"]] = each
+    pairs = [(run[ours], run[theirs]) for run in found.values() if {ours, theirs} <= run.keys()]
+    parts = []
+    for key, factor, form in (("loss", 1, FORM), ("accuracy", 100, "{:+.1f}")):
+        measure = over_seeds([factor * (one[key] - other[key]) for one, other in pairs])
+        parts.append(difference(measure, form))
+    return f"{'; '.join(parts)} ({len(pairs)} runs)" if pairs else ""
+
+
+def unknown(contents: Contents) -> str:
+    """What the page can't say."""
+    missing = [name for name in study_real.SETTINGS if name not in contents]
+    few = [words_of(name) for name, each in contents.items() if len(each["settings"]["seeds"]) < 3]
+    larger = [MODELS[model] for model in LARGER if not any(name.startswith(f"{model}-") for name in contents)]
+    draws = max((len(each["settings"]["seeds"]) for each in contents.values()), default=0)
+    lines = ["## What isn't known\n"]
+    lines += (
+        [f"- {len(missing)} of the {len(study_real.SETTINGS)} settings above: not measured yet."] if missing else []
+    )
+    lines += [f"- What more than a seed or two would say: {'; '.join(few)}."] if few else []
+    lines += (
+        [f"- {', '.join(larger)}: `python benchmarks/study_gpu.py` would measure them, on a GPU."] if larger else []
+    )
+    lines += [f"- What most random choices do: each seed draws its own, {draws} a setting."] if draws else []
+    lines += [
+        f"- Whether longer runs than {study_real.STEPS} steps, other tasks or models a hundred times as large agree. "
+        "Measure with `kappatune compare` before you believe it of yours.",
+        "- What dequantizing from 4 bit changes: the models are not quite the published ones, nor are their κ.",
+    ]
+    return "\n".join(lines) + "\n"

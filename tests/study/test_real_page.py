@@ -1,0 +1,131 @@
+"""docs/RESULTS.md on made-up comparisons of real models: what each decision adds, who has learned most."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers.made_up_comparisons import entry, made_up
+from kappatune_plugin.study.summary import over_seeds
+
+REPOSITORY = Path(__file__).parents[2]
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+
+import levers  # noqa: E402
+import real_page  # noqa: E402
+import real_plots  # noqa: E402
+import study_real  # noqa: E402
+
+LIMITS = [0.02, 0.1]
+
+
+def method(name: str, *losses: list[float], grid: dict | None = None) -> dict:
+    """A method with these losses on test rows within .02 and .1, a list over seeds for each; 60% right everywhere."""
+
+    def point(values, scale):
+        each = {"task_loss": values, "task_accuracy": [0.6] * len(values), "rise": [0.01] * len(values)}
+        return {key: over_seeds(numbers) for key, numbers in {**each, "scale": [scale] * len(values)}.items()}
+
+    within = [
+        {"limit": limit, "one": point(values, 0.5), "per_matrix": point([value - 0.01 for value in values], 0.4)}
+        for limit, values in zip(LIMITS, losses, strict=True)
+    ]
+    frontier = {"points": [point([1.0], 0.0), point(losses[-1], 1.0)], "within": within}
+    return {**entry(name, [0.6] * len(losses[0]), [0.2] * len(losses[0])), "frontier": frontier, "grid": grid or {}}
+
+
+def compared(*methods: dict, seeds: int = 3) -> dict:
+    content = made_up(*methods, seeds=seeds)
+    content["settings"]["frontier"] = {"limits": LIMITS, "scales": [0.5], "per_matrix": True}
+    content["before"] |= {"task_loss": 1.0, "recall": 0.5, "wikitext_loss": 3.0}
+    return content
+
+
+def choice(ours, theirs, ways=("one", "one")):
+    return levers.Lever("", ((ours, theirs),), ways)
+
+
+def test_a_difference_is_paired_by_seed_in_one_setting_and_over_settings_in_several():
+    first = compared(method("a", [0.3, 0.4, 0.5], [0.1] * 3), method("b", [0.2, 0.2, 0.2], [0.3] * 3))
+    second = compared(method("b", [0.1] * 3, [0.3] * 3), method("a", [0.4] * 3, [0.1] * 3))
+    lever = choice("a", "b")
+    # differences .1, .2, .3: mean .2, s = .1, t(2) = 4.303: ± .248
+    assert levers.added([first], lever, 0.02, "task_loss")["half"] == pytest.approx(0.2484, abs=1e-4)
+    # of settings .2 and .3: mean .25, s = .0707, t(1) = 12.706: ± .635
+    both = levers.added([first, second], lever, 0.02, "task_loss")
+    assert (both["mean"], both["half"]) == (pytest.approx(0.25), pytest.approx(0.6353, abs=1e-4))
+    assert levers.added([first, second], lever, 0.1, "task_loss")["mean"] == pytest.approx(-0.2)
+    assert levers.added([first], lever, 0.05, "task_loss") is None
+    assert levers.added([first], choice("a", "c"), 0.02, "task_loss") is None
+
+
+def test_every_method_against_itself_by_another_way():
+    content = compared(method("a", [0.3, 0.4], [0.1] * 2), method("b", [0.2] * 2, [0.3] * 2), seeds=2)
+    lever = choice(levers.EVERY, levers.EVERY, ("per_matrix", "one"))
+    assert levers.added([content], lever, 0.02, "task_loss")["values"] == [pytest.approx(-0.01)] * 2
+
+
+def tried(held_out, loss, *rises):
+    changes = {f"{name}_loss_change": rise for name, rise in zip("ab", rises, strict=False)}
+    return {"validation_loss": held_out, "final": {"task_loss": loss, "control_loss_change": sum(rises) / 2, **changes}}
+
+
+def test_by_the_rate_alone_counts_the_best_whose_worst_control_keeps_the_limit():
+    grid = {"1e-5": tried(0.9, 0.8, 0.0, 0.01), "1e-4": tried(0.5, 0.6, 0.0, 0.09), "1e-3": tried(0.1, 0.2, 0.3, 0.4)}
+    diverged = {"1e-2": {"validation_loss": None, "final": {"task_loss": None, "control_loss_change": None}}}
+    ours = method("a", [0.3], [0.1], grid={**grid, **diverged})
+    content = compared(ours, method("b", [0.3], [0.1], grid={"1e-3": tried(0.1, 0.2, 0.3, 0.4)}), seeds=1)
+    assert levers.kept(content, ours, "rate", 0.02, "task_loss") == [0.8]
+    assert levers.kept(content, ours, "rate", 0.1, "task_loss") == [0.6]
+    # no rate of b keeps a limit: the base is left
+    lever = choice("a", "b", ("rate", "rate"))
+    assert levers.added([content], lever, 0.1, "task_loss") == {"mean": -0.4, "half": None, "values": [-0.4]}
+    assert levers.added([content], choice("a", "a", ("one", "rate")), 0.1, "task_loss")["mean"] == pytest.approx(-0.5)
+
+
+@pytest.fixture
+def contents():
+    lowest = method("lowest_mlp", [0.30, 0.31, 0.33], [0.20, 0.21, 0.22])
+    random = method("random_mlp", [0.25, 0.26, 0.28], [0.20, 0.25, 0.16])
+    unscaled = {**entry("osf", [0.5] * 3, [0.1] * 3), "frontier": {"why_not": "It has no scale."}, "grid": {}}
+    return {
+        "smollm2-irony": compared(lowest, random, unscaled),
+        "gemma3-irony": compared(method("lora", [0.5], [0.4]), seeds=1),
+    }
+
+
+def test_the_page_names_who_has_learned_most_and_what_a_choice_adds(contents):
+    page = real_page.text(contents, [], "")
+    for said in (
+        "- **Within 0.02 nats** the lowest loss has `random_mlp` in 1, `lora` in 1 of 2 settings; in 1 by more than ",
+        "| irony of tweets | 0.02 | `random_mlp` 0.263 ± .038 | none |",
+        "| irony of tweets | 0.1 | `random_mlp` 0.203 ± .112 | `lowest_mlp` |",
+        "| irony of tweets | 0.02 | `lora` 0.500 | one seed |",
+        "| `lowest_mlp` against `random_mlp` | **+0.050 ± .000**; +0.0 ± .0 | +0.007 ± .125; +0.0 ± .0 |",
+        "against `random_mlp`: the loss is higher within 0.02 (**+0.050 ± .000**); no clear difference within 0.1.",
+        "| `osf` | 0.001 | 1,000 | It has no scale. |",
+        "| `lora` | 0.001 | 1,000 | 60.0%; 0.500; ×0.50 | 60.0%; 0.400; ×0.50 | 60.0%; 0.400; ×1.00 | +0.010 | - |",
+        "- 4 of the 6 settings above: not measured yet.",
+        "- What more than a seed or two would say: Gemma 3 270M (dequantized from 4 bit): irony of tweets.",
+        "![learned within two limits](results/smollm2-limits.png)",
+    ):
+        assert said in page, said
+    assert "no comparison" not in page.lower()
+
+
+def test_a_page_without_comparisons_says_so():
+    page = real_page.text({}, [], "")
+    assert "No comparison of real models is in `docs/results` yet" in page and page.count("not measured yet") == 7
+    assert "Every method" not in page and "What each decision adds" not in page
+
+
+def test_the_page_knows_every_setting_of_the_study():
+    assert set(study_real.SETTINGS) <= set(real_page.names())
+    methods = {name for each in study_real.SETTINGS.values() for name in each.split(",")}
+    compared = {name for group in levers.LEVERS.values() for lever in group for pair in lever.pairs for name in pair}
+    assert compared - {levers.EVERY} <= methods
+
+
+def test_the_picture_is_drawn(contents, tmp_path):
+    real_plots.plot({"irony": contents["smollm2-irony"]}, tmp_path / "limits.png")
+    assert (tmp_path / "limits.png").stat().st_size > 10_000
