@@ -50,7 +50,7 @@ def changes_of_adapter(model: PeftModel) -> Changes:
     parts: dict[str, list[Change]] = {}
     for name, module in model.named_modules():
         if isinstance(module, KappaTuneLayer) and adapter in module.kappatune_values:
-            parts[module.unit.name] = [Change(module.kappatune_values[adapter].weight, module.original.values)]
+            parts[module.unit.name] = [Change(*module.kappatune_values[adapter].line())]
         else:
             parts |= _beside(name, module, adapter)
     parameter = re.compile(rf"(.+?)\.(?:{PROPORTIONAL[method]})\.{re.escape(adapter)}(?:\.\w+)?")

@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from peft import PeftConfig
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, StrictBool
 
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.schema import Number, read
+from kappatune_plugin.schema import Number, Whole, not_one_of, read
 from kappatune_plugin.selection.auto_budget import AUTO
 from kappatune_plugin.selection.budget import DEFAULT_K, Budget, parse_budget
 from kappatune_plugin.selection.settings import SelectSettings, check_budget
@@ -16,6 +16,18 @@ from kappatune_plugin.weights.patterns import DEFAULT_EXCLUDE
 
 READ_BY = "Install the Python package kappatune_plugin and `import kappatune_plugin` before PEFT loads this folder."
 NAMES_EXAMPLE = "[norm, bias, '*.q_proj.weight']"
+
+
+FULL, LORA = "full", "lora"
+ADAPTERS = (FULL, LORA)
+LORA_KEYS = ("r", "lora_alpha", "lora_dropout", "use_rslora")
+DEFAULT_R = 8
+
+
+def _known_adapter(value: Any) -> Any:
+    if value not in ADAPTERS:
+        raise KappaTuneError(not_one_of(value, ADAPTERS))
+    return value
 
 
 def _budget_of_a_model(k: Any) -> Any:
@@ -58,6 +70,25 @@ class KappaTuneSettings(SelectSettings):
     selection: Any = Field(
         default=None, description="A selection made earlier (path to selection.json), instead of `k`."
     )
+    adapter: Annotated[Any, AfterValidator(_known_adapter)] = Field(
+        default=FULL,
+        description="full trains the selected matrices whole, lora a low-rank pair beside each of them.",
+    )
+    r: Whole | None = Field(
+        default=None, ge=1, description=f"Rank of the pairs of `adapter: lora`. Default: {DEFAULT_R}."
+    )
+    lora_alpha: Number | None = Field(
+        default=None, gt=0, description="The pairs are scaled by lora_alpha / r. Default: r."
+    )
+    lora_dropout: Number | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="Dropout before the pairs, where all that is selected are whole linear layers. Default: 0.",
+    )
+    use_rslora: StrictBool | None = Field(
+        default=None, description="Scale the pairs by lora_alpha / sqrt(r) instead. Default: false."
+    )
     modules_to_save: list[str] | None = Field(
         default=None,
         description="Modules trained and saved whole beside the units, e.g. a new classifier head.",
@@ -71,6 +102,12 @@ class KappaTuneSettings(SelectSettings):
             for key in ("report", "selection")
             if self.scan_from is not None and getattr(self, key) is not None
         ]
+        of_lora = [key for key in LORA_KEYS if getattr(self, key) is not None]
+        if of_lora and self.adapter != LORA:
+            problems.append(
+                f"{', '.join(of_lora)}: of low-rank pairs, and adapter is {self.adapter}: write `adapter: lora`, or "
+                "delete them."
+            )
         if self.report is not None and self.selection is not None:
             problems.append("report and selection are both given: a selection needs no report, remove one.")
         nothing = self.k not in (None, AUTO) and parse_budget(self.k, least=0).value == 0
@@ -113,6 +150,11 @@ class KappaTuneConfig(PeftConfig):
     scan_from: str | None = _setting("scan_from")
     report: Any = _setting("report")
     selection: Any = _setting("selection")
+    adapter: str = _setting("adapter")
+    r: int | None = _setting("r")
+    lora_alpha: float | None = _setting("lora_alpha")
+    lora_dropout: float | None = _setting("lora_dropout")
+    use_rslora: bool | None = _setting("use_rslora")
     modules_to_save: list[str] | None = _setting("modules_to_save")
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Tokens whose embeddings are trained too; TRL sets it for tokens it adds."}
@@ -136,6 +178,9 @@ class KappaTuneConfig(PeftConfig):
             raise KappaTuneError("\n".join(problems))
         for key in KAPPATUNE_KEYS:
             setattr(self, key, getattr(settings, key))
+        if self.adapter == LORA:
+            self.r = self.r or DEFAULT_R
+            self.lora_alpha = self.lora_alpha or float(self.r)
 
     @property
     def budget(self) -> Budget:

@@ -1,7 +1,7 @@
 """One trained unit inside a PEFT model."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
@@ -12,9 +12,11 @@ from transformers.pytorch_utils import Conv1D
 from kappatune_plugin.distributed import ranks, shards
 from kappatune_plugin.distributed.unsupported import OFFLOADED, offloads
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.tuner.values import VALUES, Original, Values, held
+from kappatune_plugin.tuner.config import LORA, KappaTuneConfig
+from kappatune_plugin.tuner.lowrank import LowRank
+from kappatune_plugin.tuner.values import VALUES, Full, Original, Values, held
 from kappatune_plugin.weights.fingerprint import is_in_layers, unit_hash
-from kappatune_plugin.weights.units import WeightUnit, unit_block
+from kappatune_plugin.weights.units import OWN, WeightUnit, unit_block
 
 NOT_WRITTEN = (
     "was changed by an optimizer step that the base model never got: its optimizer is not a torch.optim.Optimizer that "
@@ -30,9 +32,9 @@ MIXED_BATCH = (
 class KappaTuneLayer(nn.Module, BaseTunerLayer):
     """The trainable values of one unit, a child of the module that owns the base parameter.
 
-    `kappatune_values[adapter]` holds the values being trained (float32 by default), `original` those of the base
-    model. The base parameter's slice always holds the truth: the active adapter's values, or the original ones while
-    adapters are disabled or none of the active ones trains this unit.
+    `kappatune_values[adapter]` holds what is trained (float32 by default), all values or a low-rank pair; `original`
+    holds the values of the base model. The base parameter's slice always holds the truth: the active adapter's values,
+    or the original ones while adapters are disabled or none of the active ones trains this unit.
 
     A fingerprint of `original` is saved with the adapter, so that values trained on one base are never written into
     another.
@@ -80,6 +82,10 @@ class KappaTuneLayer(nn.Module, BaseTunerLayer):
         """The parameters that an optimizer holds of the active adapter."""
         return () if self.active is None else self.active.leaves
 
+    def held_by(self, ids: Set[int]) -> bool:
+        """Whether an optimizer that holds the tensors of these `id`s moves this unit."""
+        return any(id(leaf) in ids for leaf in self.leaves)
+
     @property
     def moved(self) -> bool:
         """Whether the active values may have changed in place since they were last written into the base."""
@@ -108,9 +114,9 @@ class KappaTuneLayer(nn.Module, BaseTunerLayer):
             shards.gather_while_running(self.owner, leaf)
         return values
 
-    def add(self, adapter: str) -> None:
+    def add(self, adapter: str, config: KappaTuneConfig) -> None:
         """Start `adapter` at the base model's values."""
-        self.kappatune_values[adapter] = Values(self)
+        self.kappatune_values[adapter] = LowRank(self, config) if config.adapter == LORA else Full(self)
 
     def take_over(self) -> None:
         """Write values that were loaded into the base.
@@ -227,6 +233,13 @@ class KappaTuneLayer(nn.Module, BaseTunerLayer):
                 if not self.parameter.is_meta and not shards.is_partitioned(leaf):
                     leaf.data = leaf.data.to(device or self.parameter.device)
             self.write()
+
+
+def child_name(unit: WeightUnit) -> str:
+    """`kappatuned_weight` for a whole parameter, `kappatuned_17_gate_proj` for a slice."""
+    if not unit.index:
+        return OWN + unit.parameter.rpartition(".")[2]
+    return OWN + "_".join(unit.name.removesuffix(".weight").split(".")[-2:])
 
 
 def check_finite(layers: Sequence[KappaTuneLayer], adapter_names: list[str] | None = None) -> None:

@@ -20,15 +20,17 @@ from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.selection.report import KappaReport
 from kappatune_plugin.selection.selection import Selection
 from kappatune_plugin.slices.bind import BINDINGS, bind, parameter_readers, shadow, unbind, unshadow
-from kappatune_plugin.tuner.config import KappaTuneConfig
+from kappatune_plugin.tuner.config import LORA, KappaTuneConfig
 from kappatune_plugin.tuner.layer import (
     MIXED_BATCH,
     NOT_WRITTEN,
     KappaTuneLayer,
     check_finite,
     check_reached,
+    child_name,
     warn_not_finite,
 )
+from kappatune_plugin.tuner.lowrank import check_pairs
 from kappatune_plugin.tuner.register import PREFIX, register
 from kappatune_plugin.tuner.saved_selection import check_loaded_keys, check_selection, keep_selection, named_as_here
 from kappatune_plugin.tuner.trainer_hooks import follow, in_step
@@ -45,7 +47,7 @@ from kappatune_plugin.tuner.what_to_train import (
 )
 from kappatune_plugin.weights.model_source import ModelSource
 from kappatune_plugin.weights.quantized import keep_unpacked, make_whole, quantization_of, quantized_form
-from kappatune_plugin.weights.units import OWN, WeightUnit
+from kappatune_plugin.weights.units import WeightUnit
 
 SAVE_AGAIN = "`PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)` and load that."
 UNQUANTIZED = (
@@ -98,6 +100,8 @@ class KappaTuneModel(BaseTuner):
         keep_unpacked(model)
         for name in _quantized_owners(model, units):
             make_whole(model, name)
+        if config.adapter == LORA:
+            check_pairs(model, units, config)
         self._targets: dict[str, list[WeightUnit]] = {}
         for unit in units:
             self._targets.setdefault(unit.parameter.rpartition(".")[0], []).append(unit)
@@ -209,7 +213,7 @@ class KappaTuneModel(BaseTuner):
             KappaTuneError: see `layer.check_reached`.
         """
         layers = [layer for layer in self._layers_cached() if layer.leaves and not layer.disable_adapters]
-        check_reached([layer for layer in layers if held is None or _is_in(held, layer)])
+        check_reached([layer for layer in layers if held is None or layer.held_by(held)])
 
     def stepped(self, held: Set[int]) -> None:
         """Called after a step of any optimizer: write what it moved, unless that is not there yet.
@@ -222,7 +226,7 @@ class KappaTuneModel(BaseTuner):
             self._late = True
             return
         for layer in layers:
-            if _is_in(held, layer) or layer.moved:
+            if layer.held_by(held) or layer.moved:
                 layer.write()
 
     def take_over(self, missing: Set[str]) -> None:
@@ -316,7 +320,7 @@ class KappaTuneModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         for unit in self._targets[current_key]:
-            name = _child_name(unit)
+            name = child_name(unit)
             if name not in target._modules:
                 attribute = unit.parameter.rpartition(".")[2]
                 layer = KappaTuneLayer(target, attribute, unit)
@@ -324,7 +328,7 @@ class KappaTuneModel(BaseTuner):
                 for owner, its_attribute, readers in self._readers[id(target._parameters[attribute])]:
                     for reader in readers:
                         bind(reader, owner, its_attribute, layer)
-            target._modules[name].add(adapter_name)
+            target._modules[name].add(adapter_name, peft_config)
         self.__dict__.pop("_layers", None)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -360,7 +364,7 @@ class KappaTuneModel(BaseTuner):
     def _detach(self, layers: list[KappaTuneLayer]) -> None:
         unbind(self.model, layers)
         for layer in layers:
-            del layer.owner._modules[_child_name(layer.unit)]
+            del layer.owner._modules[child_name(layer.unit)]
         self.__dict__.pop("_layers", None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -372,10 +376,6 @@ class KappaTuneModel(BaseTuner):
         if "_layers" not in self.__dict__:
             self.__dict__["_layers"] = self.layers()
         return self.__dict__["_layers"]
-
-
-def _is_in(held: Set[int], layer: KappaTuneLayer) -> bool:
-    return any(id(leaf) in held for leaf in layer.leaves)
 
 
 def _check_head(head: nn.Module) -> None:
@@ -391,13 +391,6 @@ def _quantized_owners(model: nn.Module, units: Iterable[WeightUnit]) -> list[str
     """Names of the modules that hold quantized ones of these units."""
     names = (unit.parameter for unit in units)
     return [name.rpartition(".")[0] for name in names if quantized_form(model.get_parameter(name)) is not None]
-
-
-def _child_name(unit: WeightUnit) -> str:
-    """`kappatuned_weight` for a whole parameter, `kappatuned_17_gate_proj` for a slice."""
-    if not unit.index:
-        return OWN + unit.parameter.rpartition(".")[2]
-    return OWN + "_".join(unit.name.removesuffix(".weight").split(".")[-2:])
 
 
 register(KappaTuneConfig, KappaTuneModel)

@@ -1,11 +1,17 @@
 """PEFT's own LoRA on the matrices that KappaTune selects; its adapters load without this package."""
 
-from peft import LoraConfig
+from dataclasses import dataclass, replace
+
+from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.tuner.config import KappaTuneConfig
+from kappatune_plugin.selection.report import KappaReport
+from kappatune_plugin.selection.selection import Selection
+from kappatune_plugin.tuner.config import LORA, KappaTuneConfig
+from kappatune_plugin.tuner.lowrank import check_rank
+from kappatune_plugin.tuner.model import KappaTuneModel
 from kappatune_plugin.tuner.what_to_train import (
     given_selection,
     report_for_selection,
@@ -17,67 +23,100 @@ from kappatune_plugin.weights.model_source import ModelSource
 from kappatune_plugin.weights.units import WeightUnit
 
 
-def lora_config(
-    model: nn.Module,
-    config: KappaTuneConfig,
-    r: int = 8,
-    lora_alpha: float | None = None,
-    lora_dropout: float = 0.0,
-    use_rslora: bool = False,
-) -> LoraConfig:
+@dataclass(frozen=True)
+class Decided:
+    """What an adapter trains, and the kappa report it was chosen from; None if the selection was given."""
+
+    selection: Selection
+    report: KappaReport | None
+
+
+def decided(model: PeftModel, adapter: str = "default") -> Decided | None:
+    """What was decided for an adapter that this process began, by `KappaTuneModel` or `lora_config`; else None."""
+    tuner = model.base_model
+    if isinstance(tuner, KappaTuneModel):
+        return Decided(tuner.selections[adapter], tuner.reports[adapter])
+    return getattr(model.peft_config[adapter], "decided", None)
+
+
+def lora_config(model: nn.Module, config: KappaTuneConfig) -> LoraConfig:
     """A config of PEFT's LoRA for the matrices that `config` selects of `model`, and for no others.
 
     Args:
         model: without adapters; it isn't changed.
-        config: what to select, and `modules_to_save` and `task_type`, which are handed on.
-        r, lora_alpha, lora_dropout, use_rslora: as in `peft.LoraConfig`; `lora_alpha` is `r` where it is None.
+        config: with `adapter="lora"`: what to select, the pairs' settings, `modules_to_save` and `task_type`.
 
     Raises:
-        KappaTuneError: a selected matrix is no whole linear layer, such as one expert of a fused parameter, which
-            PEFT's LoRA can't name; or `r` isn't between 1 and the smallest dimension of each; or nothing is selected.
+        KappaTuneError: another `adapter`; a selected matrix is no whole linear layer, such as one expert of a fused
+            parameter, which PEFT's LoRA can't name; `r` is larger than a dimension of one; or nothing is selected.
     """
+    found = _settled(model, config)
+    refused = [unit for unit in found.units if not _is_linear(model, unit)]
+    if refused:
+        what = "a slice of a fused parameter" if refused[0].index else "no weight of a whole linear layer"
+        raise KappaTuneError(
+            f"{refused[0].name} is {what}, and PEFT's LoRA can't train it alone. Leave such matrices out (`exclude`), "
+            "or let KappaTune hold the pairs: get_peft_model(model, config)."
+        )
+    return _plain(model, config, found)
+
+
+def peft_config_for(model: nn.Module, config: KappaTuneConfig) -> PeftConfig:
+    """`config`, or with `adapter: lora` PEFT's own LoRA where it can train all that is selected.
+
+    Raises:
+        KappaTuneError: `r` is larger than a dimension of a selected matrix, or nothing is selected.
+    """
+    if config.adapter != LORA:
+        return config
+    found = _settled(model, config)
+    if all(_is_linear(model, unit) for unit in found.units):
+        return _plain(model, config, found)
+    report = found.decided.report
+    return config if report is None else replace(config, report=report, scan_from=None)
+
+
+@dataclass(frozen=True)
+class _Settled:
+    decided: Decided
+    units: list[WeightUnit]
+
+
+def _settled(model: nn.Module, config: KappaTuneConfig) -> _Settled:
+    if config.adapter != LORA:
+        raise KappaTuneError(f"adapter is {config.adapter}: write KappaTuneConfig(adapter='lora', ...).")
     source = ModelSource(model)
-    hashes = source.base_hashes()
+    hashes, report = source.base_hashes(), None
     selection = given_selection(config, source)
     if selection is None:
-        selection = selection_from(report_for_selection(config, source, hashes), config)
+        report = report_for_selection(config, source, hashes)
+        selection = selection_from(report, config)
     found = {unit.name: unit for unit in source.units}
     units = selected_units(selection, found, hashes, "", trained_whole(config, source))
-    owners = [_linear_name(model, unit) for unit in units]
-    _check_rank(units, r)
+    check_rank(units, config.r)
+    return _Settled(Decided(selection, report), units)
+
+
+def _plain(model: nn.Module, config: KappaTuneConfig, found: _Settled) -> LoraConfig:
+    owners = [unit.parameter.rpartition(".")[0] for unit in found.units]
     # PEFT takes a name for every module whose own name ends with it
     endings = tuple(f".{name}" for name in owners)
     others = [name for name, _ in model.named_modules() if name.endswith(endings) and name not in owners]
-    return LoraConfig(
-        r=r,
-        lora_alpha=r if lora_alpha is None else lora_alpha,
-        lora_dropout=lora_dropout,
-        use_rslora=use_rslora,
+    plain = LoraConfig(
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout or 0.0,
+        use_rslora=bool(config.use_rslora),
         target_modules=owners,
         exclude_modules=others or None,
         modules_to_save=config.modules_to_save,
         task_type=config.task_type,
     )
+    # no field: what is saved is what PEFT alone reads
+    plain.decided = found.decided
+    return plain
 
 
-def _linear_name(model: nn.Module, unit: WeightUnit) -> str:
+def _is_linear(model: nn.Module, unit: WeightUnit) -> bool:
     name, _, attribute = unit.parameter.rpartition(".")
-    owner = model.get_submodule(name)
-    if unit.index or attribute != "weight" or not isinstance(owner, nn.Linear | Conv1D):
-        what = "a slice of a fused parameter" if unit.index else f"part of a module of class {type(owner).__name__}"
-        raise KappaTuneError(
-            f"{unit.name} is {what}, and PEFT's LoRA on single matrices needs whole linear layers. Leave it out "
-            f"(`exclude`), or train it without LoRA: get_peft_model(model, KappaTuneConfig(...))."
-        )
-    return name
-
-
-def _check_rank(units: list[WeightUnit], r: int) -> None:
-    if not units:
-        raise KappaTuneError("k: 0 selects no matrix, and LoRA needs one: give k a number from 1.")
-    smallest = min(units, key=lambda unit: min(unit.shape))
-    if not 1 <= r <= min(smallest.shape):
-        raise KappaTuneError(
-            f"r is {r}, expected 1 to {min(smallest.shape)}: {smallest.name} has {smallest.shape[0]} rows and "
-            f"{smallest.shape[1]} columns. Lower r, or leave such matrices out (`exclude`)."
-        )
+    return not unit.index and attribute == "weight" and isinstance(model.get_submodule(name), nn.Linear | Conv1D)

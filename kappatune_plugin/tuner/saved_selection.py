@@ -11,6 +11,7 @@ from kappatune_plugin.distributed import ranks
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.selection.selection import Selection
 from kappatune_plugin.tuner.adapter_folder import ADAPTER_CONFIG
+from kappatune_plugin.tuner.config import FULL, LORA
 from kappatune_plugin.tuner.values import VALUES, renamed
 from kappatune_plugin.weights.units import OWN
 
@@ -71,10 +72,14 @@ def check_loaded_keys(tuner: nn.Module, state_dict: dict[str, Any], prefix: str,
     named = named_as_here(state_dict, tuner, prefix)
     state_dict.clear()
     state_dict.update(named)
-    found = {key for key in state_dict if key.startswith(prefix) and MARK in key and key.endswith(".weight")}
+    found = {key for key in state_dict if key.startswith(prefix) and MARK in key and not key.endswith(".base")}
     own = {f"{prefix}{name}" for name, _ in tuner.named_parameters() if MARK in name}
-    adapters = {key.partition(MARK)[2] for key in found & own}
-    expected = {key for key in own if key.partition(MARK)[2] in adapters}
+    kinds = [{key.rpartition(".")[2] for key in keys} for keys in (found, own)]
+    if found and not kinds[0] & kinds[1]:
+        words = (FULL if "weight" in kind else LORA for kind in kinds)
+        raise KappaTuneError("The values were trained with adapter: {}, and this model's adapter is {}.".format(*words))
+    adapters = {_adapter(key) for key in found & own}
+    expected = {key for key in own if _adapter(key) in adapters}
     if found - own or expected - found:
         there, here = (sorted(map(_place, keys)) for keys in (found - own, expected - found))
         raise KappaTuneError(
@@ -85,7 +90,7 @@ def check_loaded_keys(tuner: nn.Module, state_dict: dict[str, Any], prefix: str,
         )
     # FSDP2 leaves fingerprints out of what it loads into a model that is nowhere yet
     nowhere = any(value.is_meta for name, value in tuner.named_parameters() if MARK not in name)
-    unsigned = {key for key in found if f"{key.removesuffix('weight')}base" not in state_dict}
+    unsigned = {key for key in found if f"{key.rpartition('.')[0]}.base" not in state_dict}
     if unsigned and not nowhere:
         raise KappaTuneError(
             f"The adapter doesn't say which base it was trained on: {len(unsigned)} weights, such as "
@@ -96,6 +101,10 @@ def check_loaded_keys(tuner: nn.Module, state_dict: dict[str, Any], prefix: str,
 
 def _place(key: str) -> str:
     return key.partition(MARK)[0]
+
+
+def _adapter(key: str) -> str:
+    return key.partition(MARK)[2].rpartition(".")[0]
 
 
 def _other_places(there: set[str], here: set[str]) -> dict[str, str]:

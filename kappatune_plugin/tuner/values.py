@@ -1,8 +1,8 @@
 """What is kept of one trained unit: each adapter's values, the base model's own, and the names they are saved under.
 
-A key in an adapter is `<module>.kappatuned_<unit>.kappatune_values.weight`; in the model it has the adapter's name
-before `.weight`. transformers puts that name after the first component that begins with the method's prefix, so the
-prefix stands there once; TRL copies what is called `.default.`, so the name stands inside.
+A key in an adapter is `<module>.kappatuned_<unit>.kappatune_values.weight`, or `.lora_A` and `.lora_B`; in the model
+the adapter's name stands before the last part. transformers puts that name after the first component that begins with
+the method's prefix, so the prefix stands there once; TRL copies what is called `.default.`, so the name stands inside.
 """
 
 import re
@@ -40,11 +40,11 @@ def held(values: Tensor) -> Tensor:
 
 
 class Values(nn.Module):
-    """One adapter's values of one unit.
+    """What one adapter trains of one unit: `Full`, or a low-rank pair.
 
     Attributes:
-        weight: what is trained, in the unit's shape as its parameter stores it.
-        base: fingerprint of the base model's values that they started from, one int64. It is saved with the adapter.
+        base: fingerprint of the base model's values that training started from, one int64. It is saved with the
+            adapter.
 
     The fingerprint stays where it is when the model is moved: FSDP2 by accelerate moves a model to the meta device and
     takes everything in its state dict for a divided parameter. There the fingerprint, which every rank has, is left
@@ -55,7 +55,6 @@ class Values(nn.Module):
         super().__init__()
         # through __dict__, since a registered layer would be its own grandchild
         self.__dict__["layer"] = layer
-        self.weight = nn.Parameter(layer.original.whole(layer.parameter))
         self.register_buffer("base", torch.tensor([layer.fingerprint]))
 
     @property
@@ -65,20 +64,26 @@ class Values(nn.Module):
 
     def target(self) -> Tensor:
         """See `slices.alias.Trained`."""
-        return self.weight
+        raise NotImplementedError
+
+    def line(self) -> tuple[nn.Parameter, Tensor | None]:
+        """The parameter that the change of the weight is linear in, and its values where nothing is changed.
+
+        None stands for zeros.
+        """
+        raise NotImplementedError
 
     def whole(self) -> Tensor:
-        """The values in the unit's shape as stored; a view. They must not be divided over ranks."""
-        return self.weight.detach()
-
-    @torch.no_grad()
-    def reset(self) -> None:
-        """Go back to the base model's values. Collective where those are divided over ranks."""
-        self.weight.copy_(self.layer.original.whole(self.layer.parameter))
+        """The values in the unit's shape as stored, detached. What they are made of must not be divided over ranks."""
+        raise NotImplementedError
 
     def part(self, wanted: Sequence[shards.Range]) -> Tensor:
-        """The flat range `wanted[rank]` of the values. Collective where they are divided over ranks."""
-        return shards.redistribute(held(self.weight), shards.block_ranges(self.weight, ()), wanted)
+        """The flat range `wanted[rank]` of the values. Collective where anything is divided over ranks."""
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """Go back to the base model's values. Collective where anything is divided over ranks."""
+        raise NotImplementedError
 
     def _apply(self, *args: Any, **kwargs: Any) -> "Values":
         base = self.base
@@ -97,6 +102,35 @@ class Values(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *lists)
         if f"{prefix}base" in missing:
             missing.remove(f"{prefix}base")
+
+
+class Full(Values):
+    """All values of a unit are trained: `weight`, in the unit's shape as its parameter stores it."""
+
+    def __init__(self, layer: "KappaTuneLayer") -> None:
+        super().__init__(layer)
+        self.weight = nn.Parameter(layer.original.whole(layer.parameter))
+
+    def target(self) -> Tensor:
+        """See `slices.alias.Trained`."""
+        return self.weight
+
+    def line(self) -> tuple[nn.Parameter, Tensor | None]:
+        """See `Values`."""
+        return self.weight, self.layer.original.values
+
+    def whole(self) -> Tensor:
+        """See `Values`."""
+        return self.weight.detach()
+
+    def part(self, wanted: Sequence[shards.Range]) -> Tensor:
+        """See `Values`."""
+        return shards.redistribute(held(self.weight), shards.block_ranges(self.weight, ()), wanted)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """See `Values`."""
+        self.weight.copy_(self.layer.original.whole(self.layer.parameter))
 
 
 class Original:

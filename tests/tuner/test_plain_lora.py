@@ -31,7 +31,9 @@ def test_only_the_selected_have_pairs_and_the_merged_model_computes_the_same(kin
     model = tiny_model(kind)
     include = ["*attn.*"]
     expected = select(scan(model, include=include), k=3)
-    settings = lora_config(model, KappaTuneConfig(k=3, include=include, task_type="CAUSAL_LM"), r=2, lora_alpha=4)
+    settings = lora_config(
+        model, KappaTuneConfig(k=3, include=include, task_type="CAUSAL_LM", adapter="lora", r=2, lora_alpha=4)
+    )
     tuned = get_peft_model(model, settings)
     names = {name.split(".lora_")[0] for name, value in tuned.named_parameters() if value.requires_grad}
     assert names == {f"base_model.model.{row.name.removesuffix('.weight')}" for row in expected.units}
@@ -52,7 +54,7 @@ def test_only_the_selected_have_pairs_and_the_merged_model_computes_the_same(kin
 def test_the_adapter_loads_where_this_package_is_not_imported(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    tuned = get_peft_model(model, lora_config(model, KappaTuneConfig(k=2, task_type="CAUSAL_LM"), r=2))
+    tuned = get_peft_model(model, lora_config(model, KappaTuneConfig(k=2, task_type="CAUSAL_LM", adapter="lora", r=2)))
     train(tuned)
     tuned.save_pretrained(tmp_path / "adapter")
     with torch.no_grad():
@@ -64,7 +66,7 @@ def test_more_names_than_peft_keeps_apart_are_still_those_selected(tmp_path):
     # from 20 names on PEFT looks for shorter ones that mean the same modules
     model = tiny_model("llama", num_hidden_layers=6)
     expected = select(scan(model), k=25)
-    tuned = get_peft_model(model, lora_config(model, KappaTuneConfig(selection=expected), r=2))
+    tuned = get_peft_model(model, lora_config(model, KappaTuneConfig(selection=expected, adapter="lora", r=2)))
     tuned.save_pretrained(tmp_path)
     for each in (tuned, PeftModel.from_pretrained(tiny_model("llama", num_hidden_layers=6), tmp_path)):
         names = {name.split(".lora_")[0] for name, _ in each.named_parameters() if ".lora_" in name}
@@ -74,16 +76,16 @@ def test_more_names_than_peft_keeps_apart_are_still_those_selected(tmp_path):
 def test_experts_left_out_as_the_page_says():
     model = tiny_model("mixtral")
     exclude = ["norm", "bias", "embedding", "head", "router", "*.experts.*"]
-    settings = lora_config(model, KappaTuneConfig(k=4, exclude=exclude), r=2)
+    settings = lora_config(model, KappaTuneConfig(k=4, exclude=exclude, adapter="lora", r=2))
     assert len(settings.target_modules) == 4 and not any(".experts" in name for name in settings.target_modules)
 
 
 def test_alpha_rank_and_rslora_mean_what_they_mean_in_peft():
     model = tiny_model("llama")
-    config = KappaTuneConfig(selection=select(scan(model), k=1))
+    selection = select(scan(model), k=1)
     for rslora, expected in ((False, 6 / 4), (True, 6 / math.sqrt(4))):
-        settings = lora_config(model, config, r=4, lora_alpha=6, lora_dropout=0.25, use_rslora=rslora)
-        tuned = get_peft_model(model, settings)
+        pairs = {"adapter": "lora", "r": 4, "lora_alpha": 6, "lora_dropout": 0.25, "use_rslora": rslora}
+        tuned = get_peft_model(model, lora_config(model, KappaTuneConfig(selection=selection, **pairs)))
         (layer,) = [each for each in tuned.modules() if hasattr(each, "lora_A") and "default" in each.lora_A]
         assert layer.scaling["default"] == expected and layer.lora_dropout["default"].p == 0.25
         model = tuned.unload()
@@ -92,8 +94,8 @@ def test_alpha_rank_and_rslora_mean_what_they_mean_in_peft():
 def test_a_module_whose_name_only_ends_like_a_selected_one_has_no_pair():
     torch.manual_seed(0)
     model = nn.ModuleDict({"up": nn.Linear(6, 6), "side": nn.ModuleDict({"up": nn.Linear(6, 6)})})
-    config = KappaTuneConfig(selection=select(scan(model, include=["up.weight"]), k=1))
-    tuned = get_peft_model(model, lora_config(model, config, r=2))
+    config = KappaTuneConfig(selection=select(scan(model, include=["up.weight"]), k=1), adapter="lora", r=2)
+    tuned = get_peft_model(model, lora_config(model, config))
     names = {name.split(".lora_")[0] for name, value in tuned.named_parameters() if value.requires_grad}
     assert names == {"base_model.model.up"}
 
@@ -102,12 +104,17 @@ def test_a_module_whose_name_only_ends_like_a_selected_one_has_no_pair():
     ("kind", "config", "r", "message"),
     [
         ("llama", {"k": 2}, 33, "r is 33, expected 1 to"),
-        ("llama", {"k": 2}, 0, "r is 0, expected 1 to"),
-        ("mixtral", {"k": 2, "include": ["*.experts.*"]}, 2, "is a slice of a fused parameter.*exclude"),
+        ("llama", {"k": 2}, 0, "r: 0 is not a number from 1 on"),
+        (
+            "mixtral",
+            {"k": 2, "include": ["*.experts.*"]},
+            2,
+            "slice of a fused parameter.*exclude.*get_peft_model",
+        ),
         ("llama", {"k": 0, "modules_to_save": ["lm_head"]}, 2, "k: 0 selects no matrix"),
-        ("llama", {"k": 1, "include": ["embedding"], "exclude": []}, 2, "of class Embedding"),
+        ("llama", {"k": 1, "include": ["embedding"], "exclude": []}, 2, "no weight of a whole linear layer"),
     ],
 )
 def test_what_it_refuses(kind, config, r, message):
     with pytest.raises(KappaTuneError, match=message):
-        lora_config(tiny_model(kind), KappaTuneConfig(**config), r=r)
+        lora_config(tiny_model(kind), KappaTuneConfig(adapter="lora", r=r, **config))
