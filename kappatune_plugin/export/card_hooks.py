@@ -11,7 +11,10 @@ import functools
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+
 from kappatune_plugin.tuner.model import KappaTuneModel
+from kappatune_plugin.tuner.plain_lora import decided
 
 # what a reader needs to train the same, where there is no recipe
 SETTINGS = (
@@ -26,16 +29,18 @@ def follow(peft: Any) -> None:
 
     @functools.wraps(real)
     def create(self: Any, output_dir: str) -> None:
-        if not isinstance(self.base_model, KappaTuneModel):
+        name = self.active_adapter if isinstance(self.active_adapter, str) else self.active_adapters[0]
+        found = decided(self, name)
+        if found is None:
             real(self, output_dir)
             return
         # what it needs takes long to load
         from kappatune_plugin.export.card import write_card
 
-        config = self.peft_config[
-            self.active_adapter if isinstance(self.active_adapter, str) else self.active_adapters[0]
-        ]
-        write_card(Path(output_dir), config.to_dict(), settings=getattr(self.base_model, "trained_with", None))
+        config = {**self.peft_config[name].to_dict(), "selection": found.selection.to_dict()}
+        settings = self.base_model.__dict__.get("trained_with")
+        form = "kappatune" if isinstance(self.base_model, KappaTuneModel) else "lora"
+        write_card(Path(output_dir), config, settings=settings, form=form)
 
     peft.PeftModel.create_or_update_model_card = create
 
@@ -48,7 +53,7 @@ def _of_trainers(trainer_class: type) -> None:
         from kappatune_plugin.export.card import may_write_card
 
         model = self.accelerator.unwrap_model(self.model)
-        ours = isinstance(getattr(model, "base_model", None), KappaTuneModel)
+        ours = isinstance(model, PeftModel) and decided(model, model.active_adapters[0]) is not None
         if ours and not may_write_card(Path(self.args.output_dir)):
             return
         real(self, *args, **kwargs)

@@ -24,11 +24,13 @@ def first_words(config: Mapping[str, Any], base: str | None, merged: bool) -> st
     beside = ", ".join(sorted(config.get("modules_to_save") or ()))
     if not selection["units"]:
         return f"{what} {of}. KappaTune trained {beside} whole and no other weight: k is 0."
-    numbers = sum(rows * columns for rows, columns in (unit["shape"] for unit in selection["units"]))
+    shapes, rank = [unit["shape"] for unit in selection["units"]], config.get("r")
+    numbers = sum(rank * sum(shape) if rank else shape[0] * shape[1] for shape in shapes)
+    trained = f"trained a low-rank pair (r = {rank}) beside" if rank else "trained"
     order = f"{selection['order']} {selection['rank_by'].replace('_', ' ')}"
     return (
-        f"{what} {of}. KappaTune ({PAPER}) trained {len(selection['units'])} of its weight matrices, {numbers:,} "
-        f"numbers, chosen by {order} (k = {selection['k']}); every other weight is the base's."
+        f"{what} {of}. KappaTune ({PAPER}) {trained} {len(shapes)} of its weight matrices, "
+        f"{numbers:,} numbers, chosen by {order} (k = {selection['k']}); every other weight is the base's."
     )
 
 
@@ -138,6 +140,8 @@ def how_to_use(config: Mapping[str, Any], base: str | None, merged: bool, form: 
         f"model = PeftModel.from_pretrained({auto}.from_pretrained({named}), FOLDER)"
     )
     model = f" --model {base or 'BASE'}"
+    if ours and config.get("r"):
+        load += "\n# no plain LoRA adapter: some of these matrices are no whole linear layers, which PEFT can't name"
     return (
         f"## Use\n\nFOLDER is this folder, downloaded or not{'' if base else ', BASE the base model'}.\n\n"
         f"Load it{NOT_IMPORTED if ours else ''}:\n\n"

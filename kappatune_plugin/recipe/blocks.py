@@ -19,7 +19,7 @@ from kappatune_plugin.selection.report import KappaReport
 from kappatune_plugin.selection.selection import Selection
 from kappatune_plugin.selection.settings import check_budget
 from kappatune_plugin.speech.settings import AudioBlock
-from kappatune_plugin.tuner.config import KAPPATUNE_KEYS, KappaTuneConfig, KappaTuneSettings
+from kappatune_plugin.tuner.config import KAPPATUNE_KEYS, LORA, KappaTuneConfig, KappaTuneSettings
 
 
 class KappaTuneBlock(KappaTuneSettings):
@@ -52,6 +52,8 @@ class KappaTuneBlock(KappaTuneSettings):
         problems = super().contradictions()
         if self.auto is not None and self.k != AUTO:
             problems.append(f"auto is given, but k is {self.k!r}: write `k: auto`, or delete auto.")
+        if self.k == AUTO and self.adapter == LORA:
+            problems.append("adapter: lora needs a number for k: `k: auto` takes back whole matrices.")
         if self.k == AUTO and self.modules_to_save:
             problems.append("modules_to_save: k: auto can't take back what whole modules learned: delete it.")
         if self.rank_by in ON_ROWS and "order" not in self.model_fields_set and self.selection is None:

@@ -25,6 +25,7 @@ from kappatune_plugin.files import read_json, write_json
 from kappatune_plugin.forgetting.measures import blocks, sample_base
 from kappatune_plugin.run.end_token import labels_of, tokenizer_of
 from kappatune_plugin.scanning.cache import Cache, cache_folder
+from kappatune_plugin.tuner.plain_lora import decided
 from kappatune_plugin.weights.quantized import quantization_of
 
 # what TRL's collators read of a prepared row; all of a text is learned
@@ -133,8 +134,8 @@ def mix_replay(
     """
     if "input_ids" not in (getattr(trainer.train_dataset, "column_names", None) or ()):
         raise KappaTuneError("data.replay mixes texts: the training rows are streamed, or hold more than text.")
-    tuner, tokenizer = trainer.model.base_model, tokenizer_of(trainer)
-    base, count = tuner.selections["default"].base["hash"], config.texts(rows)
+    tokenizer, base = tokenizer_of(trainer), decided(trainer.model).selection.base["hash"]
+    count = config.texts(rows)
     path, made_by = Path(trainer.args.output_dir) / FILE, f"{base} {count} {config}"
     texts = ranks.from_first(_of_earlier_run(path, made_by) if resumes and ranks.rank() == 0 else None)
     if texts is None:

@@ -42,9 +42,7 @@ from kappatune_plugin.run.finish import save_adapter, train_to_the_end
 from kappatune_plugin.run.interpolate import WHOLE, turn_dial
 from kappatune_plugin.run.output_dir import (
     RECIPE,
-    REPORT,
     RESOLVED,
-    SELECTION,
     check_output_dir,
     clear,
     holds_adapter,
@@ -58,8 +56,9 @@ from kappatune_plugin.selection.budget import parse_budget
 from kappatune_plugin.selection.names import layer_and_type
 from kappatune_plugin.selection.selection import Selection
 from kappatune_plugin.selection.table import ranked_and_left_out, report_tables
-from kappatune_plugin.tuner.saved_selection import check_selection
-from kappatune_plugin.tuner.values import VALUES
+from kappatune_plugin.tuner.config import LORA
+from kappatune_plugin.tuner.layer import KappaTuneLayer
+from kappatune_plugin.tuner.plain_lora import check_resumed, decided, peft_config_for
 from kappatune_plugin.weights.load_model import cannot_load
 
 
@@ -120,7 +119,7 @@ def _run(recipe: Recipe, output_dir: Path, resume: str | None) -> RunResult:
     _say_slow_dtype(out, trainer.model)
     selection = _show_decisions(trainer, out)
     if resume is not None:
-        check_selection(Path(resume), [unit.name for unit in selection.units])
+        check_resumed(trainer.model, Path(resume))
     # a finished run that is resumed stays as it is until there is another one to put in its place
     replaces = resume is not None and holds_adapter(output_dir)
     if recipe.overwrite and resume is None and trainer.is_world_process_zero():
@@ -202,10 +201,13 @@ def _trainer(recipe: Recipe, train: Dataset, test: Dataset | None) -> SFTTrainer
     test = eval_rows(recipe, test)
     try:
         base = model.model_name_or_path
-        if needs_rows(config):
+        if needs_rows(config) or config.adapter == LORA:
             base = load_base(recipe)
-            config = config_with_scores(recipe, base, load_tokenizer(recipe), train)
             args.model_init_kwargs = None
+        if needs_rows(config):
+            config = config_with_scores(recipe, base, load_tokenizer(recipe), train)
+        if config.adapter == LORA:
+            config = peft_config_for(base, config)
         data = {"train_dataset": train, "eval_dataset": test}
         if recipe.audio is not None:
             data["data_collator"] = collator_of(recipe)
@@ -264,7 +266,7 @@ def _measure_forgetting(
         callback = _auto_callback(recipe, probe, trainer, output_dir)
     callback.trainer = trainer
     if trainer.args.world_size == 1:
-        base = trainer.model.base_model.selections["default"].base["hash"]
+        base = decided(trainer.model).selection.base["hash"]
         model = identity_of(trainer.model, base, recipe.forgetting.batch_size)
         callback.remember = partial(Cache(cache_folder()).remembered, model)
     # what the dial takes back is kept whole beside the adapter
@@ -302,22 +304,25 @@ def _settle_budget(trainer: SFTTrainer, forgetting: ForgettingReport) -> Selecti
     return tuner.selections["default"]
 
 
-def _trained_by_group(model: nn.Module, selection: Selection) -> Counter[str]:
+def _trained_by_group(model: nn.Module) -> Counter[str]:
     """How many parameters of each type of matrix, and of each module beside them, are trained."""
+    layers = (module for module in model.modules() if isinstance(module, KappaTuneLayer))
+    units = {id(leaf): layer.unit.name for layer in layers for leaf in layer.leaves}
     groups = Counter()
-    for unit in selection.units:
-        groups[layer_and_type(unit.name)[1]] += unit.shape[0] * unit.shape[1]
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and f".{VALUES}." not in name:
+        if parameter.requires_grad:
             place = name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
+            owner, lora, _ = place.partition(".lora_")
+            matrix = units.get(id(parameter)) or (f"{owner}.weight" if lora else None)
             # under ZeRO-3 this process holds a part
-            groups[place] += getattr(parameter, "ds_numel", parameter.numel())
+            count = getattr(parameter, "ds_numel", parameter.numel())
+            groups[layer_and_type(matrix)[1] if matrix else place] += count
     return groups
 
 
 def _show_decisions(trainer: SFTTrainer, out: Console) -> Selection:
-    tuner = trainer.model.base_model
-    selection, report = tuner.selections["default"], tuner.reports["default"]
+    found = decided(trainer.model)
+    selection, report = found.selection, found.report
     if not selection.units:
         out.print("k: 0: no matrix is trained, only what modules_to_save names.")
     elif report is None:
@@ -327,7 +332,7 @@ def _show_decisions(trainer: SFTTrainer, out: Console) -> Selection:
         out.print(f"Of {len(report.units) + len(report.left_out)} matrices {ranked_and_left_out(report)}.")
     if trainer.is_world_process_zero():
         trainer.model.print_trainable_parameters()
-    groups = [f"{group} {count:,}" for group, count in _trained_by_group(trainer.model, selection).items()]
+    groups = [f"{group} {count:,}" for group, count in _trained_by_group(trainer.model).items()]
     out.print(f"Trained parameters by group: {', '.join(groups)}.", highlight=False, markup=False, soft_wrap=True)
     return selection
 
@@ -336,10 +341,7 @@ def _write_decisions(recipe: Recipe, trainer: SFTTrainer, output_dir: Path) -> N
     """Write what is trained, where possible before training: an interrupted run has it too."""
     if not trainer.is_world_process_zero():
         return
-    tuner = trainer.model.base_model
-    tuner.selections["default"].save(output_dir / SELECTION)
-    if tuner.reports["default"] is not None:
-        tuner.reports["default"].save(output_dir / REPORT)
+    decided(trainer.model).save(output_dir)
     write_text(output_dir / RECIPE, RESOLVED + public_yaml(recipe.resolved))
 
 
@@ -375,6 +377,6 @@ def _say_findings(
     target = (recipe.auto.target_loss or None) if recipe.auto else None
     # a limit that is kept needs no advice
     max_delta = recipe.forgetting.max_delta if recipe.forgetting and not forgetting.kept else None
-    report = trainer.model.base_model.reports["default"]
+    report = decided(trainer.model).report
     for finding in findings(losses, selection, report, forgetting, max_delta, target, end_token):
         out.print(f"- {finding}", highlight=False, soft_wrap=True)

@@ -18,7 +18,8 @@ from kappatune_plugin.selection.names import layer_and_type
 from kappatune_plugin.selection.report import KappaReport, UnitReport, only_ranked
 from kappatune_plugin.selection.selection import SelectedUnit, Selection, select
 from kappatune_plugin.study.methods import PER_TYPE, Method, peft_methods
-from kappatune_plugin.tuner.config import KappaTuneConfig
+from kappatune_plugin.tuner.config import LORA, LORA_KEYS, KappaTuneConfig
+from kappatune_plugin.tuner.plain_lora import peft_config_for
 from kappatune_plugin.weights.load_model import trained_without_values
 from kappatune_plugin.weights.patterns import filter_units, module_type
 from kappatune_plugin.weights.units import WeightUnit, find_units
@@ -57,7 +58,8 @@ def arm_config(method: Method, pool: Pool, base: nn.Module, seed: int) -> PeftCo
         return None
     if method.kind == "kappatune":
         selection = choose(method, pool, find_units(base), seed)
-        return KappaTuneConfig(task_type="CAUSAL_LM", selection=selection.to_dict())
+        pairs = _pairs(method, selection, pool.values)
+        return peft_config_for(base, KappaTuneConfig(task_type="CAUSAL_LM", selection=selection.to_dict(), **pairs))
     return _peft_config(method, pool, base)
 
 
@@ -75,13 +77,25 @@ def choose(method: Method, pool: Pool, units: Sequence[WeightUnit], seed: int) -
     by_shape = method.base == "shape_matched_random"
     if method.part == PER_TYPE:
         return _per_type(method, report, method.settings.get("k", pool.k), rank_by, seed)
-    if "k" in method.settings or (by_shape and method.part is None):
+    pairs = method.settings.get("adapter") == LORA
+    if "k" in method.settings or pairs or (by_shape and method.part is None):
         return select(report, method.settings.get("k", pool.k), method.base, rank_by, seed)
     order = "lowest" if by_shape else method.base
     everything = sum(unit.status == "ok" for unit in report.units)
     ranking = select(report, max(1, everything), order, rank_by, seed).units
     count = nearest_count([math.prod(unit.shape) for unit in ranking], pool.values)
     return select(report, count, method.base, rank_by, seed)
+
+
+def _pairs(method: Method, selection: Selection, values: int) -> dict[str, Any]:
+    """Settings of low-rank pairs, of the rank at which they have nearly `values` numbers; none for whole matrices."""
+    pairs = {key: method.settings[key] for key in ("adapter", *LORA_KEYS) if key in method.settings}
+    if pairs.get("adapter") == LORA and "r" not in pairs:
+        least = min(min(unit.shape) for unit in selection.units)
+        pairs["r"] = min(least, max(1, round(values / sum(sum(unit.shape) for unit in selection.units))))
+        # as for PEFT's LoRA
+        pairs.setdefault("lora_alpha", 2 * pairs["r"])
+    return pairs
 
 
 def nearest_count(sizes: Sequence[int], wanted: int) -> int:

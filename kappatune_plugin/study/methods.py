@@ -13,13 +13,13 @@ from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.schema import expectations, read
 from kappatune_plugin.selection.ranking import ORDERS
 from kappatune_plugin.study import DEFAULT_METHODS
-from kappatune_plugin.tuner.config import KappaTuneSettings
+from kappatune_plugin.tuner.config import LORA_KEYS, KappaTuneSettings
 
 ALIASES = {"attention_only": "lowest_attention"}
 PARTS = ("mlp", "attention")
 PER_TYPE = "per_type"
 # what `NAME:key=value` may set for a KappaTune method; the rest is the recipe's, or matched
-KAPPATUNE_SETTINGS = ("k", "rank_by", "include", "exclude")
+KAPPATUNE_SETTINGS = ("k", "rank_by", "include", "exclude", "adapter", *LORA_KEYS)
 EXPONENT = r"[-+]?\d+(?:\.\d*)?[eE][-+]?\d+"
 
 

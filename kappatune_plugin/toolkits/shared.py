@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from safetensors import safe_open
 from torch import nn
 from transformers import TrainerCallback
@@ -14,8 +14,8 @@ from transformers import TrainerCallback
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.selection.budget import parse_budget
 from kappatune_plugin.selection.selection import Selection, differences
-from kappatune_plugin.tuner.config import KappaTuneConfig
-from kappatune_plugin.tuner.model import KappaTuneModel
+from kappatune_plugin.tuner.config import LORA, LORA_KEYS, KappaTuneConfig
+from kappatune_plugin.tuner.plain_lora import check_resumed, decided, peft_config_for
 from kappatune_plugin.tuner.register import PREFIX
 
 
@@ -29,7 +29,7 @@ def kappatune_config(model: nn.Module, given: Mapping[str, Any]) -> KappaTuneCon
 
 def new_adapter(model: nn.Module, given: Mapping[str, Any], **options: Any) -> PeftModel:
     """`model` with a new KappaTune adapter; `options` go to `get_peft_model`."""
-    return get_peft_model(model, kappatune_config(model, given), **options)
+    return get_peft_model(model, peft_config_for(model, kappatune_config(model, given)), **options)
 
 
 def trained_adapter(
@@ -40,8 +40,8 @@ def trained_adapter(
     return PeftModel.from_pretrained(model, adapter, is_trainable=trainable, **options)
 
 
-def checked_adapter(adapter: str, given: Mapping[str, Any]) -> KappaTuneConfig:
-    """The config of the trained KappaTune adapter in the folder or hub repository `adapter`.
+def checked_adapter(adapter: str, given: Mapping[str, Any]) -> KappaTuneConfig | LoraConfig:
+    """The config of the trained KappaTune adapter in the folder or hub repository `adapter`, LoRA's where it is one.
 
     Raises:
         KappaTuneError: there is none, it isn't KappaTune's, or it was trained with other settings than `given`.
@@ -50,7 +50,10 @@ def checked_adapter(adapter: str, given: Mapping[str, Any]) -> KappaTuneConfig:
         saved = PeftConfig.from_pretrained(adapter)
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise KappaTuneError(f"Can't read an adapter from '{adapter}': {error}") from error
-    if not isinstance(saved, KappaTuneConfig):
+    if isinstance(saved, LoraConfig) and given.get("adapter") == LORA:
+        # what led to the selection isn't kept there
+        given = {key: given[key] for key in LORA_KEYS if key in given}
+    elif not isinstance(saved, KappaTuneConfig):
         raise KappaTuneError(f"'{adapter}' is an adapter of {saved.peft_type.value}, not of KappaTune.")
     differing = [key for key, value in given.items() if not _same(key, value, getattr(saved, key))]
     if differing:
@@ -81,13 +84,11 @@ class WriteDecisions(TrainerCallback):
     """Writes selection.json and kappa_report.json of a run to its output_dir."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
-        tuner = getattr(model, "base_model", None)
-        if not isinstance(tuner, KappaTuneModel) or not state.is_world_process_zero:
-            return
-        name = tuner.active_adapters[0]
-        tuner.selections[name].save(Path(args.output_dir) / "selection.json")
-        if tuner.reports[name] is not None:
-            tuner.reports[name].save(Path(args.output_dir) / "kappa_report.json")
+        found = decided(model, model.active_adapters[0]) if isinstance(model, PeftModel) else None
+        if found is not None and args.resume_from_checkpoint:
+            check_resumed(model, Path(args.resume_from_checkpoint))
+        if found is not None and state.is_world_process_zero:
+            found.save(Path(args.output_dir))
 
 
 def remove_models_with_adapters(folder: str | os.PathLike) -> None:

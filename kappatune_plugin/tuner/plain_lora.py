@@ -1,17 +1,21 @@
 """PEFT's own LoRA on the matrices that KappaTune selects; its adapters load without this package."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.selection.report import KappaReport
 from kappatune_plugin.selection.selection import Selection
+from kappatune_plugin.tuner.adapter_folder import ADAPTER, check_adapter
 from kappatune_plugin.tuner.config import LORA, KappaTuneConfig
 from kappatune_plugin.tuner.lowrank import check_rank
 from kappatune_plugin.tuner.model import KappaTuneModel
+from kappatune_plugin.tuner.saved_selection import REPORT, SELECTION, other_selection
 from kappatune_plugin.tuner.what_to_train import (
     given_selection,
     report_for_selection,
@@ -30,6 +34,12 @@ class Decided:
     selection: Selection
     report: KappaReport | None
 
+    def save(self, folder: Path) -> None:
+        """Write selection.json, and kappa_report.json if there is a report, to a run's folder."""
+        self.selection.save(folder / SELECTION)
+        if self.report is not None:
+            self.report.save(folder / REPORT)
+
 
 def decided(model: PeftModel, adapter: str = "default") -> Decided | None:
     """What was decided for an adapter that this process began, by `KappaTuneModel` or `lora_config`; else None."""
@@ -37,6 +47,24 @@ def decided(model: PeftModel, adapter: str = "default") -> Decided | None:
     if isinstance(tuner, KappaTuneModel):
         return Decided(tuner.selections[adapter], tuner.reports[adapter])
     return getattr(model.peft_config[adapter], "decided", None)
+
+
+def check_resumed(model: PeftModel, folder: Path) -> None:
+    """Refuse a checkpoint that trains other matrices than `model`, of which PEFT only warns.
+
+    Raises:
+        KappaTuneError: names what differs.
+    """
+    tuner = model.base_model
+    if isinstance(tuner, KappaTuneModel):
+        tuner.check_checkpoint(str(folder))
+        return
+    check_adapter(folder)
+    with safe_open(folder / ADAPTER, "pt") as file:
+        there = {key.partition(".lora_")[0] for key in file.keys()}  # noqa: SIM118
+    here = {key.partition(".lora_")[0] for key in get_peft_model_state_dict(model)}
+    if there != here:
+        raise other_selection(there - here, here - there)
 
 
 def lora_config(model: nn.Module, config: KappaTuneConfig) -> LoraConfig:

@@ -16,7 +16,7 @@ from kappatune_plugin.tuner.values import VALUES, renamed
 from kappatune_plugin.weights.units import OWN
 
 # in the place of the adapter, in a checkpoint that FSDP2 divides over files (SHARDED_STATE_DICT)
-SELECTION, SHARDS = "selection.json", "pytorch_model_fsdp_0"
+SELECTION, REPORT, SHARDS = "selection.json", "kappa_report.json", "pytorch_model_fsdp_0"
 MARK = f".{VALUES}."
 
 

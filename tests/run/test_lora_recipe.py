@@ -1,0 +1,63 @@
+"""`adapter: lora` in a recipe: plain LoRA where PEFT can train what is selected, pairs of our own beside experts."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from helpers.loops import logits
+from helpers.training import losses, train
+from kappatune_plugin import KappaTuneError, Selection
+
+PAIRS = {"adapter": "lora", "r": 2, "k": 3}
+EXPERTS = {**PAIRS, "include": ["*.experts.*"]}
+ATTENTION = {**PAIRS, "include": ["*attn*"]}
+
+
+def owners(adapter: Path) -> set[str]:
+    return {key.partition(".lora_")[0].partition(".kappatune_values")[0] for key in load_file(adapter)}
+
+
+@pytest.mark.parametrize(("kappatune", "method"), [(ATTENTION, "LORA"), (EXPERTS, "KAPPATUNE")])
+def test_a_run_keeps_its_limit_and_says_what_it_trained(saved_olmoe, tmp_path, capsys, kappatune, method):
+    forgetting = {"control": "self", "samples": 24, "max_length": 24, "max_delta": 0.5}
+    held = json.dumps({"path": str(tmp_path / "test.jsonl")})
+    result = train(tmp_path, saved_olmoe, "--data.validation", held, kappatune=kappatune, forgetting=forgetting)
+    out, shown = tmp_path / "out", capsys.readouterr().out
+    selection = Selection.load(out / "selection.json")
+    numbers = 2 * sum(sum(unit.shape) for unit in selection.units)
+    assert len(selection.units) == 3 and f"trainable params: {numbers:,}" in shown
+    assert PeftConfig.from_pretrained(str(out)).peft_type.value == method
+    assert len(owners(out / "adapter_model.safetensors")) == 3
+    assert json.loads((out / "interpolation.json").read_text())["limit"] == 0.5
+    card = (out / "README.md").read_text()
+    assert f"a low-rank pair (r = 2) beside 3 of its weight matrices, {numbers:,} numbers" in card
+    assert ("no plain LoRA adapter" in card) == (method == "KAPPATUNE")
+    assert ("import kappatune_plugin" in card) == (method == "KAPPATUNE")
+    base = AutoModelForCausalLM.from_pretrained(saved_olmoe, dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(base, out)
+    torch.testing.assert_close(logits(loaded), logits(result.trainer.model), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kappatune", [ATTENTION, EXPERTS])
+def test_a_resumed_run_is_the_uninterrupted_one_and_another_selection_is_refused(saved_olmoe, tmp_path, kappatune):
+    settings = {"kappatune": kappatune, "forgetting": None, "save_strategy": "steps", "save_steps": 2}
+    whole = train(tmp_path, saved_olmoe, **settings)
+    expected = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    resume = {"resume_from_checkpoint": str(tmp_path / "out" / "checkpoint-2"), "output_dir": str(tmp_path / "again")}
+    again = train(tmp_path, saved_olmoe, **settings, **resume)
+    assert losses(again.trainer)[-2:] == losses(whole.trainer)[-2:]
+    found = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+    other = {**settings, "kappatune": {**kappatune, "order": "highest"}, "output_dir": str(tmp_path / "other")}
+    with pytest.raises(KappaTuneError, match="another selection than this run: 3 weights only in the checkpoint"):
+        train(tmp_path, saved_olmoe, **other, resume_from_checkpoint=resume["resume_from_checkpoint"])
+
+
+def test_k_auto_takes_back_whole_matrices_only(saved_olmoe, tmp_path):
+    with pytest.raises(KappaTuneError, match="adapter: lora needs a number for k"):
+        train(tmp_path, saved_olmoe, kappatune={"adapter": "lora", "k": "auto"})
