@@ -1,7 +1,9 @@
 """Rows of recordings and transcripts in, batches of a speech model out."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -10,6 +12,15 @@ from torch import Tensor
 from kappatune_plugin.data.examples import IGNORED
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.speech.recordings import RECORDING, TRANSCRIPT, rate_of, read
+
+
+def writes_prompt(processor: Any) -> bool:
+    """Whether `processor` takes no prompt with a placeholder, only the name of a language, as Voxtral's.
+
+    Many have an `apply_transcription_request`; only Voxtral's asks which model the request is for.
+    """
+    request = getattr(processor, "apply_transcription_request", None)
+    return request is not None and "model_id" in inspect.signature(request).parameters
 
 
 @dataclass
@@ -22,7 +33,7 @@ class SpeechCollator:
     Attributes:
         processor: the model's own.
         prompt: with the processor's placeholder; the name of the language for a processor that writes its own prompt
-            (`apply_transcription_request`).
+            (Voxtral's).
         sampling_rate: of the samples that the processor expects, per second.
         model_id: told to a processor that writes its own prompt.
     """
@@ -39,12 +50,18 @@ class SpeechCollator:
         """Check `prompt` and `sampling_rate` against the processor.
 
         Raises:
-            KappaTuneError: another rate, a prompt without its placeholder or with several, or no end token.
+            KappaTuneError: another rate, a prompt without its placeholder or with several, no end token, or a processor
+                that lacks a package.
         """
         rate = rate_of(processor, sampling_rate)
+        if writes_prompt(processor) and find_spec("mistral_common") is None:
+            raise KappaTuneError(
+                f"{type(processor).__name__} writes its prompts by mistral-common, which isn't installed: "
+                "pip install mistral-common"
+            )
         if processor.tokenizer.eos_token_id is None:
             raise KappaTuneError("The tokenizer has no end token, so the model can't learn where a transcript ends.")
-        if not hasattr(processor, "apply_transcription_request"):
+        if not writes_prompt(processor):
             found = prompt.count(processor.audio_token)
             if found != 1:
                 raise KappaTuneError(
@@ -77,15 +94,16 @@ class SpeechCollator:
     def prompts(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Only what the model is given, padded on the left, as for `generate`."""
         sounds = [read(row[RECORDING], self.sampling_rate) for row in rows]
-        if hasattr(self.processor, "apply_transcription_request"):
+        if writes_prompt(self.processor):
             settings = {"language": self.prompt, "model_id": self.model_id, "sampling_rate": self.sampling_rate}
             made = self.processor.apply_transcription_request(audio=sounds, format=["WAV"] * len(rows), **settings)
         else:
             self.processor.tokenizer.padding_side = "left"
-            settings = {"sampling_rate": self.sampling_rate} if hasattr(self.processor, "feature_extractor") else {}
-            made = self.processor(
-                text=[self.prompt] * len(rows), audio=sounds, return_tensors="pt", padding=True, **settings
-            )
+            settings = {"padding": True}
+            if hasattr(self.processor, "feature_extractor"):
+                # of the text: how far recordings are padded is the processor's affair
+                settings = {"text_kwargs": settings, "sampling_rate": self.sampling_rate}
+            made = self.processor(text=[self.prompt] * len(rows), audio=sounds, return_tensors="pt", **settings)
         return dict(made)
 
     @property

@@ -37,6 +37,7 @@ from kappatune_plugin.tuner.trainer_hooks import follow, in_step
 from kappatune_plugin.tuner.values import VALUES
 from kappatune_plugin.tuner.what_to_train import (
     given_selection,
+    keep_statistics,
     note_base,
     report_for_selection,
     selected_units,
@@ -118,6 +119,12 @@ class KappaTuneModel(BaseTuner):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, with the hooks that PEFT 0.18 goes past."""
         return self.model(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> "KappaTuneModel":
+        """As torch's, but for frozen batch norms: see `keep_statistics`."""
+        super().train(mode)
+        keep_statistics(self.model)
+        return self
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Iterator[None]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from kappatune_plugin.checks import did_you_mean
 from kappatune_plugin.errors import KappaTuneError
@@ -212,3 +213,15 @@ def selected_units(
             "Drop those modules from modules_to_save, or make a selection without these weights (exclude)."
         )
     return [units[row.name] for row in selection.units]
+
+
+def keep_statistics(model: nn.Module) -> None:
+    """Put batch norms that aren't trained into evaluation mode.
+
+    In training mode they would take up the new data's means and variances, which an adapter doesn't hold: loaded, it
+    would be another model than the one that was trained. Speech encoders have them (Conformer).
+    """
+    for name, module in model.named_modules():
+        trained = ".modules_to_save." in name or any(each.requires_grad for each in module.parameters(recurse=False))
+        if isinstance(module, _BatchNorm) and not trained:
+            module.eval()

@@ -1,16 +1,30 @@
 """Tiny speech models of transformers' audio-text-to-text family, and seconds of made-up sound."""
 
+import atexit
+import importlib.util
 import io
+import json
+import shutil
+from base64 import b64encode
+from functools import cache
 from pathlib import Path
+from tempfile import mkdtemp
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import soundfile
 import torch
+from torch import Tensor, nn
 from transformers import (
+    AudioFlamingo3Config,
+    AudioFlamingo3ForConditionalGeneration,
+    AudioFlamingo3Processor,
     GraniteSpeechConfig,
+    GraniteSpeechFeatureExtractor,
     GraniteSpeechForConditionalGeneration,
+    GraniteSpeechProcessor,
     LlamaConfig,
     PreTrainedModel,
     Qwen2AudioConfig,
@@ -18,13 +32,22 @@ from transformers import (
     Qwen2AudioProcessor,
     VoxtralConfig,
     VoxtralForConditionalGeneration,
+    VoxtralProcessor,
     WhisperFeatureExtractor,
 )
+from transformers.audio_utils import mel_filter_bank
+from transformers.models.granite_speech import feature_extraction_granite_speech as granite
 
 from helpers.tiny import tiny_tokenizer
 
+HAS_MISTRAL = importlib.util.find_spec("mistral_common") is not None
 RATE = 8000
-MODELS = ("qwen2_audio", "granite_speech", "voxtral")
+MODELS = (
+    "qwen2_audio",
+    "granite_speech",
+    "audioflamingo3",
+    pytest.param("voxtral", marks=pytest.mark.skipif(not HAS_MISTRAL, reason="mistral-common isn't installed")),
+)
 WORDS = ("yes", "no", "good", "bad")
 TEXT = {
     "hidden_size": 32,
@@ -86,41 +109,120 @@ def sharpened(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def speech_model(kind: str) -> tuple[PreTrainedModel, Any, str]:
-    """A random model of one of MODELS, its processor and a prompt for it.
+    """A random model of one of MODELS, its own processor and a prompt for it.
 
-    Granite's own processor needs torchaudio and Voxtral's mistral-common: theirs are played by stand-ins that make
-    the same inputs.
+    Granite's processor needs torchaudio, or `play_torchaudio`.
     """
     torch.manual_seed(0)
-    tokenizer = tokenizer_with("<|AUDIO|>")
-    token = tokenizer.convert_tokens_to_ids("<|AUDIO|>")
+    model, processor, prompt = globals()[f"_{kind}"]()
+    return sharpened(model), processor, prompt
+
+
+def _parts(audio_token: str) -> tuple[Any, int, LlamaConfig]:
+    """A tokenizer, the id in it of a recording's placeholder, and the config of a text model with its words."""
+    tokenizer = tokenizer_with(audio_token)
     text = LlamaConfig(**{**TEXT, "vocab_size": len(tokenizer)})
-    if kind == "qwen2_audio":
-        extractor = WhisperFeatureExtractor(16, RATE, hop_length=320, chunk_length=2, n_fft=256)
-        config = Qwen2AudioConfig(audio_config=EARS, text_config=text, audio_token_index=token)
-        processor = Qwen2AudioProcessor(extractor, tokenizer)
-        return sharpened(Qwen2AudioForConditionalGeneration(config)), processor, "Say: <|AUDIO|>"
-    if kind == "granite_speech":
-        encoder = {"input_dim": 8, "num_layers": 2, "hidden_dim": 16, "num_heads": 2, "output_dim": 5}
-        small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-        config = GraniteSpeechConfig(
-            encoder_config={**encoder, "context_size": 50, "max_pos_emb": 64},
-            projector_config={**small, "encoder_hidden_size": 16, "model_type": "blip_2_qformer"},
-            text_config=text,
-            audio_token_index=token,
-            has_lora_adapter=False,
-        )
-        return sharpened(GraniteSpeechForConditionalGeneration(config)), GraniteLike(tokenizer), "Say: <|AUDIO|>"
-    audio = {
-        "hidden_size": 16,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_mel_bins": 16,
-        "max_source_positions": 48,
+    return tokenizer, tokenizer.convert_tokens_to_ids(audio_token), text
+
+
+def _qwen2_audio() -> tuple[PreTrainedModel, Any, str]:
+    tokenizer, token, text = _parts("<|AUDIO|>")
+    extractor = WhisperFeatureExtractor(16, RATE, hop_length=320, chunk_length=2, n_fft=256)
+    config = Qwen2AudioConfig(audio_config=EARS, text_config=text, audio_token_index=token)
+    return Qwen2AudioForConditionalGeneration(config), Qwen2AudioProcessor(extractor, tokenizer), "Say: <|AUDIO|>"
+
+
+def _granite_speech() -> tuple[PreTrainedModel, Any, str]:
+    tokenizer, token, text = _parts("<|audio|>")
+    # as it is by default: transformers forgets other sizes when it saves one. Two spectra of 80 numbers are a frame
+    extractor = GraniteSpeechFeatureExtractor()
+    encoder = {"input_dim": 2 * 80, "num_layers": 2, "hidden_dim": 16, "num_heads": 2, "output_dim": 5}
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = GraniteSpeechConfig(
+        encoder_config={**encoder, "context_size": 50, "max_pos_emb": 64},
+        projector_config={**small, "encoder_hidden_size": 16, "model_type": "blip_2_qformer"},
+        text_config=text,
+        audio_token_index=token,
+        has_lora_adapter=False,
+    )
+    return GraniteSpeechForConditionalGeneration(config), GraniteSpeechProcessor(extractor, tokenizer), "Say: <|audio|>"
+
+
+def _audioflamingo3() -> tuple[PreTrainedModel, Any, str]:
+    tokenizer, token, text = _parts("<sound>")
+    extractor = WhisperFeatureExtractor(16, RATE, hop_length=320, chunk_length=2, n_fft=256)
+    config = AudioFlamingo3Config(audio_config=EARS, text_config=text, audio_token_id=token)
+    processor = AudioFlamingo3Processor(extractor, tokenizer)
+    return AudioFlamingo3ForConditionalGeneration(config), processor, "Say: <sound>"
+
+
+def _voxtral() -> tuple[PreTrainedModel, Any, str]:
+    """30 seconds at a time and 16000 samples a second are fixed in its processor."""
+    from transformers.tokenization_mistral_common import MistralCommonBackend
+
+    tokenizer = MistralCommonBackend(_tekken())
+    # 4 frames are one token
+    four = {"num_mel_bins": 16, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = VoxtralConfig(
+        audio_config={**four, "intermediate_size": 4 * 16},
+        text_config=LlamaConfig(**{**TEXT, "vocab_size": tokenizer.vocab_size}),
+        audio_token_id=tokenizer.convert_tokens_to_ids("[AUDIO]"),
+    )
+    return VoxtralForConditionalGeneration(config), VoxtralProcessor(WhisperFeatureExtractor(16), tokenizer), "en"
+
+
+@cache
+def _tekken() -> Path:
+    """The file of a tokenizer of bytes as Voxtral has it: special tokens have the places that its processor knows."""
+    from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+
+    special = {place: f"<SPECIAL_{place}>" for place in range(40)}
+    special |= {token["rank"]: token["token_str"] for token in Tekkenizer.DEPRECATED_SPECIAL_TOKENS}
+    special |= {24: "[AUDIO]", 25: "[BEGIN_AUDIO]", 34: "[TRANSCRIBE]"}
+    sizes = {"num_vocab_tokens": 256, "default_vocab_size": 296, "default_num_special_tokens": 40}
+    spectra = {"num_mel_bins": 16, "hop_length": 160, "window_size": 400}
+    content = {
+        "config": {"pattern": r"\w+|\W+", "version": "v7", **sizes},
+        "vocab": [
+            {"rank": byte, "token_bytes": b64encode(bytes([byte])).decode(), "token_str": None} for byte in range(256)
+        ],
+        "special_tokens": [
+            {"rank": place, "token_str": special[place], "is_control": True} for place in sorted(special)
+        ],
+        "audio": {
+            "sampling_rate": 16000,
+            "frame_rate": 12.5,
+            "audio_encoding_config": spectra,
+            "chunk_length_s": 30.0,
+        },
     }
-    config = VoxtralConfig(audio_config=audio, text_config=text, audio_token_id=token)
-    return sharpened(VoxtralForConditionalGeneration(config)), VoxtralLike(tokenizer, token), "en"
+    path = Path(mkdtemp(prefix="kappatune-tests-")) / "tekken.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    atexit.register(shutil.rmtree, path.parent)
+    return path
+
+
+class MelSpectrogram(nn.Module):
+    """torchaudio's, as Granite's feature extractor uses it; its wheels don't load beside a torch for CPUs."""
+
+    def __init__(self, sample_rate: int, n_fft: int, win_length: int, hop_length: int, n_mels: int) -> None:
+        super().__init__()
+        self.settings = {"n_fft": n_fft, "hop_length": hop_length, "win_length": win_length}
+        self.settings["window"] = torch.hann_window(win_length)
+        filters = mel_filter_bank(n_fft // 2 + 1, n_mels, 0.0, sample_rate / 2, sample_rate)
+        self.filters = torch.from_numpy(filters).float()
+
+    def forward(self, samples: Tensor) -> Tensor:
+        """(rows, samples) in, (rows, mels, frames) out."""
+        return self.filters.T @ torch.stft(samples, **self.settings, return_complex=True).abs() ** 2
+
+
+def play_torchaudio(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Granite's feature extractor run where torchaudio isn't."""
+    if importlib.util.find_spec("torchaudio") is None:
+        played = SimpleNamespace(transforms=SimpleNamespace(MelSpectrogram=MelSpectrogram))
+        monkeypatch.setattr(granite, "torchaudio", played, raising=False)
+        monkeypatch.setattr(granite, "requires_backends", lambda *given: None)
 
 
 def save_speech(folder: Path, kind: str = "qwen2_audio") -> Path:
@@ -128,48 +230,3 @@ def save_speech(folder: Path, kind: str = "qwen2_audio") -> Path:
     for each in speech_model(kind)[:2]:
         each.save_pretrained(folder)
     return folder
-
-
-class GraniteLike:
-    """Makes the inputs that GraniteSpeechProcessor makes, of samples instead of mel spectra."""
-
-    audio_token, frame, window, queries = "<|AUDIO|>", 160, 15, 3
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer, self.audio_processor = tokenizer, SimpleNamespace(sampling_rate=RATE)
-
-    def __call__(self, text: list[str], audio: list[np.ndarray], padding: bool, return_tensors: str) -> dict[str, Any]:
-        frames = [len(each) // self.frame for each in audio]
-        features = torch.zeros(len(audio), max(frames), 8)
-        for row, (sound, count) in enumerate(zip(audio, frames, strict=True)):
-            cut = torch.from_numpy(sound[: count * self.frame]).reshape(count, 8, -1)
-            features[row, :count] = cut.abs().mean(-1)
-        sizes = [-(-count // self.window) * self.queries for count in frames]
-        text = [each.replace(self.audio_token, self.audio_token * n) for each, n in zip(text, sizes, strict=True)]
-        mask = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
-        tokens = self.tokenizer(text, padding=padding, return_tensors=return_tensors)
-        return {
-            "input_ids": tokens["input_ids"],
-            "attention_mask": tokens["attention_mask"],
-            "input_features": features,
-            "input_features_mask": mask,
-        }
-
-
-class VoxtralLike:
-    """Makes the inputs that VoxtralProcessor.apply_transcription_request makes."""
-
-    audio_token = "<|AUDIO|>"
-
-    def __init__(self, tokenizer: Any, token: int) -> None:
-        self.tokenizer, self.token = tokenizer, token
-        self.feature_extractor = WhisperFeatureExtractor(16, RATE, hop_length=320, chunk_length=1, n_fft=256)
-
-    def apply_transcription_request(
-        self, audio: list[np.ndarray], model_id: str, language: str, sampling_rate: int, format: list[str]
-    ) -> dict[str, torch.Tensor]:
-        """A prompt of its own around a fixed number of placeholders."""
-        made = [np.resize(each, (96, 16)).T for each in audio]
-        ids = torch.tensor([[3, *[self.token] * 12, 4]] * len(audio))
-        features = torch.from_numpy(np.stack(made))
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "input_features": features}

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForMultimodalLM, AutoProcessor
+from transformers import AutoProcessor
 
 from helpers.command import kappatune
 from helpers.recipes import tiny_recipe, write_recipe, write_rows
-from helpers.speech import save_speech, write_recordings
+from helpers.speech import MODELS, save_speech, speech_model, write_recordings
 from helpers.training import losses
-from kappatune_plugin import KappaTuneError
+from kappatune_plugin import KappaReport, KappaTuneError
 from kappatune_plugin.export.export import export_adapter
 from kappatune_plugin.export.merge import merge_adapter
 from kappatune_plugin.recipe.recipe import load_recipe
@@ -21,6 +21,7 @@ from kappatune_plugin.run.evaluate import evaluate
 from kappatune_plugin.run.train import run_sft
 from kappatune_plugin.speech.recordings import speech_rows
 from kappatune_plugin.tuner.adapter_folder import load_adapter
+from kappatune_plugin.weights.load_model import load_model
 
 TEXTS = [{"text": f"the cat {i} sat on the {word}, yes. no good mat"} for i in range(12) for word in ("mat", "rug")]
 PROJECTOR = "multi_modal_projector"
@@ -49,7 +50,7 @@ def recipe_in(folder: Path, model: Path, **changes):
 
 
 def loaded(folder: Path) -> torch.nn.Module:
-    return AutoModelForMultimodalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return load_model(str(folder)).eval()
 
 
 def test_a_run_hears_saves_and_merges(saved, tmp_path):
@@ -83,6 +84,30 @@ def test_a_run_hears_saves_and_merges(saved, tmp_path):
         assert torch.allclose(loaded(merged)(**batch).logits, of_run, atol=1e-5)
         assert not torch.allclose(loaded(saved)(**batch).logits, of_run, atol=1e-2)
     AutoProcessor.from_pretrained(merged)
+
+
+@pytest.mark.parametrize("kind", MODELS[1:])
+def test_other_families_run_save_and_merge(kind, tmp_path):
+    """With their own processors, from files and back: the projector and matrices of the language model, no others."""
+    base, (_, _, prompt) = save_speech(tmp_path / "base", kind), speech_model(kind)
+    projector = "projector" if kind == "granite_speech" else PROJECTOR
+    how = {"kappatune": {"k": 5, "modules_to_save": [projector]}, "learning_rate": "1e-2", "max_steps": 2}
+    audio = {"folder": "sounds", "prompt": prompt, "max_new_tokens": 2}
+    recipe = recipe_in(tmp_path, base, audio=audio, per_device_train_batch_size=2, **how)
+    result = run_sft(recipe)
+    report = KappaReport.load(result.output_dir / "kappa_report.json")
+    assert len(report.units) > 5 and all(".language_model." in f".{row.name}" for row in report.units)
+    assert result.forgetting.after.keys() >= {"task_wer", "task_cer", "texts_loss"}
+    batch = collator_of(recipe)(speech_rows(recipe_rows(tmp_path), recipe.audio, "rows", tmp_path).to_list()[:2])
+    before, tuned = loaded(base), load_adapter(loaded(base), result.output_dir).eval()
+    merged = loaded(merge_adapter(result.output_dir, tmp_path / "merged"))
+    with torch.no_grad():
+        of_run = result.trainer.model.eval()(**batch).logits
+        assert torch.equal(tuned(**batch).logits, of_run) and torch.equal(merged(**batch).logits, of_run)
+    then, now = before.state_dict(), merged.state_dict()
+    changed = {name for name in then if not torch.equal(then[name], now[name])}
+    chosen = {f"model.{unit.name.replace('.model.', '.')}" for unit in result.selection.units}
+    assert chosen < changed and all(f".{projector}." in name for name in changed - chosen)
 
 
 def recipe_rows(folder: Path):

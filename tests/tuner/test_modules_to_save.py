@@ -112,3 +112,29 @@ def test_new_tokens_can_be_trained_beside_the_units():
     after = merged.model.embed_tokens.weight
     assert set((after != before).any(1).nonzero().flatten().tolist()) == {60, 61}
     assert torch.equal(logits(merged), expected)
+
+
+@pytest.mark.parametrize("head", [None, "2"])
+def test_frozen_batch_norms_keep_the_statistics_of_the_base(head, tmp_path):
+    """An adapter holds none: it would load into another model than the one that was trained."""
+    rows = 3 + 2 * torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        layers = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.BatchNorm1d(8), nn.Linear(8, 4), nn.BatchNorm1d(4, affine=False)
+        return nn.Sequential(*layers)
+
+    names = ("running_mean", "running_var", "num_batches_tracked")
+    model = get_peft_model(base(), KappaTuneConfig(k=2, modules_to_save=[head] if head else None))
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-2)
+    for _ in range(3):
+        model.train()(rows).square().mean().backward()
+        optimizer.step()
+    tuned = model.eval()(rows)
+    for place in (1, 2, 4):
+        norm, as_it_was = model.base_model.model[place], base()[place]
+        moved = str(place) == head
+        assert all(torch.equal(getattr(norm, name), getattr(as_it_was, name)) != moved for name in names)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(base(), tmp_path).eval()(rows), tuned)
+    assert torch.equal(model.merge_and_unload().eval()(rows), tuned)
