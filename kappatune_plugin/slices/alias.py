@@ -5,13 +5,14 @@ selected slices of the weight's gradient, so no gradient and no optimizer state 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.weights.units import WeightUnit, unit_block
+from kappatune_plugin.weights.units import WeightUnit
 
 
 class Bindable(Protocol):
@@ -46,37 +47,57 @@ class Trained(Protocol):
         """The parameters that an optimizer holds."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """One unit that a forward trains, inside a weight or a view of it.
+
+    Attributes:
+        layer: the module of the unit.
+        trained: what was trained of it when the forward began.
+        index: `weight[index]` is the unit; empty for a whole weight.
+    """
+
+    layer: Bindable
+    trained: Trained
+    index: tuple[int | slice, ...]
+
+    @property
+    def expert(self) -> int | None:
+        """The position of the unit's matrix in a weight of three axes; None for a unit inside a matrix."""
+        return self.index[0] if len(self.index) == 3 else None
+
+    def arrived(self) -> None:
+        """Take note that a gradient has come back.
+
+        Raises:
+            KappaTuneError: the base holds other values by now than those that the forward ran with.
+        """
+        if self.layer.trained is not self.trained:
+            raise KappaTuneError(
+                f"backward() of a forward that trained {self.layer.unit.name} runs while the base holds other values: "
+                "call it outside of disable_adapter(), with the adapter active that the forward ran with."
+            )
+        self.layer.reached = True
+
+
 class SliceAlias(torch.autograd.Function):
-    """base, layers, *targets -> an alias of base; the gradient of `base[unit.index]` goes to that unit's target."""
+    """weight, parts, *targets -> an alias of weight; the gradient of `weight[part.index]` goes to the part's target."""
 
     @staticmethod
-    def forward(ctx: Any, base: Tensor, layers: Sequence[Bindable], *targets: Tensor) -> Tensor:
-        ctx.layers, ctx.dtypes = layers, [target.dtype for target in targets]
-        ctx.trained = [layer.to_train for layer in layers]
-        for layer in layers:
-            layer.ran = True
-        return base.detach()
+    def forward(ctx: Any, weight: Tensor, parts: Sequence[Part], *targets: Tensor) -> Tensor:
+        ctx.parts, ctx.dtypes = parts, [target.dtype for target in targets]
+        return weight.detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         slices: list[Tensor | None] = []
-        each = zip(ctx.layers, ctx.trained, ctx.dtypes, strict=True)
-        for position, (layer, trained, dtype) in enumerate(each):
-            if layer.trained is not trained:
-                raise KappaTuneError(
-                    f"backward() of a forward that trained {layer.unit.name} runs while the base holds other values: "
-                    "call it outside of disable_adapter(), with the adapter active that the forward ran with."
-                )
-            layer.reached = True
-            needed = ctx.needs_input_grad[2 + position]
+        for position, (part, dtype) in enumerate(zip(ctx.parts, ctx.dtypes, strict=True)):
+            part.arrived()
+            block = gradient[part.index] if part.index else gradient
             # a view would keep the whole fused gradient in memory for as long as the slice's
-            copy = bool(layer.unit.index)
-            slices.append(_contiguous(unit_block(gradient, layer.unit), dtype, copy) if needed else None)
+            copied = {"copy": bool(part.index), "memory_format": torch.contiguous_format}
+            slices.append(block.to(dtype=dtype, **copied) if ctx.needs_input_grad[2 + position] else None)
         return None, None, *slices
-
-
-def _contiguous(tensor: Tensor, dtype: torch.dtype, copy: bool) -> Tensor:
-    return tensor.to(dtype=dtype, copy=copy, memory_format=torch.contiguous_format)
 
 
 class TracedAlias(torch.autograd.Function):

@@ -6,8 +6,7 @@ is there while either of them runs.
 """
 
 import functools
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from kappatune_plugin.distributed import shards
-from kappatune_plugin.slices.alias import Bindable, SliceAlias, TracedAlias
+from kappatune_plugin.slices.alias import Bindable, Part, SliceAlias, TracedAlias
+from kappatune_plugin.slices.weight import Reads, Selected, SliceWeight, slice_weight, with_zero_gradients
 
 BINDINGS, UNBOUND = "_kappatune_bindings", "_kappatune_unbound"
 
@@ -110,19 +110,12 @@ def _instance_forward(module: nn.Module) -> str:
     return "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
 
 
-@contextmanager
-def bound(module: nn.Module) -> Iterator[None]:
-    """`shadow` for the time of the context."""
-    shadowed = shadow(module)
-    try:
-        yield
-    finally:
-        unshadow(shadowed)
-
-
 @torch.compiler.disable
-def shadow(module: nn.Module) -> list[tuple[nn.Module, str]]:
+def shadow(module: nn.Module, reads: Reads | None = None) -> list[tuple[nn.Module, str]]:
     """Put aliases before the weights that `module` binds; returns where, for `unshadow`.
+
+    Args:
+        reads: what to note reads of fused weights in; their aliases are then those of `slices.weight`.
 
     Nothing happens without gradients (evaluation, generation, the first pass of re-entrant checkpointing): the base
     holds the current values anyway.
@@ -132,7 +125,7 @@ def shadow(module: nn.Module) -> list[tuple[nn.Module, str]]:
         return shadowed
     try:
         for binding in module.__dict__.get(BINDINGS, ()):
-            if _alias(module, binding):
+            if _alias(module, binding, reads):
                 shadowed.append((binding.owner, binding.attribute))
     except BaseException:
         unshadow(shadowed)
@@ -146,18 +139,33 @@ def unshadow(shadowed: Sequence[tuple[nn.Module, str]]) -> None:
         del owner.__dict__[attribute]
 
 
-def _alias(module: nn.Module, binding: Binding) -> bool:
+def _alias(module: nn.Module, binding: Binding, reads: Reads | None) -> bool:
     """Put the alias of one parameter in place, if there is something to train in it and none is there yet."""
     owner, attribute = binding.owner, binding.attribute
     # what is divided over ranks is whole only while its owner runs
     if attribute in owner.__dict__ or (owner is not module and shards.is_partitioned(owner._parameters[attribute])):
         return False
     training = [(layer, layer.trained) for layer in binding.layers]
-    training = [(layer, trained.target()) for layer, trained in training if trained is not None]
-    if training:
-        active, targets = zip(*training, strict=True)
-        owner.__dict__[attribute] = SliceAlias.apply(owner._parameters[attribute], active, *targets)
-    return bool(training)
+    selected = tuple(
+        (Part(layer, trained, layer.unit.index), trained.target()) for layer, trained in training if trained is not None
+    )
+    if not selected:
+        return False
+    for part, _ in selected:
+        part.layer.ran = True
+    parameter = owner._parameters[attribute]
+    if reads is not None and _is_fused(parameter, selected):
+        owner.__dict__[attribute] = slice_weight(parameter, selected, reads)
+    else:
+        parts, targets = zip(*selected, strict=True)
+        owner.__dict__[attribute] = SliceAlias.apply(parameter, parts, *targets)
+    return True
+
+
+def _is_fused(parameter: Tensor, selected: Selected) -> bool:
+    """Whether `slices.weight` knows it: no weight that is divided over ranks, and none of a class of its own."""
+    plain = type(parameter) in (Tensor, nn.Parameter) and not shards.is_partitioned(parameter)
+    return plain and parameter.ndim == 3 and all(part.expert is not None for part, _ in selected)
 
 
 def _run_bound(module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
@@ -196,8 +204,14 @@ def _run_traced(module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> A
 
 @torch.compiler.disable(recursive=False)
 def _run_eager(module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
-    with bound(module):
-        return forward(*args, **kwargs)
+    reads = Reads()
+    shadowed = shadow(module, reads)
+    aliases = [owner.__dict__[attribute] for owner, attribute in shadowed]
+    try:
+        output = forward(*args, **kwargs)
+    finally:
+        unshadow(shadowed)
+    return with_zero_gradients(output, [alias for alias in aliases if isinstance(alias, SliceWeight)])
 
 
 @functools.cache

@@ -57,7 +57,8 @@ def test_equals_full_gradients_on_the_slices(experts, checkpointing, accumulatio
     assert losses == pytest.approx(expected, abs=1e-6)
     ours, theirs = unit_values(model), unit_values(reference)
     for name in names:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=2e-6)
+        # AdamW makes more of rounding; with batched_mm the reference adds up an outer product for each token
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=2e-5 if experts == "batched_mm" else 2e-6)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind not in ("olmoe", "bert")])
