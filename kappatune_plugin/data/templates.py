@@ -1,5 +1,6 @@
 """Templates such as "Tweet: {text}\\nSarcasm:", filled from the columns of a row and from nothing else."""
 
+import re
 import string
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,7 +11,11 @@ from pydantic import AfterValidator
 from kappatune_plugin.checks import did_you_mean
 from kappatune_plugin.errors import KappaTuneError
 
-RULE = "A template holds plain {column} names; a literal brace is written {{ or }}."
+RULE = (
+    "A template holds plain {column} names, {column:.512} for the first 512 characters; a literal brace is written {{ "
+    "or }}."
+)
+FIRST = re.compile(r"\.([1-9]\d{0,8})")
 
 
 @dataclass(frozen=True)
@@ -18,19 +23,20 @@ class Template:
     """A parsed template.
 
     Attributes:
-        parts: (literal text, column name that follows it or None).
+        parts: (literal text, column name that follows it or None, how many of its first characters or None for all).
     """
 
-    parts: tuple[tuple[str, str | None], ...]
+    parts: tuple[tuple[str, str | None, int | None], ...]
 
     @property
     def columns(self) -> list[str]:
         """The columns that it names, in order."""
-        return [column for _, column in self.parts if column is not None]
+        return [column for _, column, _ in self.parts if column is not None]
 
     def fill(self, row: Mapping[str, Any]) -> str:
         """The text for `row`. Braces in the values stay as they are."""
-        return "".join(text + ("" if column is None else str(row[column])) for text, column in self.parts)
+        words = ((text, "" if column is None else str(row[column])[:first]) for text, column, first in self.parts)
+        return "".join(text + value for text, value in words)
 
 
 def parse_template(template: str, what: str) -> Template:
@@ -56,10 +62,13 @@ def _parse(template: Any) -> Template:
     except ValueError as error:
         raise KappaTuneError(f"{template!r}: {error}. {RULE}") from error
     for _, column, spec, conversion in parsed:
-        if column is not None and (spec or conversion or not column or column.isdigit() or set(column) & set(".[]")):
+        if column is None:
+            continue
+        cut = not spec or FIRST.fullmatch(spec)
+        if conversion or not cut or not column or column.isdigit() or set(column) & set(".[]"):
             written = column + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
             raise KappaTuneError(f"{{{written}}} in {template!r} is not a column's name. {RULE}")
-    return Template(tuple((text, column) for text, column, _, _ in parsed))
+    return Template(tuple((text, column, int(spec[1:]) if spec else None) for text, column, spec, _ in parsed))
 
 
 def check_template(template: Any) -> Any:

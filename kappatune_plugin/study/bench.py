@@ -27,6 +27,7 @@ from kappatune_plugin.run.replay import mixed, replay_texts
 from kappatune_plugin.selection.criteria import ON_ROWS
 from kappatune_plugin.study.method_configs import Pool
 from kappatune_plugin.study.methods import Method
+from kappatune_plugin.tuner.config import LORA_KEYS, KappaTuneConfig
 from kappatune_plugin.tuner.what_to_train import full_report
 from kappatune_plugin.weights.model_source import ModelSource
 from kappatune_plugin.weights.quantized import quantization_of
@@ -120,7 +121,7 @@ class Bench:
             held_out,
             probe,
             blocks(tokenizer, texts, recipe.forgetting.max_length) if texts else [],
-            Pool.of(report, recipe.kappatune.budget, recipe.kappatune.rank_by),
+            Pool.of(report, recipe.kappatune.budget, recipe.kappatune.rank_by, _pairs(recipe.kappatune)),
             hashes,
             len(learned),
         )
@@ -202,6 +203,10 @@ def check_comparable(recipe: Recipe) -> None:
         problems.append(f"it runs on one process, and {recipe.training_args.world_size} are running.")
     if problems:
         raise KappaTuneError("\n  - ".join(["compare:", *problems]))
+
+
+def _pairs(config: KappaTuneConfig) -> dict[str, Any]:
+    return {key: getattr(config, key) for key in ("adapter", *LORA_KEYS) if getattr(config, key) is not None}
 
 
 def _split(rows: Dataset, share: float) -> tuple[Dataset, Dataset]:

@@ -76,7 +76,8 @@ class _Runner:
         """Type of matrix -> how many a KappaTune method trains with the first seed; None for other methods."""
         if tried.method.kind != "kappatune":
             return None
-        selection = choose(tried.method, self.bench.pool, find_units(self.bench.base), self.settings.seeds[0])
+        units = find_units(self.bench.base, quantized=True)
+        selection = choose(tried.method, self.bench.pool, units, self.settings.seeds[0])
         return dict(Counter(layer_and_type(unit.name)[1] for unit in selection.units))
 
     def best(self, method: Method) -> Tried:

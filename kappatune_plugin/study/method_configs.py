@@ -1,9 +1,9 @@
 """From a method to its PEFT config, with as many trainable parameters as the other methods where that is possible."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from traceback import walk_tb
 from typing import Any
@@ -34,18 +34,23 @@ class Pool:
         k: the recipe's budget.
         rank_by: the recipe's criterion.
         values: trainable parameters of the κ-lowest selection with that budget, which the other methods match.
+        adapter: the recipe's `adapter` and the keys of its pairs.
     """
 
     report: KappaReport
     k: Any
     rank_by: str
     values: int
+    adapter: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, report: KappaReport, k: Any, rank_by: str = "kappa") -> "Pool":
+    def of(
+        cls, report: KappaReport, k: Any, rank_by: str = "kappa", adapter: Mapping[str, Any] | None = None
+    ) -> "Pool":
         """The pool whose reference is the selection of `k` lowest by `rank_by` in `report`."""
         chosen = select(only_ranked(report, rank_by), k=k, rank_by=rank_by).units
-        return cls(report, k, rank_by, sum(math.prod(unit.shape) for unit in chosen))
+        size = _size(adapter or {})
+        return cls(report, k, rank_by, sum(size(unit.shape) for unit in chosen), adapter or {})
 
 
 def arm_config(method: Method, pool: Pool, base: nn.Module, seed: int) -> PeftConfig | None:
@@ -57,9 +62,13 @@ def arm_config(method: Method, pool: Pool, base: nn.Module, seed: int) -> PeftCo
     if method.kind == "full":
         return None
     if method.kind == "kappatune":
-        selection = choose(method, pool, find_units(base), seed)
-        pairs = _pairs(method, selection, pool.values)
-        return peft_config_for(base, KappaTuneConfig(task_type="CAUSAL_LM", selection=selection.to_dict(), **pairs))
+        selection = choose(method, pool, find_units(base, quantized=True), seed)
+        adapter = _adapter(method, pool)
+        if adapter.get("adapter") == LORA and "r" not in adapter:
+            adapter["r"] = _rank(selection, pool.values)
+            # as for PEFT's LoRA
+            adapter.setdefault("lora_alpha", 2 * adapter["r"])
+        return peft_config_for(base, KappaTuneConfig(task_type="CAUSAL_LM", selection=selection.to_dict(), **adapter))
     return _peft_config(method, pool, base)
 
 
@@ -77,25 +86,33 @@ def choose(method: Method, pool: Pool, units: Sequence[WeightUnit], seed: int) -
     by_shape = method.base == "shape_matched_random"
     if method.part == PER_TYPE:
         return _per_type(method, report, method.settings.get("k", pool.k), rank_by, seed)
-    pairs = method.settings.get("adapter") == LORA
-    if "k" in method.settings or pairs or (by_shape and method.part is None):
+    adapter = _adapter(method, pool)
+    matched_by_rank = adapter.get("adapter") == LORA and "r" not in adapter
+    if "k" in method.settings or matched_by_rank or (by_shape and method.part is None):
         return select(report, method.settings.get("k", pool.k), method.base, rank_by, seed)
     order = "lowest" if by_shape else method.base
     everything = sum(unit.status == "ok" for unit in report.units)
     ranking = select(report, max(1, everything), order, rank_by, seed).units
-    count = nearest_count([math.prod(unit.shape) for unit in ranking], pool.values)
+    count = nearest_count([_size(adapter)(unit.shape) for unit in ranking], pool.values)
     return select(report, count, method.base, rank_by, seed)
 
 
-def _pairs(method: Method, selection: Selection, values: int) -> dict[str, Any]:
-    """Settings of low-rank pairs, of the rank at which they have nearly `values` numbers; none for whole matrices."""
-    pairs = {key: method.settings[key] for key in ("adapter", *LORA_KEYS) if key in method.settings}
-    if pairs.get("adapter") == LORA and "r" not in pairs:
-        least = min(min(unit.shape) for unit in selection.units)
-        pairs["r"] = min(least, max(1, round(values / sum(sum(unit.shape) for unit in selection.units))))
-        # as for PEFT's LoRA
-        pairs.setdefault("lora_alpha", 2 * pairs["r"])
-    return pairs
+def _adapter(method: Method, pool: Pool) -> dict[str, Any]:
+    """`adapter` and the keys of its pairs: the method's, or the recipe's where the method trains in the same way."""
+    own = {key: method.settings[key] for key in ("adapter", *LORA_KEYS) if key in method.settings}
+    same = own.get("adapter", pool.adapter.get("adapter")) == pool.adapter.get("adapter")
+    return {**(pool.adapter if same else {}), **own}
+
+
+def _size(adapter: Mapping[str, Any]) -> Callable[[Sequence[int]], int]:
+    """The number of values that are trained of a matrix of a shape."""
+    return lambda shape: adapter["r"] * sum(shape) if adapter.get("r") else math.prod(shape)
+
+
+def _rank(selection: Selection, values: int) -> int:
+    """The rank at which pairs beside the selection have nearly `values` values."""
+    least = min(min(unit.shape) for unit in selection.units)
+    return min(least, max(1, round(values / sum(sum(unit.shape) for unit in selection.units))))
 
 
 def nearest_count(sizes: Sequence[int], wanted: int) -> int:
@@ -137,7 +154,7 @@ def _per_type(method: Method, report: KappaReport, k: Any, rank_by: str, seed: i
 def _peft_config(method: Method, pool: Pool, base: nn.Module) -> PeftConfig:
     """The method's config on every linear weight of the pool, and on fused experts where the method can."""
     names = {unit.name for unit in pool.report.units if _in_part(unit, method.part)}
-    parameters = list(dict.fromkeys(unit.parameter for unit in find_units(base) if unit.name in names))
+    parameters = list(dict.fromkeys(unit.parameter for unit in find_units(base, quantized=True) if unit.name in names))
     linear = [name.removesuffix(".weight") for name in parameters if _is_linear(base, name)]
     others = [name for name in parameters if not _is_linear(base, name)]
     known = peft_methods()[method.base]

@@ -129,6 +129,11 @@ def test_choices_are_the_labels_in_order(rows):
     assert {tuple(example.choices) for example in examples} == {(" bad", " good")}
 
 
+def test_a_template_takes_the_first_characters_of_a_column(tmp_path):
+    rows = load_rows(str(write_rows(tmp_path / "one.jsonl", [{"text": "abcdef", "label": 1}])), "data.train")
+    assert pairs(rows, "{text:.4}|{text:.9}", "{label}") == [("abcd|abcdef", "1")]
+
+
 def test_braces_in_the_data_are_text(tmp_path):
     rows = load_rows(str(write_rows(tmp_path / "one.jsonl", [{"text": "{label} {0}", "label": 1}])), "data.train")
     assert pairs(rows, "{text} {{x}}", "{label}") == [("{label} {0} {x}", "1")]
@@ -144,6 +149,8 @@ def test_braces_in_the_data_are_text(tmp_path):
         ("{text.upper}", COMPLETION, LABELS, ["prompt", "text.upper"]),
         ("{text[0]}", COMPLETION, LABELS, ["text[0]"]),
         ("{text!r}", COMPLETION, LABELS, ["text!r"]),
+        ("{text:>9}", COMPLETION, LABELS, ["text:>9", "{column:.512}"]),
+        ("{text:.0}", COMPLETION, LABELS, ["text:.0"]),
         ("{text", COMPLETION, LABELS, ["prompt", "{text"]),
         ("{}", COMPLETION, LABELS, ["not a column's name"]),
         (7, COMPLETION, LABELS, ["prompt", "7"]),

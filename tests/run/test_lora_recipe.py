@@ -10,9 +10,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from helpers.loops import logits
+from helpers.recipes import CONTROL, ROWS, write_rows
+from helpers.tiny import tiny_model, tiny_tokenizer
 from helpers.training import losses, train
 from kappatune_plugin import KappaTuneError, Selection
+from kappatune_plugin.recipe.recipe import load_recipe
+from kappatune_plugin.run.train import run_sft
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 PAIRS = {"adapter": "lora", "r": 2, "k": 3}
 EXPERTS = {**PAIRS, "include": ["*.experts.*"]}
 ATTENTION = {**PAIRS, "include": ["*attn*"]}
@@ -61,3 +66,51 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_another_selection_is_refused
 def test_k_auto_takes_back_whole_matrices_only(saved_olmoe, tmp_path):
     with pytest.raises(KappaTuneError, match="adapter: lora needs a number for k"):
         train(tmp_path, saved_olmoe, kappatune={"adapter": "lora", "k": "auto"})
+
+
+@pytest.fixture(scope="module")
+def deepseek(tmp_path_factory) -> Path:
+    """A tiny DeepSeek-V2 with its tokenizer."""
+    folder = tmp_path_factory.mktemp("deepseek")
+    tiny_model("deepseek_v2", vocab_size=300).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "trained"), [("deepseek_v2_lite_imdb", 3), ("deepseek_v2_lite_imdb_lora", None)], ids=("lowest", "uniform")
+)
+def test_the_papers_second_experiment_on_a_tiny_model(deepseek, tmp_path, name, trained):
+    rows = [{"text": f"{row['text']} " * 40, "label": row["label"]} for row in ROWS]
+    changes = {
+        "model_name_or_path": str(deepseek),
+        "dtype": "float32",
+        "bf16": False,
+        "use_cpu": True,
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "kappatune.r": 2,
+        "data.train": {"path": str(write_rows(tmp_path / "train.jsonl", rows))},
+        "data.test": {"path": str(write_rows(tmp_path / "test.jsonl", rows[:4]))},
+        "forgetting.control": {"path": str(write_rows(tmp_path / "control.jsonl", CONTROL))},
+        **({"kappatune.k": trained} if trained else {}),
+    }
+    words = [word for key, value in changes.items() for word in (f"--{key}", json.dumps(value))]
+    result = run_sft(load_recipe(RECIPES / f"{name}.yaml", [word.strip('"') for word in words]))
+    model = result.trainer.model
+    pairs = {each for each, value in model.named_parameters() if value.requires_grad}
+    assert len(pairs) == 2 * len(result.selection.units) and all("lora_" in each for each in pairs)
+    kinds = {unit.name.split(".")[-2] for unit in result.selection.units}
+    if trained:
+        assert len(result.selection.units) == trained and all(
+            ".experts." in unit.name for unit in result.selection.units
+        )
+    else:
+        config = model.config
+        experts = (config.num_hidden_layers - config.first_k_dense_replace) * config.n_routed_experts
+        assert kinds == {"q_proj", "up_proj", "down_proj"} and len(result.selection.units) > 2 * experts
+    assert result.forgetting.to_dict()["task"]["metric"] == "accuracy"

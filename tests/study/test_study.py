@@ -189,6 +189,33 @@ def test_a_method_that_adapts_no_linear_layer_here_says_so():
         arm_config(parse_methods("osf_mlp")[0], pool, base, seed=0)
 
 
+def test_pairs_are_as_many_parameters_as_the_whole_matrices_and_a_recipe_with_pairs_has_them_everywhere():
+    base = tiny_model("olmoe")
+    report = scan(base, include=["*.experts.*"], progress=False)
+    (method,) = parse_methods("lowest:adapter=lora")
+    config = arm_config(method, Pool.of(report, 4), base, seed=0)
+    shapes = [unit["shape"] for unit in config.selection["units"]]
+    assert len(shapes) == 4 and config.adapter == "lora" and config.lora_alpha == 2 * config.r
+    one_more = sum(sum(shape) for shape in shapes)
+    assert abs(config.r * one_more - Pool.of(report, 4).values) <= one_more / 2
+    pool = Pool.of(report, 4, adapter={"adapter": "lora", "r": 3, "lora_alpha": 5.0})
+    assert pool.values == 3 * one_more
+    for name in ("lowest", "random"):
+        config = arm_config(parse_methods(name)[0], pool, base, seed=0)
+        assert (config.adapter, config.r, config.lora_alpha) == ("lora", 3, 5.0)
+        assert 3 * sum(sum(unit["shape"]) for unit in config.selection["units"]) == pool.values
+    whole = arm_config(parse_methods("lowest:adapter=full")[0], pool, base, seed=0)
+    assert whole.adapter == "full" and whole.r is None
+
+
+def test_linear_layers_have_pefts_own_pairs():
+    base = tiny_model("llama")
+    config = arm_config(
+        parse_methods("lowest:adapter=lora:r=2")[0], Pool.of(scan(base, progress=False), 4), base, seed=0
+    )
+    assert config.peft_type.value == "LORA" and len(config.target_modules) > 0
+
+
 def test_the_groups_attention_and_mlp_are_patterns():
     whole, attention, mlp = (
         {unit.name for unit in scan(tiny_model("olmoe"), progress=False, **patterns).units}
