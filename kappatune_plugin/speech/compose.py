@@ -8,13 +8,16 @@ the projector between them is new: what stage 1 trains.
 
 import argparse
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.speech.collator import writes_prompt
 
 ENCODERS = ("encoder", "audio_tower")
 
@@ -29,8 +32,13 @@ def compose(speech: Any, speech_processor: Any, text: Any, tokenizer: Any, seed:
         seed: of the new projector.
 
     Raises:
-        KappaTuneError: a speech model whose encoder isn't known.
+        KappaTuneError: a speech model whose encoder isn't known, or whose processor knows only its own tokenizer.
     """
+    if writes_prompt(speech_processor):
+        raise KappaTuneError(
+            f"{type(speech_processor).__name__} writes prompts in its own tokenizer's tokens, so it can't go with "
+            "another text model. Give another speech model, such as Qwen/Qwen2-Audio-7B."
+        )
     name = next((each for each in ENCODERS if hasattr(speech.model, each)), None)
     if name is None:
         raise KappaTuneError(f"{type(speech).__name__} has no {' or '.join(ENCODERS)}: give another speech model.")
@@ -55,22 +63,32 @@ def compose(speech: Any, speech_processor: Any, text: Any, tokenizer: Any, seed:
 
 
 def main() -> None:
-    """Compose two models of the hub, or of folders, and save them as one."""
+    """Compose two models of the hub, or of folders, and save them as one; what goes wrong ends it with a message."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("speech_model")
     parser.add_argument("text_model")
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
-    config = AutoConfig.from_pretrained(args.speech_model)
-    dtype = config.dtype or torch.float32
-    speech = AutoModelForMultimodalLM.from_pretrained(args.speech_model, dtype=dtype)
-    text = AutoModelForCausalLM.from_pretrained(args.text_model, dtype=dtype)
-    processor, tokenizer = (
-        AutoProcessor.from_pretrained(args.speech_model),
-        AutoTokenizer.from_pretrained(args.text_model),
-    )
-    for made in compose(speech, processor, text, tokenizer):
-        made.save_pretrained(args.folder)
+    if args.folder.is_dir() and any(args.folder.iterdir()):
+        sys.exit(f"Error: '{args.folder}' isn't empty: give another folder, or delete it.")
+    try:
+        parts = compose(*_speech_model(args.speech_model), *_text_model(args.text_model))
+    except (KappaTuneError, OSError, ValueError, ImportError) as error:
+        sys.exit(f"Error: {error}")
+    for each in parts:
+        each.save_pretrained(args.folder)
+
+
+def _speech_model(name: str) -> tuple[Any, Any]:
+    config = AutoConfig.from_pretrained(name)
+    architecture = (config.architectures or [""])[0]
+    if not hasattr(transformers, architecture):
+        raise KappaTuneError(f"'{name}' is no model of transformers: its config names {architecture or 'none'}.")
+    return getattr(transformers, architecture).from_pretrained(name, dtype="auto"), AutoProcessor.from_pretrained(name)
+
+
+def _text_model(name: str) -> tuple[Any, Any]:
+    return AutoModelForCausalLM.from_pretrained(name, dtype="auto"), AutoTokenizer.from_pretrained(name)
 
 
 if __name__ == "__main__":
