@@ -54,6 +54,8 @@ class KappaTuneBlock(KappaTuneSettings):
             problems.append(f"auto is given, but k is {self.k!r}: write `k: auto`, or delete auto.")
         if self.k == AUTO and self.adapter == LORA:
             problems.append("adapter: lora needs a number for k: `k: auto` takes back whole matrices.")
+        if self.k == AUTO and self.match is not None:
+            problems.append("match and `k: auto` both say how much is trained: delete one.")
         if self.k == AUTO and self.modules_to_save:
             problems.append("modules_to_save: k: auto can't take back what whole modules learned: delete it.")
         if self.rank_by in ON_ROWS and "order" not in self.model_fields_set and self.selection is None:

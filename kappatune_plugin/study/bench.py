@@ -196,7 +196,7 @@ def check_comparable(recipe: Recipe) -> None:
         problems.append("kappatune.k: auto decides while it trains: give a budget, such as the one that it found.")
     if recipe.kappatune.selection is not None:
         problems.append("kappatune.selection is given, and a comparison selects by itself: write k instead.")
-    for key in ("scan_from", "modules_to_save"):
+    for key in ("scan_from", "modules_to_save", "match"):
         if getattr(recipe.kappatune, key) is not None:
             problems.append(f"kappatune.{key} is given, and a comparison doesn't take it: delete it.")
     if recipe.training_args.world_size > 1:

@@ -1,5 +1,6 @@
 """What the block `kappatune:` of a recipe says."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -16,17 +17,23 @@ from kappatune_plugin.weights.patterns import DEFAULT_EXCLUDE
 
 READ_BY = "Install the Python package kappatune_plugin and `import kappatune_plugin` before PEFT loads this folder."
 NAMES_EXAMPLE = "[norm, bias, '*.q_proj.weight']"
-
-
 FULL, LORA = "full", "lora"
 ADAPTERS = (FULL, LORA)
 LORA_KEYS = ("r", "lora_alpha", "lora_dropout", "use_rslora")
 DEFAULT_R = 8
+UNIFORM_LORA = re.compile(r"lora_r([1-9]\d{0,5})_all_linear")
 
 
 def _known_adapter(value: Any) -> Any:
     if value not in ADAPTERS:
         raise KappaTuneError(not_one_of(value, ADAPTERS))
+    return value
+
+
+def _reference(value: Any) -> Any:
+    named = isinstance(value, str) and UNIFORM_LORA.fullmatch(value)
+    if value is not None and not named and not (isinstance(value, dict) and parse_budget(value).kind == "params"):
+        raise KappaTuneError(f"{value!r:.60} is no reference. Write lora_r16_all_linear, or {{params: 218M}}.")
     return value
 
 
@@ -89,6 +96,11 @@ class KappaTuneSettings(SelectSettings):
     use_rslora: StrictBool | None = Field(
         default=None, description="Scale the pairs by lora_alpha / sqrt(r) instead. Default: false."
     )
+    match: Annotated[Any, AfterValidator(_reference)] = Field(
+        default=None,
+        description="Train as many values as this has: lora_r16_all_linear, LoRA of rank 16 on all linear layers, or "
+        "{params: 218M}. In the place of `k`; with `adapter: lora` in the place of `r`.",
+    )
     modules_to_save: list[str] | None = Field(
         default=None,
         description="Modules trained and saved whole beside the units, e.g. a new classifier head.",
@@ -108,6 +120,9 @@ class KappaTuneSettings(SelectSettings):
                 f"{', '.join(of_lora)}: of low-rank pairs, and adapter is {self.adapter}: write `adapter: lora`, or "
                 "delete them."
             )
+        matched = "r" if self.adapter == LORA else "selection" if self.selection is not None else "k"
+        if self.match is not None and getattr(self, matched) is not None:
+            problems.append(f"match and {matched} both say how much is trained: delete one.")
         if self.report is not None and self.selection is not None:
             problems.append("report and selection are both given: a selection needs no report, remove one.")
         nothing = self.k not in (None, AUTO) and parse_budget(self.k, least=0).value == 0
@@ -155,6 +170,7 @@ class KappaTuneConfig(PeftConfig):
     lora_alpha: float | None = _setting("lora_alpha")
     lora_dropout: float | None = _setting("lora_dropout")
     use_rslora: bool | None = _setting("use_rslora")
+    match: str | dict[str, Any] | None = _setting("match")
     modules_to_save: list[str] | None = _setting("modules_to_save")
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Tokens whose embeddings are trained too; TRL sets it for tokens it adds."}
@@ -178,9 +194,8 @@ class KappaTuneConfig(PeftConfig):
             raise KappaTuneError("\n".join(problems))
         for key in KAPPATUNE_KEYS:
             setattr(self, key, getattr(settings, key))
-        if self.adapter == LORA:
+        if self.adapter == LORA and self.match is None:
             self.r = self.r or DEFAULT_R
-            self.lora_alpha = self.lora_alpha or float(self.r)
 
     @property
     def budget(self) -> Budget:

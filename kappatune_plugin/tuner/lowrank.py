@@ -103,7 +103,7 @@ def check_rank(units: Sequence[WeightUnit], r: int) -> None:
     if not 1 <= r <= min(smallest.shape):
         raise KappaTuneError(
             f"r is {r}, expected 1 to {min(smallest.shape)}: {smallest.name} has {smallest.shape[0]} rows and "
-            f"{smallest.shape[1]} columns. Lower r, or leave such matrices out (`exclude`)."
+            f"{smallest.shape[1]} columns. Lower r (or match), or leave such matrices out (`exclude`)."
         )
 
 

@@ -31,6 +31,7 @@ from kappatune_plugin.tuner.layer import (
     warn_not_finite,
 )
 from kappatune_plugin.tuner.lowrank import check_pairs
+from kappatune_plugin.tuner.match import match_budget, match_rank
 from kappatune_plugin.tuner.register import PREFIX, register
 from kappatune_plugin.tuner.saved_selection import check_loaded_keys, check_selection, keep_selection, named_as_here
 from kappatune_plugin.tuner.trainer_hooks import follow, in_step
@@ -277,6 +278,7 @@ class KappaTuneModel(BaseTuner):
     ) -> tuple[Selection, list[WeightUnit]]:
         """Decide what `config` trains, from its selection, its report, or a scan of the base model."""
         self.reports[adapter_name] = None
+        match_budget(config, source)
         selection = given_selection(config, source)
         if selection is None:
             # writing back waits for all ranks, forever under NCCL if one died in the scan
@@ -286,6 +288,7 @@ class KappaTuneModel(BaseTuner):
         hint = UNQUANTIZED if config.base_quantization and not quantization_of(source.model) else ""
         found = {unit.name: unit for unit in source.units}
         units = selected_units(selection, found, self._base_hashes, hint, trained_whole(config, source))
+        match_rank(config, source, units)
         config.k, config.order, config.rank_by = selection.k, selection.order, selection.rank_by
         config.report, config.selection = None, selection.to_dict()
         return selection, units

@@ -1,12 +1,12 @@
 """PEFT's own LoRA on the matrices that KappaTune selects; its adapters load without this package."""
 
+import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.selection.report import KappaReport
@@ -14,6 +14,7 @@ from kappatune_plugin.selection.selection import Selection
 from kappatune_plugin.tuner.adapter_folder import ADAPTER, check_adapter
 from kappatune_plugin.tuner.config import LORA, KappaTuneConfig
 from kappatune_plugin.tuner.lowrank import check_rank
+from kappatune_plugin.tuner.match import is_linear, match_rank
 from kappatune_plugin.tuner.model import KappaTuneModel
 from kappatune_plugin.tuner.saved_selection import REPORT, SELECTION, other_selection
 from kappatune_plugin.tuner.what_to_train import (
@@ -79,14 +80,14 @@ def lora_config(model: nn.Module, config: KappaTuneConfig) -> LoraConfig:
             parameter, which PEFT's LoRA can't name; `r` is larger than a dimension of one; or nothing is selected.
     """
     found = _settled(model, config)
-    refused = [unit for unit in found.units if not _is_linear(model, unit)]
+    refused = [unit for unit in found.units if not is_linear(model, unit)]
     if refused:
         what = "a slice of a fused parameter" if refused[0].index else "no weight of a whole linear layer"
         raise KappaTuneError(
             f"{refused[0].name} is {what}, and PEFT's LoRA can't train it alone. Leave such matrices out (`exclude`), "
             "or let KappaTune hold the pairs: get_peft_model(model, config)."
         )
-    return _plain(model, config, found)
+    return _plain(model, found)
 
 
 def peft_config_for(model: nn.Module, config: KappaTuneConfig) -> PeftConfig:
@@ -98,14 +99,15 @@ def peft_config_for(model: nn.Module, config: KappaTuneConfig) -> PeftConfig:
     if config.adapter != LORA:
         return config
     found = _settled(model, config)
-    if all(_is_linear(model, unit) for unit in found.units):
-        return _plain(model, config, found)
+    if all(is_linear(model, unit) for unit in found.units):
+        return _plain(model, found)
     report = found.decided.report
-    return config if report is None else replace(config, report=report, scan_from=None)
+    return found.config if report is None else replace(found.config, report=report, scan_from=None)
 
 
 @dataclass(frozen=True)
 class _Settled:
+    config: KappaTuneConfig
     decided: Decided
     units: list[WeightUnit]
 
@@ -121,11 +123,14 @@ def _settled(model: nn.Module, config: KappaTuneConfig) -> _Settled:
         selection = selection_from(report, config)
     found = {unit.name: unit for unit in source.units}
     units = selected_units(selection, found, hashes, "", trained_whole(config, source))
+    config = copy.copy(config)
+    match_rank(config, source, units)
     check_rank(units, config.r)
-    return _Settled(Decided(selection, report), units)
+    return _Settled(config, Decided(selection, report), units)
 
 
-def _plain(model: nn.Module, config: KappaTuneConfig, found: _Settled) -> LoraConfig:
+def _plain(model: nn.Module, found: _Settled) -> LoraConfig:
+    config = found.config
     owners = [unit.parameter.rpartition(".")[0] for unit in found.units]
     # PEFT takes a name for every module whose own name ends with it
     endings = tuple(f".{name}" for name in owners)
@@ -143,8 +148,3 @@ def _plain(model: nn.Module, config: KappaTuneConfig, found: _Settled) -> LoraCo
     # no field: what is saved is what PEFT alone reads
     plain.decided = found.decided
     return plain
-
-
-def _is_linear(model: nn.Module, unit: WeightUnit) -> bool:
-    name, _, attribute = unit.parameter.rpartition(".")
-    return not unit.index and attribute == "weight" and isinstance(model.get_submodule(name), nn.Linear | Conv1D)

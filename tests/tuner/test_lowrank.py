@@ -1,5 +1,7 @@
 """Low-rank pairs on single units, slices of fused experts too, beside PEFT's LoRA and finite differences."""
 
+import math
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -8,7 +10,7 @@ from torch import nn
 from helpers.loops import logits, steps, train
 from helpers.reference import random_batches
 from helpers.tiny import tiny_model
-from kappatune_plugin import KappaTuneConfig, KappaTuneError, scan, select
+from kappatune_plugin import KappaTuneConfig, KappaTuneError, lora_config, scan, select
 from kappatune_plugin.interpolation.find_changes import changes_of_adapter
 from kappatune_plugin.weights.units import find_units, unit_block
 
@@ -22,6 +24,10 @@ def blocks(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: block.detach().clone() for name, block in found.items()}
 
 
+def trained(model: nn.Module) -> int:
+    return sum(value.numel() for value in model.parameters() if value.requires_grad)
+
+
 def double(kind: str) -> nn.Module:
     model = tiny_model(kind, dtype=torch.float64)
     model.set_experts_implementation("eager")
@@ -33,9 +39,9 @@ def test_only_the_selected_have_pairs_and_all_that_is_saved_computes_the_same(ki
     include = EXPERTS if kind not in ("llama", "gpt2") else None
     selection = select(scan(tiny_model(kind), include=include or ()), k=3)
     tuned = get_peft_model(tiny_model(kind), KappaTuneConfig(selection=selection, **PAIRS))
-    trained = {name: value for name, value in tuned.named_parameters() if value.requires_grad}
-    assert sorted(name.rpartition(".")[2] for name in trained) == ["lora_A"] * 3 + ["lora_B"] * 3
-    assert sum(value.numel() for value in trained.values()) == sum(2 * sum(row.shape) for row in selection.units)
+    pairs = {name: value for name, value in tuned.named_parameters() if value.requires_grad}
+    assert sorted(name.rpartition(".")[2] for name in pairs) == ["lora_A"] * 3 + ["lora_B"] * 3
+    assert sum(value.numel() for value in pairs.values()) == sum(2 * sum(row.shape) for row in selection.units)
     before, at_first = blocks(tuned), logits(tuned)
     train(tuned, 4)
     chosen, now = {row.name for row in selection.units}, blocks(tuned)
@@ -161,6 +167,22 @@ def test_pairs_are_of_the_base_that_they_were_trained_on(tmp_path):
         PeftModel.from_pretrained(other, tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "olmoe", "deepseek_v2"])
+def test_match_has_as_many_values_as_lora_on_all_linear_layers(kind):
+    wanted = trained(get_peft_model(tiny_model(kind), LoraConfig(r=1, target_modules="all-linear")))
+    include = EXPERTS if kind in ("olmoe", "deepseek_v2") else None
+    config = KappaTuneConfig(k=25 if include else 5, include=include, adapter="lora", match="lora_r1_all_linear")
+    tuned = get_peft_model(tiny_model(kind), config)
+    one = trained(tuned) / tuned.peft_config["default"].r
+    assert abs(trained(tuned) - wanted) <= one / 2 and tuned.peft_config["default"].match is None
+    assert tuned.peft_config["default"].lora_alpha == tuned.peft_config["default"].r and config.r is None
+    whole = get_peft_model(tiny_model(kind), KappaTuneConfig(include=include, match={"params": 3 * wanted}))
+    largest = max(math.prod(unit.shape) for unit in find_units(tiny_model(kind)))
+    assert 3 * wanted - largest < trained(whole) <= 3 * wanted
+    plain = lora_config(tiny_model("llama"), KappaTuneConfig(k=5, adapter="lora", match={"params": "2k"}))
+    assert plain.lora_alpha == plain.r >= 1
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -168,6 +190,9 @@ def test_pairs_are_of_the_base_that_they_were_trained_on(tmp_path):
         ({"lora_dropout": 0.1}, "lora_dropout is 0.1, and the pairs are added to the weights"),
         ({"adapter": "full"}, "r, lora_alpha: of low-rank pairs, and adapter is full: write `adapter: lora`"),
         ({"adapter": "lorra"}, "adapter: 'lorra' is none of full, lora. Did you mean 'lora'"),
+        ({"match": "lora_r8_all_linear"}, "match and r both say how much is trained"),
+        ({"r": None, "match": "lora_r8"}, "match: 'lora_r8' is no reference. Write lora_r16_all_linear"),
+        ({"r": None, "match": {"params": "9b"}}, "expected 1 to"),
         ({"r": 0}, "r: 0 is not a number from 1 on"),
         ({"lora_alpha": -1.0}, "lora_alpha: -1.0 is not a number above 0"),
         ({"include": ["*.exprts.*"]}, "exprts"),
