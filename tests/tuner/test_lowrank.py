@@ -171,14 +171,15 @@ def test_pairs_are_of_the_base_that_they_were_trained_on(tmp_path):
 def test_match_has_as_many_values_as_lora_on_all_linear_layers(kind):
     wanted = trained(get_peft_model(tiny_model(kind), LoraConfig(r=1, target_modules="all-linear")))
     include = EXPERTS if kind in ("olmoe", "deepseek_v2") else None
-    config = KappaTuneConfig(k=25 if include else 5, include=include, adapter="lora", match="lora_r1_all_linear")
+    config = KappaTuneConfig(k=20 if include else 5, include=include, adapter="lora", match="lora_r1_all_linear")
     tuned = get_peft_model(tiny_model(kind), config)
     one = trained(tuned) / tuned.peft_config["default"].r
     assert abs(trained(tuned) - wanted) <= one / 2 and tuned.peft_config["default"].match is None
     assert tuned.peft_config["default"].lora_alpha == tuned.peft_config["default"].r and config.r is None
-    whole = get_peft_model(tiny_model(kind), KappaTuneConfig(include=include, match={"params": 3 * wanted}))
+    wanted *= 3 if include else 9
+    whole = get_peft_model(tiny_model(kind), KappaTuneConfig(include=include, match={"params": wanted}))
     largest = max(math.prod(unit.shape) for unit in find_units(tiny_model(kind)))
-    assert 3 * wanted - largest < trained(whole) <= 3 * wanted
+    assert wanted - largest < trained(whole) <= wanted
     plain = lora_config(tiny_model("llama"), KappaTuneConfig(k=5, adapter="lora", match={"params": "2k"}))
     assert plain.lora_alpha == plain.r >= 1
 
