@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from helpers.reference import random_batches
 from helpers.tiny import tiny_model
-from kappatune_plugin import KappaTuneConfig
+from kappatune_plugin import KappaTuneConfig, KappaTuneError
 from kappatune_plugin.slices import bind
 
 KINDS = ("olmoe", "mixtral", "qwen3_moe", "deepseek_v2", "gpt_oss")
@@ -90,3 +90,80 @@ def test_nothing_of_the_fused_size_is_made_in_backward(kind: str, forward: str):
     with whole_gradients():
         assert largest() >= fused
     assert largest() < fused
+
+
+@pytest.mark.parametrize("forward", FORWARDS)
+def test_experts_without_a_token_get_zeros(forward: str):
+    """DDP waits for the gradient of each parameter."""
+    model = tuned("olmoe", forward, k="100%")
+    # of 8 experts a token goes to 2
+    found = gradients(model, TOKENS[:1, :2])
+    assert all(layer.reached for layer in model.base_model.layers())
+    assert any(each.any() for each in found.values()) and not all(each.any() for each in found.values())
+
+
+def test_a_layer_whose_selected_experts_got_no_token_gets_zeros():
+    """Of the first trained layer too, where nothing else has a gradient."""
+    model = tuned("olmoe", "eager", k="100%", num_experts_per_tok=1)
+    tokens = TOKENS[:1, :2]
+    found = gradients(model, tokens)
+    idle = [name for name, each in found.items() if not each.any()]
+    assert any(".layers.0." in name for name in idle) and len(idle) < len(found)
+    model = tiny_model("olmoe", num_experts_per_tok=1)
+    first = get_peft_model(model, KappaTuneConfig(k="100%", include=[name for name in idle if ".layers.0." in name]))
+    loss = first.train()(input_ids=tokens, labels=tokens).loss
+    loss.backward()
+    layers = first.base_model.layers()
+    assert layers and all(layer.reached and layer.active.weight.grad is not None for layer in layers)
+    assert not any(layer.active.weight.grad.any() for layer in layers)
+
+
+@pytest.mark.parametrize("forward", FORWARDS)
+@pytest.mark.parametrize("inside", [False, True])
+def test_under_autocast(forward: str, inside: bool):
+    """With `backward` outside of it, as torch wants it, and inside."""
+    model = tuned("qwen3_moe", forward)
+
+    def run() -> dict[str, Tensor]:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=TOKENS, labels=TOKENS).loss
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        return {layer.unit.name: layer.active.weight.grad for layer in model.base_model.layers()}
+
+    with whole_gradients():
+        wanted = run()
+    for name, found in run().items():
+        atol = 2e-2 * float(wanted[name].abs().max())
+        torch.testing.assert_close(found, wanted[name], rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("forward", FORWARDS)
+def test_backward_with_other_values_in_the_base_is_refused(forward: str):
+    model = tuned("olmoe", forward)
+    loss = model(input_ids=TOKENS, labels=TOKENS).loss
+    with model.disable_adapter(), pytest.raises(KappaTuneError, match="runs while the base holds other values"):
+        loss.backward()
+
+
+def test_gradients_of_gradients_are_refused():
+    """They would be wrong: the rows that are kept have no graph."""
+    model = tuned("olmoe", "grouped_mm")
+    loss = model(input_ids=TOKENS, labels=TOKENS).loss
+    weights = [layer.active.weight for layer in model.base_model.layers()]
+    found = torch.autograd.grad(loss, weights, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        sum(each.square().sum() for each in found).backward()
+
+
+def nodes(loss: Tensor) -> set[Any]:
+    found, left = set(), [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            left += [next_node for next_node, _ in node.next_functions]
+    return found
