@@ -1,8 +1,8 @@
 """Time and peak memory of a training step at equal trainable counts, in one process, on one mixture of experts.
 
-KappaTune's slices, beside PEFT's LoRA on all linear layers and PEFT's LoRA on all experts at once (`target_parameters`,
-which is how LoRA reaches fused experts). Steps of all are taken in turn; a line shows the median time, its ratio to
-LoRA on all linear layers, and how far the memory rose above what lay there before the step.
+KappaTune's slices, whole and as low-rank pairs, beside PEFT's LoRA on all linear layers and PEFT's LoRA on all experts
+at once (`target_parameters`, which is how LoRA reaches fused experts). Steps of all are taken in turn; a line shows the
+median time, its ratio to LoRA on all linear layers, and how far the memory rose above what lay there before the step.
 
     python benchmarks/step.py [--layers 4] [--experts 32] [--hidden 512] [--tokens 1024] [--k 24] [--rounds 10]
 """
@@ -47,6 +47,8 @@ def methods(args: argparse.Namespace, implementation: str) -> Iterator[tuple[str
     ours = adapted(args, implementation, KappaTuneConfig(k=args.k, include=["*.experts.*"]))
     wanted = trainable(ours)
     yield "KappaTune, slices", ours
+    pairs = KappaTuneConfig(k=args.k, include=["*.experts.*"], adapter="lora", match={"params": wanted})
+    yield "KappaTune, pairs beside slices", adapted(args, implementation, pairs)
     for name, where in (
         ("LoRA, all linear layers", {"target_modules": "all-linear"}),
         ("LoRA, all experts", {"target_modules": [], "target_parameters": EXPERTS}),

@@ -39,19 +39,29 @@ def one_process(saved_olmoe, selection, tmp_path_factory):
     """What one process gives with the batches of all ranks."""
     done = {}
 
-    def run(world: int = 2, **settings):
-        key = world, str(settings)
+    def run(world: int = 2, config: dict | None = None, **settings):
+        key = world, str(settings), str(config)
         if key not in done:
             output = str(tmp_path_factory.mktemp("one"))
             settings = {"per_device_train_batch_size": 2 * world, **settings}
-            done[key] = train("one", str(saved_olmoe), output, {"selection": selection.to_dict()}, **settings)
+            config = {"selection": selection.to_dict(), **(config or {})}
+            done[key] = train("one", str(saved_olmoe), output, config, **settings)
         return done[key]
 
     return run
 
 
-def on_ranks(mode: str, model: Path, output: Path, selection: Selection, world: int = 2, **settings) -> dict:
-    arguments = {"mode": mode, "model": str(model), "output": str(output), "config": {"selection": selection.to_dict()}}
+def on_ranks(
+    mode: str,
+    model: Path,
+    output: Path,
+    selection: Selection,
+    world: int = 2,
+    config: dict | None = None,
+    **settings,
+) -> dict:
+    config = {"selection": selection.to_dict(), **(config or {})}
+    arguments = {"mode": mode, "model": str(model), "output": str(output), "config": config}
     return run_ranks(train, world, **arguments, **settings)[0]
 
 
@@ -104,6 +114,21 @@ def test_with_deepspeed(mode, saved_olmoe, tmp_path, selection, one_process):
 def test_more_modes(mode, settings, saved_olmoe, tmp_path, selection, one_process):
     found = on_ranks(mode, saved_olmoe, tmp_path, selection, **settings)
     assert_equal(found, one_process())
+    assert_saved(saved_olmoe, tmp_path, found)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "ddp",
+        pytest.param("fsdp2", marks=pytest.mark.distributed),
+        *[pytest.param(f"zero{stage}", marks=[needs_deepspeed, pytest.mark.distributed]) for stage in (2, 3)],
+    ],
+)
+def test_pairs(mode, saved_olmoe, tmp_path, selection, one_process):
+    pairs = {"adapter": "lora", "r": 2, "lora_alpha": 8}
+    found = on_ranks(mode, saved_olmoe, tmp_path, selection, config=pairs)
+    assert_equal(found, one_process(config=pairs))
     assert_saved(saved_olmoe, tmp_path, found)
 
 

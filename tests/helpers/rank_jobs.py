@@ -152,6 +152,8 @@ def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def train(
     mode: str, model: str, output: str, config: dict[str, Any], resume: str | None = None, **settings: Any
 ) -> dict[str, Any]:
+    # low-rank pairs begin at random numbers
+    torch.manual_seed(0)
     one = make_trainer(mode, model, output, config, **settings)
     one.train(resume_from_checkpoint=resume)
     base = one.accelerator.unwrap_model(one.model).get_base_model()
