@@ -329,7 +329,8 @@ def _show_decisions(trainer: SFTTrainer, out: Console) -> Selection:
         out.print(f"Training the {len(selection.units)} matrices of the selection given.")
     else:
         out.print(*report_tables(report, selection))
-        out.print(f"Of {len(report.units) + len(report.left_out)} matrices {ranked_and_left_out(report)}.")
+        counted = f"Of {len(report.units) + len(report.left_out)} matrices {ranked_and_left_out(report)}."
+        out.print(counted, markup=False)
     if trainer.is_world_process_zero():
         trainer.model.print_trainable_parameters()
     groups = [f"{group} {count:,}" for group, count in _trained_by_group(trainer.model).items()]

@@ -53,10 +53,12 @@ def loaded(folder: Path) -> torch.nn.Module:
     return load_model(str(folder)).eval()
 
 
-def test_a_run_hears_saves_and_merges(saved, tmp_path):
+def test_a_run_hears_saves_and_merges(saved, tmp_path, capsys):
     recipe = recipe_in(tmp_path, saved, learning_rate="3e-2", max_steps=30)
     assert recipe.training_args.remove_unused_columns is False
     result = run_sft(recipe)
+    # below the table, and in the sentence that counts
+    assert " ".join(capsys.readouterr().out.split()).count("(include: [tower] ranks it)") == 2
     found = losses(result.trainer)
     assert sum(found[-3:]) < 0.5 * sum(found[:3])
     names = [unit.name for unit in result.selection.units]
