@@ -9,6 +9,7 @@ the projector between them is new: what stage 1 trains.
 import argparse
 import copy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +73,18 @@ def main() -> None:
     if args.folder.is_dir() and any(args.folder.iterdir()):
         sys.exit(f"Error: '{args.folder}' isn't empty: give another folder, or delete it.")
     try:
-        parts = compose(*_speech_model(args.speech_model), *_text_model(args.text_model))
-    except (KappaTuneError, OSError, ValueError, ImportError) as error:
+        parts = compose(*_loaded(_speech_model, args.speech_model), *_loaded(_text_model, args.text_model))
+    except KappaTuneError as error:
         sys.exit(f"Error: {error}")
     for each in parts:
         each.save_pretrained(args.folder)
+
+
+def _loaded(load: Callable[[str], tuple[Any, Any]], name: str) -> tuple[Any, Any]:
+    try:
+        return load(name)
+    except (OSError, ValueError, ImportError) as error:
+        raise KappaTuneError(f"Can't load '{name}': {error}") from error
 
 
 def _speech_model(name: str) -> tuple[Any, Any]:

@@ -65,7 +65,7 @@ def test_two_folders_become_one(tmp_path, monkeypatch):
     SpeechCollator.build(AutoProcessor.from_pretrained(tmp_path / "both"), "<|AUDIO|>")
     for words, said in (
         ((speech, text, tmp_path / "both"), "Error: '.*both' isn't empty: give another folder, or delete it"),
-        ((speech, tmp_path / "nowhere", tmp_path / "new"), "Error: .*nowhere"),
+        ((speech, tmp_path / "nowhere", tmp_path / "new"), "Error: Can't load '.*nowhere': "),
         ((text, text, tmp_path / "new"), "Error: LlamaForCausalLM has no encoder or audio_tower"),
     ):
         with pytest.raises(SystemExit, match=said):
