@@ -68,13 +68,20 @@ def added(contents: Sequence[Content], lever: Lever, limit: float, key: str) -> 
     """How much higher `key` is within `limit` by the first of a lever's pairs than by the second.
 
     Returns:
-        As `over_seeds` has it: over the settings where two or more have both, else over the seeds of the one that has;
-        None where none has.
+        As `over_seeds` has it, and "over" what: the settings where two or more have both ("3 settings"), else the seeds
+        of the one that has; None where none has.
     """
     each = [found for content in contents if (found := _over_pairs(content, lever, limit, key))]
     if not each:
         return None
-    return over_seeds(each[0] if len(each) == 1 else [statistics.fmean(values) for values in each])
+    if len(each) == 1:
+        return {**over_seeds(each[0]), "over": counted(len(each[0]), "seed")}
+    return {**over_seeds([statistics.fmean(values) for values in each]), "over": f"{len(each)} settings"}
+
+
+def counted(count: int, thing: str) -> str:
+    """ "1 seed", "3 seeds"."""
+    return f"{count} {thing}" + "s" * (count != 1)
 
 
 def _over_pairs(content: Content, lever: Lever, limit: float, key: str) -> list[float]:

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import dial
+import study_gpu
 import study_real
-from levers import LEVERS, added, difference, is_clear
+from levers import LEVERS, added, counted, difference, is_clear, kept
 from real_tables import LARGER, LEGEND, LOSS, MODELS, RIGHT, TASKS, every_method, limits_of, words_of
 
 from kappatune_plugin.console import number
@@ -40,13 +41,17 @@ def text(contents: Contents, dialed: Sequence[Mapping[str, Any]], matrices: str)
         dialed: the records of benchmarks/dial.py.
         matrices: the section on one matrix at a time.
     """
-    parts = [HEAD, in_short(contents), how(contents)]
-    for place, (model, found) in enumerate(by_model(contents).items()):
+    # the same task without its end token is no setting more
+    settings = {name: each for name, each in contents.items() if not name.endswith(study_real.NO_END)}
+    parts = [HEAD, in_short(settings), how(contents)]
+    for place, (model, found) in enumerate(by_model(settings).items()):
         picture = f"\n![learned within two limits](results/{model}-limits.png)\n" if place < PICTURES else ""
         parts.append(f"## {MODELS[model]}\n\n{winners(found)}\n{picture}")
-    parts += [what_adds(contents), on_the_dial(dialed), matrices, unknown(contents)]
+    parts += [what_adds(settings), end_token(contents), on_the_dial(dialed), matrices, unknown(contents)]
     parts += ["## Every method\n\n" + LEGEND if contents else ""]
-    parts += [f"### {words_of(name)}\n\n{every_method(content)}\n" for name, content in contents.items()]
+    for name, content in contents.items():
+        seeds = counted(len(content["settings"]["seeds"]), "seed")
+        parts.append(f"### {words_of(name)} ({seeds})\n\n{every_method(content)}\n")
     return "\n".join(part for part in parts if part)
 
 
@@ -132,7 +137,8 @@ def how(contents: Contents) -> str:
         content = contents.get(name)
         cells = ["not measured yet", *[""] * 5] if content is None else _before(content)
         rows.append(f"| {words_of(name)} | {' | '.join(cells)} |")
-    return f"{HOW}\n{chr(10).join(rows)}\n"
+    larger = any(name.partition("-")[0] in LARGER for name in contents)
+    return f"{HOW}{ON_A_GPU if larger else ''}\n{chr(10).join(rows)}\n"
 
 
 def _before(content: Mapping[str, Any]) -> list[str]:
@@ -161,14 +167,20 @@ HOW = f"""## The setting
 """
 
 
+ON_A_GPU = f"""- {", ".join(MODELS[model] for model in LARGER)}: {study_gpu.STEPS} steps of 4 rows, rates of
+  {study_gpu.RATES.replace(",", ", ")} and one beyond where an edge is best; 300 test rows, 300 of the other task.
+"""
+
+
 def winners(found: Mapping[str, Mapping[str, Any]]) -> str:
     """A row a task and limit: who has learned most, and how many methods it may be by chance."""
     rows = ["| task | limit | lowest loss | may be chance against | most right | may be chance against |"]
     rows.append("|---" * 6 + "|")
     for task, content in found.items():
+        seeds = counted(len(content["settings"]["seeds"]), "seed")
         for place, limit in enumerate(content["settings"]["frontier"]["limits"]):
             cells = [cell for measure in (LOSS, RIGHT) for cell in _leader(content, place, measure)]
-            rows.append(f"| {task} | {limit:g} | {' | '.join(cells)} |")
+            rows.append(f"| {task} ({seeds}) | {limit:g} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -193,10 +205,10 @@ def what_adds(contents: Contents) -> str:
     for heading, levers in LEVERS.items():
         group = [_added_row(contents, lever, limits) for lever in levers]
         if any(group):
-            rows += [f"| **{heading}** |" + " |" * len(limits), *filter(None, group)]
+            rows += [f"| **{heading}** |" + " |" * (len(limits) + 1), *filter(None, group)]
     if not rows:
         return ""
-    head = [f"| | {' | '.join(f'{limit:g} nats' for limit in limits)} |", "|---" * (len(limits) + 1) + "|"]
+    head = [f"| | over | {' | '.join(f'{limit:g} nats' for limit in limits)} |", "|---" * (len(limits) + 2) + "|"]
     return "\n".join([WHAT_ADDS, *head, *rows, ""])
 
 
@@ -209,13 +221,51 @@ it leaves out zero. What is known by the rate alone is known of the first seed.
 
 
 def _added_row(contents: Contents, lever: Any, limits: Sequence[float]) -> str:
-    cells = []
+    cells, over = [], ""
     for limit in limits:
         loss = added(list(contents.values()), lever, limit, LOSS)
         right = added(list(contents.values()), lever, limit, RIGHT)
+        over = over or (loss or {}).get("over", "")
         points = right and {name: right[name] and 100 * right[name] for name in ("mean", "half")}
         cells.append("; ".join(filter(None, (difference(loss, FORM), difference(points, "{:+.1f}")))))
-    return f"| {lever.words} | {' | '.join(cells)} |" if any(cells) else ""
+    return f"| {lever.words} | {over} | {' | '.join(cells)} |" if any(cells) else ""
+
+
+def end_token(contents: Contents) -> str:
+    """What leaving the end token out changes, method by method; "" where no setting has both."""
+    rows = []
+    for name, content in contents.items():
+        twin = contents.get(name.removesuffix(study_real.NO_END))
+        if name.endswith(study_real.NO_END) and twin is not None:
+            limits = limits_of([content])
+            rows += [f"| | {' | '.join(f'{limit:g} nats' for limit in limits)} | rise, all kept |"]
+            rows += ["|---" * (len(limits) + 2) + "|"]
+            rows += [_without_end(content, twin, method) for method in content["methods"]]
+    return "\n".join([END_TOKEN, *rows, ""]) if rows else ""
+
+
+END_TOKEN = """## What the end token does
+
+Trained without an end token behind each answer, against with one: differences of the loss of the right label on test
+rows within each limit, and of the rise with all that was trained kept (nats a token), seed by seed; in bold where the
+95% interval leaves out zero.
+"""
+
+
+def _without_end(content: Mapping[str, Any], twin: Mapping[str, Any], method: Mapping[str, Any]) -> str:
+    other = next((each for each in twin["methods"] if each["name"] == method["name"]), None)
+    if other is None:
+        return f"| `{method['name']}` |"
+    sides = [
+        (kept(content, method, "one", limit, LOSS), kept(twin, other, "one", limit, LOSS))
+        for limit in limits_of([content])
+    ]
+    sides.append(tuple(each["frontier"]["points"][-1]["rise"]["values"] for each in (method, other)))
+    cells = [
+        difference(over_seeds([a - b for a, b in zip(*pair, strict=False) if None not in (a, b)]), FORM)
+        for pair in sides
+    ]
+    return f"| `{method['name']}` | {' | '.join(cells)} |"
 
 
 def on_the_dial(records: Sequence[Mapping[str, Any]]) -> str:

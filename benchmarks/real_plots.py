@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from levers import counted
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from real_tables import LOSS
@@ -27,8 +28,7 @@ def plot(contents: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         panels = figure.subplots(1, len(contents), sharey=True, squeeze=False)[0]
     for axes, (title, content) in zip(panels, contents.items(), strict=True):
         _panel(axes, content, names)
-        seeds = len(content["settings"]["seeds"])
-        axes.set_title(f"{title}\n{seeds} seed{'s' if seeds > 1 else ''}", fontsize=9)
+        axes.set_title(f"{title}\n{counted(len(content['settings']['seeds']), 'seed')}", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(names)), [name.replace(":rank_by=", "\n") for name in names], fontsize=8)
     panels[0].set_ylim(len(names) - 0.4, -0.6)

@@ -19,7 +19,12 @@ MODELS = {
 LARGER = ("olmoe", "deepseek", "llama32")
 # what was learned, on test rows
 LOSS, RIGHT = "task_loss", "task_accuracy"
-TASKS = {"irony": "irony of tweets", "sst2": "tone of film reviews (SST-2)", "subj": "plot or opinion (Subj)"}
+TASKS = {
+    "irony": "irony of tweets",
+    "sst2": "tone of film reviews (SST-2)",
+    "subj": "plot or opinion (Subj)",
+    "irony_no_end": "irony of tweets, end token left out",
+}
 LEGEND = """Within each limit: right answers on test rows; loss; × the share kept of what was trained (of a scale a
 matrix the median). Then all that was trained, its rise of the control that rose most, and the task that was only asked.
 """

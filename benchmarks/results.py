@@ -2,7 +2,8 @@
 
     python benchmarks/results.py
 
-The files come from benchmarks/study_real.py and study_gpu.py (real models), study.py (small ones), dial.py, speech.py.
+The files come from benchmarks/study_real.py and study_gpu.py (real models), study.py (small ones), dial.py,
+one_matrix.py, speech.py.
 """
 
 from collections.abc import Iterable
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import compact
+import one_matrix_page
 import real_page
 import real_plots
 import records
@@ -30,6 +32,8 @@ def main() -> None:
     real = committed(real_page.names())
     for model, found in list(real_page.by_model(real).items())[: real_page.PICTURES]:
         real_plots.plot(found, RESULTS / f"{model}-limits.png")
+    if one_matrix_page.useful(matrices()):
+        one_matrix_page.plot(matrices(), RESULTS / one_matrix_page.PICTURE)
     for name, text in pages().items():
         write_text(DOCS / name, text)
 
@@ -40,9 +44,15 @@ def pages() -> dict[str, str]:
     heard, dialed = (records.read(RESULTS / f"{name}.jsonl") for name in ("speech", "dial"))
     earlier = (RESULTS / "earlier.md").read_text(encoding="utf-8")
     return {
-        "RESULTS.md": real_page.text(real, dialed, ""),
+        "RESULTS.md": real_page.text(real, dialed, one_matrix_page.section(matrices())),
         "RESULTS-small-models.md": small_page.text(small, heard, earlier),
     }
+
+
+def matrices() -> list[dict[str, Any]]:
+    """The records of benchmarks/one_matrix.py, none before it ran."""
+    path = RESULTS / "one-matrix.jsonl"
+    return records.read(path) if path.exists() else []
 
 
 def committed(names: Iterable[str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ back to each limit. Killed and started again it goes on where it was; settings m
 import argparse
 import json
 import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ METHODS = (
     "lora,lora_mlp,osf,full,lora:replay=0.25,full:replay=0.25,lowest_mlp:replay=0.25"
 )
 ESFT = ",highest:rank_by=expert_share,highest:rank_by=expert_gate"
+NO_END = "_no_end"
 SETTINGS = {
     "smollm2-irony": METHODS,
     "smollm2-sst2": METHODS,
@@ -35,6 +37,8 @@ SETTINGS = {
     "mixture-irony": METHODS + ESFT,
     "mixture-sst2": METHODS + ESFT,
     "gemma3-irony": METHODS,
+    # what the end token does: the same without it
+    f"smollm2-irony{NO_END}": "lowest_mlp,random_mlp,lora,full",
 }
 # asked, and not trained
 OTHER = {"irony": "sst2", "sst2": "irony", "subj": "irony"}
@@ -50,6 +54,9 @@ def main() -> None:
     parser.add_argument("--methods", default=None, help="in the place of each setting's own")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument(
+        "--per_matrix", action="store_true", help="also a scale for each matrix: several times as long, and other runs"
+    )
     parser.add_argument("--output", type=Path, default=Path("outputs/study-real"))
     parser.add_argument("--results", type=Path, default=None, help="a folder to copy each setting's JSON file to")
     args = parser.parse_args()
@@ -58,12 +65,10 @@ def main() -> None:
     for name in args.settings:
         folder = args.output / name
         changes = changed(name, args.models, args.data, folder / "data") | {"max_steps": args.steps}
-        words = [
-            word
-            for key, value in changes.items()
-            for word in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
-        ]
-        asked = Asked(RECIPE, words, args.seeds, RATES, args.steps, output_dir=folder, limits=LIMITS)
+        if args.per_matrix:
+            # a recipe with a limit says how it is kept; the limits compared at are those of LIMITS
+            changes["forgetting.max_delta"] = 0.05
+        asked = Asked(RECIPE, words_of(changes), args.seeds, RATES, args.steps, output_dir=folder, limits=LIMITS)
         compare_session(asked, args.methods or SETTINGS[name])
         if args.results is not None:
             local = {args.data: "data", args.models: "models", args.output: "study"}
@@ -72,7 +77,7 @@ def main() -> None:
 
 def changed(name: str, models: Path, data: Path, folder: Path) -> dict[str, Any]:
     """What replaces the recipe's model, task and control."""
-    model, task = name.split("-")
+    model, task = name.removesuffix(NO_END).split("-")
     folder.mkdir(parents=True, exist_ok=True)
     prompt, *words = TASKS[task]
     other_prompt, *other_words = TASKS[OTHER[task]]
@@ -95,6 +100,7 @@ def changed(name: str, models: Path, data: Path, folder: Path) -> dict[str, Any]
         "data.prompt": prompt.replace("{}", "{sentence}"),
         "data.completion": "{label}",
         "data.labels": dict(enumerate(words)),
+        "data.end_token": not name.endswith(NO_END),
         "forgetting.control": {"wikitext": {"path": str(control)}, "self": "self"},
         "forgetting.recall": recall,
         "forgetting.max_length": 128,
@@ -102,6 +108,15 @@ def changed(name: str, models: Path, data: Path, folder: Path) -> dict[str, Any]
         "forgetting.samples": 32,
         "forgetting.batch_size": 16,
     }
+
+
+def words_of(changes: Mapping[str, Any], given: Sequence[str] = ()) -> list[str]:
+    """Changes of a recipe as command-line words; the `given` ones take precedence."""
+    words = []
+    for key, value in changes.items():
+        if f"--{key}" not in given:
+            words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+    return [*words, *given]
 
 
 def rows_of(rows: list[tuple[str, int]], count: int, target: Path) -> Path:

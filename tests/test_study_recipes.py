@@ -18,6 +18,8 @@ from kappatune_plugin.run.train import run_sft
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
+import compact  # noqa: E402
+import real_page  # noqa: E402
 import study_gpu  # noqa: E402
 
 DATA = Path(os.environ.get("KAPPATUNE_DATA", REPOSITORY.parent / "shared" / "data"))
@@ -129,24 +131,48 @@ def test_the_metamathqa_recipe_on_gsm8k(saved_llama, tmp_path):
         assert tokenizer.decode(ids[labels != -100]) == text
 
 
+@pytest.fixture(scope="module")
+def saved_kinds(tmp_path_factory) -> Path:
+    """Tiny models in the place of those of the study for a GPU, each in the folder of its name. Read only."""
+    folder = tmp_path_factory.mktemp("kinds")
+    for name, kind in (("olmoe", "olmoe"), ("deepseek", "deepseek_v2"), ("llama32", "llama")):
+        tiny_model(kind, vocab_size=300).save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
+    return folder
+
+
 @pytest.mark.parametrize(
-    "task", [pytest.param(each, marks=[pytest.mark.slow] * bool(place)) for place, each in enumerate(study_gpu.TASKS)]
+    "setting", [pytest.param(each, marks=[pytest.mark.slow] * (each != "olmoe-irony")) for each in study_gpu.SETTINGS]
 )
-def test_the_study_for_a_gpu(saved_olmoe, tmp_path, task):
+def test_the_study_for_a_gpu(saved_kinds, tmp_path, setting):
     """As it stands but for the model, the rows and their number; bfloat16 as there."""
+    # both tasks' columns, since each asks the other
+    rows = [{**row, "sentence": row["text"]} for row in TWEETS]
+    controls = study_gpu.changed(setting, None)["forgetting.control"]
+    asked = study_gpu.changed(setting, None)["forgetting.recall"]
+    data = files(tmp_path, rows)
+    local = json.loads(data["data.test"])
     given = {
-        **files(tmp_path, TWEETS if task == "irony" else SENTENCES),
-        "forgetting.control": json.dumps({"path": str(write_rows(tmp_path / "wiki.jsonl", WIKI))}),
+        **data,
+        "forgetting.control": json.dumps(
+            {**controls, "wikitext": {"path": str(write_rows(tmp_path / "w.jsonl", WIKI))}}
+        ),
+        "forgetting.recall": json.dumps({key: asked[key] for key in ("prompt", "completion", "labels")} | local),
+        "forgetting.samples": 2,
+        "forgetting.max_length": 16,
         "kappatune.k": 6,
         "max_steps": 2,
         "use_cpu": "true",
         "bf16": "false",
     }
     words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
-    words += ["--model", str(saved_olmoe), "--tasks", task, "--methods", "lowest,lora", "--seeds", "1", "--widen", "1"]
-    words += ["--every", "1", "--smooth", "1", "--output", str(tmp_path / "out"), "--results", str(tmp_path)]
-    study_gpu.main(words)
-    text = (tmp_path / f"olmoe-{task}.json").read_text(encoding="utf-8")
-    content = json.loads(text)
-    assert content["recipe"]["dtype"] == "bfloat16" and content["recipe"]["model_name_or_path"] == "model"
-    assert [len(method["grid"]) for method in content["methods"]] == [3, 3] and str(saved_olmoe) not in text
+    methods = "lora," + ("highest:rank_by=expert_share" if "expert_share" in study_gpu.SETTINGS[setting] else "lowest")
+    words += ["--models", str(saved_kinds), "--settings", setting, "--methods", methods, "--seeds", "1"]
+    words += ["--learning_rates", "1e-4", "--widen", "0", "--every", "1", "--smooth", "1"]
+    study_gpu.main([*words, "--output", str(tmp_path / "out"), "--results", str(tmp_path)])
+    assert str(saved_kinds) not in (tmp_path / f"{setting}.json").read_text(encoding="utf-8")
+    content = compact.read(tmp_path / f"{setting}.json")
+    model = setting.partition("-")[0]
+    assert content["recipe"]["dtype"] == "bfloat16" and content["recipe"]["model_name_or_path"] == f"models/{model}"
+    assert all(len(method["grid"]) == 1 and len(method["frontier"]["within"]) == 4 for method in content["methods"])
+    assert "| `lora` |" in real_page.text({setting: content}, [], "")

@@ -14,6 +14,8 @@ sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import levers  # noqa: E402
 import real_page  # noqa: E402
 import real_plots  # noqa: E402
+import real_tables  # noqa: E402
+import study_gpu  # noqa: E402
 import study_real  # noqa: E402
 
 LIMITS = [0.02, 0.1]
@@ -53,6 +55,7 @@ def test_a_difference_is_paired_by_seed_in_one_setting_and_over_settings_in_seve
     assert levers.added([first], lever, 0.02, "task_loss")["half"] == pytest.approx(0.2484, abs=1e-4)
     # of settings .2 and .3: mean .25, s = .0707, t(1) = 12.706: ± .635
     both = levers.added([first, second], lever, 0.02, "task_loss")
+    assert both["over"] == "2 settings"
     assert (both["mean"], both["half"]) == (pytest.approx(0.25), pytest.approx(0.6353, abs=1e-4))
     assert levers.added([first, second], lever, 0.1, "task_loss")["mean"] == pytest.approx(-0.2)
     assert levers.added([first], lever, 0.05, "task_loss") is None
@@ -79,7 +82,12 @@ def test_by_the_rate_alone_counts_the_best_whose_worst_control_keeps_the_limit()
     assert levers.kept(content, ours, "rate", 0.1, "task_loss") == [0.6]
     # no rate of b keeps a limit: the base is left
     lever = choice("a", "b", ("rate", "rate"))
-    assert levers.added([content], lever, 0.1, "task_loss") == {"mean": -0.4, "half": None, "values": [-0.4]}
+    assert levers.added([content], lever, 0.1, "task_loss") == {
+        "mean": -0.4,
+        "half": None,
+        "values": [-0.4],
+        "over": "1 seed",
+    }
     assert levers.added([content], choice("a", "a", ("one", "rate")), 0.1, "task_loss")["mean"] == pytest.approx(-0.5)
 
 
@@ -98,29 +106,38 @@ def test_the_page_names_who_has_learned_most_and_what_a_choice_adds(contents):
     page = real_page.text(contents, [], "")
     for said in (
         "- **Within 0.02 nats** the lowest loss has `random_mlp` in 1, `lora` in 1 of 2 settings; in 1 by more than ",
-        "| irony of tweets | 0.02 | `random_mlp` 0.263 ± .038 | none |",
-        "| irony of tweets | 0.1 | `random_mlp` 0.203 ± .112 | `lowest_mlp` |",
-        "| irony of tweets | 0.02 | `lora` 0.500 | one seed |",
-        "| `lowest_mlp` against `random_mlp` | **+0.050 ± .000**; +0.0 ± .0 | +0.007 ± .125; +0.0 ± .0 |",
+        "| irony of tweets (3 seeds) | 0.02 | `random_mlp` 0.263 ± .038 | none |",
+        "| irony of tweets (3 seeds) | 0.1 | `random_mlp` 0.203 ± .112 | `lowest_mlp` |",
+        "| irony of tweets (1 seed) | 0.02 | `lora` 0.500 | one seed |",
+        "| `lowest_mlp` against `random_mlp` | 3 seeds | **+0.050 ± .000**; +0.0 ± .0 | +0.007 ± .125; +0.0 ± .0 |",
         "against `random_mlp`: the loss is higher within 0.02 (**+0.050 ± .000**); no clear difference within 0.1.",
         "| `osf` | 0.001 | 1,000 | It has no scale. |",
         "| `lora` | 0.001 | 1,000 | 60.0%; 0.500; ×0.50 | 60.0%; 0.400; ×0.50 | 60.0%; 0.400; ×1.00 | +0.010 | - |",
-        "- 4 of the 6 settings above: not measured yet.",
+        "- 5 of the 7 settings above: not measured yet.",
         "- What more than a seed or two would say: Gemma 3 270M (dequantized from 4 bit): irony of tweets.",
+        "### Gemma 3 270M (dequantized from 4 bit): irony of tweets (1 seed)",
         "![learned within two limits](results/smollm2-limits.png)",
     ):
         assert said in page, said
     assert "no comparison" not in page.lower()
 
 
+def test_the_end_token_is_compared_seed_by_seed_and_counts_for_no_setting_more(contents):
+    without = compared(method("lowest_mlp", [0.10, 0.11, 0.13], [0.1, 0.2, 0.3]))
+    page = real_page.text({**contents, "smollm2-irony_no_end": without}, [], "")
+    assert "| `lowest_mlp` | **-0.200 ± .000** | -0.010 ± .224 | +0.000 ± .000 |" in page
+    assert "of 2 settings" in page and "of 3 settings" not in page
+
+
 def test_a_page_without_comparisons_says_so():
     page = real_page.text({}, [], "")
-    assert "No comparison of real models is in `docs/results` yet" in page and page.count("not measured yet") == 7
+    assert "No comparison of real models is in `docs/results` yet" in page and page.count("not measured yet") == 8
     assert "Every method" not in page and "What each decision adds" not in page
 
 
 def test_the_page_knows_every_setting_of_the_study():
-    assert set(study_real.SETTINGS) <= set(real_page.names())
+    assert set(study_real.SETTINGS) | set(study_gpu.SETTINGS) <= set(real_page.names())
+    assert {name.partition("-")[0] for name in study_gpu.SETTINGS} == set(real_tables.LARGER)
     methods = {name for each in study_real.SETTINGS.values() for name in each.split(",")}
     compared = {name for group in levers.LEVERS.values() for lever in group for pair in lever.pairs for name in pair}
     assert compared - {levers.EVERY} <= methods
