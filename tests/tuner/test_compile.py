@@ -32,9 +32,9 @@ def gradients(model, run):
     return loss.item(), {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
 
 
-@pytest.mark.parametrize("kind", ["llama", "olmoe"])
-def test_one_graph_and_the_same_gradients(kind):
-    model = get_peft_model(tiny_model(kind), KappaTuneConfig(task_type="CAUSAL_LM", k="40%"))
+@pytest.mark.parametrize(("kind", "settings"), [("llama", {}), ("olmoe", {}), ("olmoe", {"adapter": "lora"})])
+def test_one_graph_and_the_same_gradients(kind, settings):
+    model = get_peft_model(tiny_model(kind), KappaTuneConfig(task_type="CAUSAL_LM", k="40%", **settings))
     loss, wanted = gradients(model, model)
     base = loss
     compiled, counter = counted(model)
