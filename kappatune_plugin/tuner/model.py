@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import DUMMY_TARGET_MODULES, BaseTuner
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from kappatune_plugin.distributed import shards
 from kappatune_plugin.distributed.lost_ranks import together
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.selection.report import KappaReport
 from kappatune_plugin.selection.selection import Selection
+from kappatune_plugin.slices.backward_end import end_backward_early
 from kappatune_plugin.slices.bind import BINDINGS, bind, parameter_readers, shadow, unbind, unshadow
 from kappatune_plugin.tuner.config import LORA, KappaTuneConfig
 from kappatune_plugin.tuner.layer import (
@@ -88,7 +90,7 @@ class KappaTuneModel(BaseTuner):
             self.selections, self.reports, self._base_hashes = {}, {}, source.base_hashes()
             self.register_load_state_dict_pre_hook(check_loaded_keys)
             self.register_state_dict_pre_hook(warn_not_finite)
-            self._running: list[list[tuple[nn.Module, str]]] = []
+            self._running: list[tuple[list[tuple[nn.Module, str]], list[RemovableHandle]]] = []
             self._hooks = [
                 model.register_forward_pre_hook(self._before_forward),
                 model.register_forward_hook(self._after_forward, always_call=True),
@@ -148,12 +150,16 @@ class KappaTuneModel(BaseTuner):
         selected = head is not None and BINDINGS in head.__dict__
         if selected:
             _check_head(head)
-        self._running.append(shadow(head) if selected else [])
+        ends = [] if torch.compiler.is_compiling() else end_backward_early(model)
+        self._running.append((shadow(head) if selected else [], ends))
 
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
         # called after an error of `_before_forward` too
         if self._running:
-            unshadow(self._running.pop())
+            shadowed, ends = self._running.pop()
+            unshadow(shadowed)
+            for handle in ends:
+                handle.remove()
 
     def layers(self) -> list[KappaTuneLayer]:
         """The trained units of all adapters, in the model's order."""

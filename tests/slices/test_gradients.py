@@ -157,13 +157,3 @@ def test_gradients_of_gradients_are_refused():
     found = torch.autograd.grad(loss, weights, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         sum(each.square().sum() for each in found).backward()
-
-
-def nodes(loss: Tensor) -> set[Any]:
-    found, left = set(), [loss.grad_fn]
-    while left:
-        node = left.pop()
-        if node is not None and node not in found:
-            found.add(node)
-            left += [next_node for next_node, _ in node.next_functions]
-    return found
