@@ -43,7 +43,7 @@ def text(contents: Contents, dialed: Sequence[Mapping[str, Any]], matrices: str)
     """
     # the same task without its end token is no setting more
     settings = {name: each for name, each in contents.items() if not name.endswith(study_real.NO_END)}
-    parts = [HEAD, in_short(settings), how(contents)]
+    parts = [HEAD, in_short(settings, dialed), how(contents)]
     for place, (model, found) in enumerate(by_model(settings).items()):
         picture = f"\n![learned within two limits](results/{model}-limits.png)\n" if place < PICTURES else ""
         parts.append(f"## {MODELS[model]}\n\n{winners(found)}\n{picture}")
@@ -64,19 +64,22 @@ def by_model(contents: Contents) -> dict[str, dict[str, Mapping[str, Any]]]:
     return found
 
 
-def in_short(contents: Contents) -> str:
+def in_short(contents: Contents, dialed: Sequence[Mapping[str, Any]]) -> str:
     """The answers, from the files."""
     lines = ["## In short\n"]
     if not contents:
-        lines.append(
-            "- No comparison of real models is in `docs/results` yet; what follows is all that has been measured."
-        )
+        lines.append("- No comparison with tuned rates is in `docs/results` yet; what follows is all that is measured.")
     for limit in limits_of(contents.values()):
         lines.append(f"- **Within {limit:g} nats** {most(contents, limit)}")
     for heading, levers in LEVERS.items():
         said = [sentence for lever in levers[:SAID] if (sentence := verdict(contents, lever))]
         if said:
             lines += [f"- **{heading}.** " + " ".join(said)]
+    said = [
+        told(words, {limit: loss for limit, (loss, _) in found.items()}) for words, found in on_dial(dialed).items()
+    ]
+    if said:
+        lines.append("- **SmolLM2 at one rate a method, not tuned (further down).** " + " ".join(said))
     lines.append(
         "- Models of 0.7 to 4.5 million parameters: [small models, and earlier studies](RESULTS-small-models.md)."
     )
@@ -102,31 +105,26 @@ def verdict(contents: Contents, lever: Any) -> str:
     """What a decision adds at each limit, as a sentence; "" where it isn't measured."""
     found = {limit: added(list(contents.values()), lever, limit, LOSS) for limit in limits_of(contents.values())}
     there = {limit: measure for limit, measure in found.items() if measure}
-    if not there:
-        return ""
-    kinds = {
-        "lower": [limit for limit, each in there.items() if is_clear(each) and each["mean"] < 0],
-        "higher": [limit for limit, each in there.items() if is_clear(each) and each["mean"] > 0],
-    }
-    parts = [
-        f"the loss is {kind} within {', '.join(f'{limit:g} ({difference(there[limit], FORM)})' for limit in limits)}"
-        for kind, limits in kinds.items()
-        if limits
-    ]
-    one = all(each["half"] is None for each in there.values())
-    means = [each["mean"] for each in there.values()]
-    span = f"{number(FORM, min(means))} to {number(FORM, max(means))}"
-    rest = [limit for limit in there if limit not in kinds["lower"] + kinds["higher"]]
-    if rest:
-        parts.append(f"one value and no interval ({span})" if one else f"no clear difference within {_limits(rest)}")
-    return f"{lever.words[0].upper()}{lever.words[1:]}: {'; '.join(parts)}."
+    return told(lever.words, there) if there else ""
+
+
+def told(words: str, found: Mapping[float, Mapping[str, Any]]) -> str:
+    """Differences of the loss, by limit, as a sentence that begins with `words`."""
+    clear = {limit: each for limit, each in found.items() if is_clear(each)}
+    parts = []
+    for kind, sign in (("lower", -1), ("higher", 1)):
+        there = [f"{limit:g} ({difference(each, FORM)})" for limit, each in clear.items() if sign * each["mean"] > 0]
+        parts += [f"the loss is {kind} within {', '.join(there)}"] if there else []
+    rest = [limit for limit in found if limit not in clear]
+    means = [each["mean"] for each in found.values()]
+    if rest and all(each["half"] is None for each in found.values()):
+        parts.append(f"one value and no interval ({number(FORM, min(means))} to {number(FORM, max(means))})")
+    elif rest:
+        parts.append(f"no clear difference within {', '.join(f'{limit:g}' for limit in rest)}")
+    return f"{words[0].upper()}{words[1:]}: {'; '.join(parts)}."
 
 
 FORM = "{:+.3f}"
-
-
-def _limits(limits: Sequence[float]) -> str:
-    return ", ".join(f"{limit:g}" for limit in limits)
 
 
 def how(contents: Contents) -> str:
@@ -254,7 +252,7 @@ rows within each limit, and of the rise with all that was trained kept (nats a t
 
 def _without_end(content: Mapping[str, Any], twin: Mapping[str, Any], method: Mapping[str, Any]) -> str:
     other = next((each for each in twin["methods"] if each["name"] == method["name"]), None)
-    if other is None:
+    if other is None or not all("points" in each["frontier"] for each in (method, other)):
         return f"| `{method['name']}` |"
     sides = [
         (kept(content, method, "one", limit, LOSS), kept(twin, other, "one", limit, LOSS))
@@ -270,24 +268,20 @@ def _without_end(content: Mapping[str, Any], twin: Mapping[str, Any], method: Ma
 
 def on_the_dial(records: Sequence[Mapping[str, Any]]) -> str:
     """What the study of the dial says of choices, at one fixed rate each."""
-    runs = {tuple(each[name] for name in dial.RUN) for each in records}
-    if not runs:
+    found, runs = on_dial(records), {tuple(each[name] for name in dial.RUN) for each in records}
+    if not found:
         return ""
-    rows, replayed = [], sum(run[dial.RUN.index("replay")] > 0 for run in runs)
-    limits = sorted({each["limit"] for each in records if "limit" in each})
-    for ours, theirs in (("lowest_mlp", "lora"), ("lowest", "lora"), ("full", "lora")):
-        cells = [_dialed(records, ours, theirs, limit) for limit in limits]
-        rows.append(f"| `{ours}` against `{theirs}` | {' | '.join(cells)} |")
-    heads = " | ".join(f"within {limit:g} nats" for limit in limits)
-    return "\n".join(
-        [
-            ON_THE_DIAL.format(runs=len(runs), replayed=replayed),
-            f"| | {heads} |",
-            "|---" * (len(limits) + 1) + "|",
-            *rows,
-            "",
+    limits = list(next(iter(found.values())))
+    heads = ["", *(f"within {limit:g} nats" for limit in limits)]
+    rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for words, each in found.items():
+        cells = [
+            f"{difference(loss, FORM)}; {difference(right, '{:+.1f}')} ({counted(len(loss['values']), 'run')})"
+            for loss, right in each.values()
         ]
-    )
+        rows.append(f"| {words} | {' | '.join(cells)} |")
+    replayed = sum(run[dial.RUN.index("replay")] > 0 for run in runs)
+    return "\n".join([ON_THE_DIAL.format(runs=len(runs), replayed=replayed), *rows, ""])
 
 
 ON_THE_DIAL = """## SmolLM2-135M-Instruct (dequantized from 4 bit), at one rate a method
@@ -299,17 +293,36 @@ run; ± is the 95% interval over runs, in bold where it leaves out zero.
 """
 
 
-def _dialed(records: Sequence[Mapping[str, Any]], ours: str, theirs: str, limit: float) -> str:
-    found: dict[tuple, dict[str, Mapping[str, Any]]] = {}
+def on_dial(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[float, tuple[dict[str, Any], dict[str, Any]]]]:
+    """Two methods -> limit -> differences of loss and of right answers (points) over the runs that have both."""
+    found: dict[str, dict[float, Any]] = {}
+    for ours, theirs in (("lowest_mlp", "lora"), ("lowest", "lora"), ("full", "lora")):
+        for limit in sorted({each["limit"] for each in records if "limit" in each}):
+            runs = dial_kept(records, limit)
+            pairs = [
+                (each, runs[(theirs, *key)])
+                for (arm, *key), each in runs.items()
+                if arm == ours and (theirs, *key) in runs
+            ]
+            if pairs:
+                measures = (
+                    over_seeds([factor * (one[name] - other[name]) for one, other in pairs])
+                    for name, factor in (("loss", 1), ("accuracy", 100))
+                )
+                found.setdefault(f"`{ours}` against `{theirs}`", {})[limit] = tuple(measures)
+    return found
+
+
+def dial_kept(records: Sequence[Mapping[str, Any]], limit: float) -> dict[tuple, Mapping[str, Any]]:
+    """(method, task, replay, seed) -> what is left within the limit by a scale a matrix, the base where nothing is."""
+    found = {}
     for each in records:
-        if each.get("limit") == limit and each["asked"] == "per_matrix" and each["mode"] != "none":
-            found.setdefault((each["task"], each["replay"], each["seed"]), {})[each["arm"]] = each
-    pairs = [(run[ours], run[theirs]) for run in found.values() if {ours, theirs} <= run.keys()]
-    parts = []
-    for key, factor, form in (("loss", 1, FORM), ("accuracy", 100, "{:+.1f}")):
-        measure = over_seeds([factor * (one[key] - other[key]) for one, other in pairs])
-        parts.append(difference(measure, form))
-    return f"{'; '.join(parts)} ({len(pairs)} runs)" if pairs else ""
+        key = tuple(each[name] for name in ("arm", "task", "replay", "seed"))
+        if each["mode"] == "base":
+            base = each
+        elif each.get("limit") == limit and each["asked"] == "per_matrix":
+            found[key] = base if each["mode"] == "none" else each
+    return found
 
 
 def unknown(contents: Contents) -> str:

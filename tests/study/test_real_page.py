@@ -129,9 +129,33 @@ def test_the_end_token_is_compared_seed_by_seed_and_counts_for_no_setting_more(c
     assert "of 2 settings" in page and "of 3 settings" not in page
 
 
+def dialed(arm, seed, loss, mode="per_matrix"):
+    run = {"task": "irony", "arm": arm, "replay": 0.0, "seed": seed}
+    kept = {"loss": loss, "accuracy": 0.5, "mode": mode}
+    return [
+        {**run, "mode": "base", "loss": 4.0, "accuracy": 0.5},
+        {**run, "limit": 0.02, "asked": "one", "loss": 9.0, "accuracy": 0.1, "mode": "one"},
+        {**run, "limit": 0.02, "asked": "per_matrix", **({"mode": "none"} if mode == "none" else kept)},
+    ]
+
+
+def test_the_dials_runs_are_compared_one_by_one_and_what_keeps_nothing_is_the_base():
+    runs = [
+        *dialed("lora", 0, 1.0),
+        *dialed("lora", 1, 2.0),
+        *dialed("lowest_mlp", 1, 2.5),
+        *dialed("lowest_mlp", 0, 1.5),
+    ]
+    page = real_page.text({}, runs, "")
+    assert "| `lowest_mlp` against `lora` | **+0.500 ± .000**; +0.0 ± .0 (2 runs) |" in page and "From 4 runs" in page
+    assert "`lowest_mlp` against `lora`: the loss is higher within 0.02 (**+0.500 ± .000**)." in page
+    none = real_page.on_dial([*dialed("lora", 0, 1.0), *dialed("full", 0, 0.0, mode="none")])
+    assert none["`full` against `lora`"][0.02][0]["values"] == [3.0]
+
+
 def test_a_page_without_comparisons_says_so():
     page = real_page.text({}, [], "")
-    assert "No comparison of real models is in `docs/results` yet" in page and page.count("not measured yet") == 8
+    assert "No comparison with tuned rates is in `docs/results` yet" in page and page.count("not measured yet") == 8
     assert "Every method" not in page and "What each decision adds" not in page
 
 
