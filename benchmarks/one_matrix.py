@@ -8,7 +8,7 @@ was.
     python benchmarks/one_matrix.py --model FOLDER [--data DATA] [--task irony] [--each 12]
     python benchmarks/results.py
 
-SmolLM2-135M-Instruct: about 25 minutes on one CPU core.
+SmolLM2-135M-Instruct: about 25 minutes of one CPU core, reckoned from the time of two matrices.
 """
 
 import argparse
