@@ -174,8 +174,10 @@ def _grouped(
     function: Callable, x: Tensor, weight: Tensor, *args: Any, offs: Tensor | None = None, **named: Any
 ) -> Any:
     """A product of groups of rows of x (n, .), each with the matrix of one expert; they end at `offs` (experts,)."""
-    given = [*args, *(value for value in named.values() if value is not None)]
-    if given or offs is None or not isinstance(weight, SliceWeight) or isinstance(x, SliceWeight) or x.ndim != 2:
+    more = [*args, *(value for value in named.values() if value is not None)]
+    if more or offs is None or isinstance(x, SliceWeight) or not isinstance(weight, SliceWeight):
+        return NotImplemented
+    if (x.ndim, weight.ndim) != (2, 3) or weight.ids is not None:
         return NotImplemented
     ends = [0, *weight.reads.ends(offs)]
     output = grouped_mm(function, x, weight.detach(), offs)
@@ -205,6 +207,6 @@ KNOWN: dict[Any, Callable] = {
     FALLBACK: _grouped,
 }
 for owner, name in ((torch, "_grouped_mm"), (torch.nn.functional, "grouped_mm")):
-    # torch 2.8 and 2.10
+    # of torch before 2.10, and since
     if hasattr(owner, name):
         KNOWN[getattr(owner, name)] = _grouped

@@ -152,18 +152,24 @@ def test_whatever_else_is_done_gets_the_whole_gradient(name: str):
     check(UNKNOWN[name])
 
 
+def grouped_product(function: str) -> Callable[..., Tensor]:
+    if function == "transformers":
+        pytest.importorskip("transformers.integrations.moe", reason="transformers 4 has no grouped experts")
+        return torch.ops.transformers.grouped_mm_fallback
+    if not hasattr(functional, "grouped_mm"):
+        pytest.skip("this torch has it on GPUs only")
+    return functional.grouped_mm if function == "functional" else torch._grouped_mm
+
+
 @pytest.mark.parametrize("function", ["functional", "torch", "transformers"])
 @pytest.mark.parametrize("width", [ROWS, COLUMNS])
 def test_grouped_products(function: str, width: int):
     """Of w, and of the transpose."""
-    if function == "transformers":
-        pytest.importorskip("transformers.integrations.moe", reason="transformers 4 has no grouped experts")
-        product = torch.ops.transformers.grouped_mm_fallback
-    else:
-        product = getattr(
-            torch if function == "torch" else functional, f"{'_' * (function == 'torch')}grouped_mm", None
-        )
-    if product is None or (function != "transformers" and not hasattr(functional, "grouped_mm")):
-        pytest.skip("this torch has it on GPUs only")
+    product = grouped_product(function)
     with without_alias_gradients():
         check(lambda x, w: product(x, w if width == ROWS else w.transpose(-2, -1), offs=ENDS), width, torch.float32)
+
+
+def test_a_grouped_product_of_gathered_experts():
+    product = grouped_product("transformers")
+    check(lambda x, w: product(x, w[torch.tensor([1, 0, 3, 2])], offs=ENDS), dtype=torch.float32)
