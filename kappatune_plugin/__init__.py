@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kappatune_plugin.tuner.config import KappaTuneConfig
     from kappatune_plugin.tuner.model import KappaTuneModel
     from kappatune_plugin.tuner.plain_lora import lora_config
+    from kappatune_plugin.weights.fused_experts import quantize_experts
 
 __all__ = [
     "Kappa",
@@ -34,6 +35,7 @@ __all__ = [
     "condition_number",
     "interpolate",
     "lora_config",
+    "quantize_experts",
     "scan",
     "select",
 ]
@@ -47,6 +49,7 @@ _WHERE = {
     "condition_number": "condition.number",
     "interpolate": "interpolation.interpolate",
     "lora_config": "tuner.plain_lora",
+    "quantize_experts": "weights.fused_experts",
     "scan": "scanning.scan",
     "select": "selection.selection",
 }

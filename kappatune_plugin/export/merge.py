@@ -23,6 +23,7 @@ from kappatune_plugin.model_folder import CARD_PICTURES, check_free, publish, st
 from kappatune_plugin.tuner.adapter_folder import ADAPTER, adapter_config, check_adapter, load_adapter
 from kappatune_plugin.tuner.values import VALUES
 from kappatune_plugin.weights.checkpoint_names import CheckpointNames, dtypes_to_save
+from kappatune_plugin.weights.fused_experts import EXPERTS, dequantize_experts, quantize_experts
 from kappatune_plugin.weights.load_model import model_class
 from kappatune_plugin.weights.quantized import whole_model
 from kappatune_plugin.weights.safetensors_files import checkpoint_files
@@ -184,11 +185,17 @@ def _base(adapter: Path, base: str, config: PeftConfig, options: dict[str, Any])
         if labels:
             settings.id2label = dict(enumerate(labels))
             settings.label2id = {label: number for number, label in enumerate(labels)}
-        noted = getattr(config, "base_quantization", None)
+        noted = dict(getattr(config, "base_quantization", None) or {})
+        experts = noted.pop(EXPERTS, None)
         if noted and not getattr(settings, "quantization_config", None):
             options["quantization_config"] = AutoQuantizationConfig.from_dict(noted)
         loader = _trained_class(config, settings)
         model, info = loader.from_pretrained(base, config=settings, output_loading_info=True, **options)
+        if experts:
+            quantize_experts(model, experts)
+            dequantize_experts(model)
+    except KappaTuneError:
+        raise
     except Exception as error:
         # a damaged base raises SafetensorError, RuntimeError, OSError or ValueError
         raise KappaTuneError(f"Can't load the base model '{base}': {error}\nGive its place with --model.") from error

@@ -31,6 +31,10 @@ class KappaTuneBlock(KappaTuneSettings):
     )
     auto: AutoBudget | None = Field(default=None, description="How `k: auto` decides.")
     gain: GainConfig | None = Field(default=None, description=f"How a `rank_by` of {', '.join(ON_ROWS)} is measured.")
+    quantize_experts: StrictBool = Field(
+        default=True,
+        description="With load_in_4bit also quantize fused experts, which transformers leaves unquantized.",
+    )
 
     @field_validator("k")
     @classmethod

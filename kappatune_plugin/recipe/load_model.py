@@ -8,8 +8,11 @@ from transformers import AutoTokenizer
 from trl import get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
+from kappatune_plugin.console import console
+from kappatune_plugin.distributed import ranks
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.recipe.recipe import Recipe
+from kappatune_plugin.weights.fused_experts import quantize_experts
 from kappatune_plugin.weights.load_model import cannot_load
 
 
@@ -25,17 +28,29 @@ def tokenizer_error(recipe: Recipe) -> ValueError | None:
 def load_base(recipe: Recipe, trained: str | None = None) -> nn.Module:
     """The recipe's model, or one that was `trained` from it, as SFTTrainer loads it from its name.
 
+    Where the recipe quantizes it, its fused experts are quantized too, and a line says what they take.
+
     Raises:
-        KappaTuneError: it can't be loaded.
+        KappaTuneError: it can't be loaded, or its experts can't be quantized.
     """
     name, options = trained or recipe.model_args.model_name_or_path, model_init_kwargs(recipe)
     if trained is not None:
         del options["revision"]
     try:
-        return create_model_from_path(name, **options)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        # TypeError: model_init_kwargs that no model has
+        model = create_model_from_path(name, **options)
+    except (OSError, ValueError, TypeError, SafetensorError, ImportError) as error:
+        # TypeError: model_init_kwargs that no model has; ImportError: quantization without its library
         raise cannot_load(name, error) from error
+    if quantizes_experts(recipe):
+        found = quantize_experts(model, options["quantization_config"])
+        if found.parameters or found.left:
+            console(quiet=ranks.rank() > 0).print(str(found), highlight=False, soft_wrap=True)
+    return model
+
+
+def quantizes_experts(recipe: Recipe) -> bool:
+    """Whether fused experts are quantized too, if the recipe's model has any."""
+    return recipe.quantize_experts and model_init_kwargs(recipe).get("quantization_config") is not None
 
 
 def load_tokenizer(recipe: Recipe) -> Any:
@@ -55,14 +70,19 @@ def model_init_kwargs(recipe: Recipe) -> dict[str, Any]:
     """How to load the recipe's model, as trl/scripts/sft.py gives it to `from_pretrained`.
 
     Raises:
-        KappaTuneError: the recipe's `model_init_kwargs` are no mapping.
+        KappaTuneError: the recipe's `model_init_kwargs` are no mapping, or bitsandbytes is missing.
     """
     args, model = recipe.training_args, recipe.model_args
     if not isinstance(args.model_init_kwargs, dict | None):
         raise KappaTuneError(f"model_init_kwargs: {args.model_init_kwargs!r} is not a mapping.")
     if wrong := [key for key in args.model_init_kwargs or {} if not isinstance(key, str)]:
         raise KappaTuneError(f"model_init_kwargs: has the key {wrong[0]!r}; keys are names. Delete it.")
-    quantization = get_quantization_config(model)
+    try:
+        quantization = get_quantization_config(model)
+    except ImportError as error:
+        raise KappaTuneError(
+            f"load_in_4bit and load_in_8bit need bitsandbytes: {error}. Install it: pip install bitsandbytes."
+        ) from error
     return {
         **({"quantization_config": quantization} if quantization else {}),
         "revision": model.model_revision,

@@ -41,6 +41,7 @@ class Recipe:
         auto: how `k: auto` decides; `kappatune.k` is its largest budget then. None for a fixed k.
         gain: how `rank_by: gain_over_forgetting` is measured; None for its defaults.
         audio: the block `audio:`; None for a recipe of text.
+        quantize_experts: whether fused experts are quantized where the recipe quantizes the model.
         overwrite: whether an earlier run in `output_dir` may be replaced (`overwrite_output_dir`).
     """
 
@@ -57,6 +58,7 @@ class Recipe:
     gain: GainConfig | None = None
     overwrite: bool = False
     audio: AudioBlock | None = None
+    quantize_experts: bool = True
 
     @property
     def replay(self) -> ReplayConfig | None:
@@ -107,7 +109,7 @@ def load_recipe(path: str | os.PathLike, overrides: Iterable[str] = (), launches
     resolved = {**arguments, **blocks}
     auto = (kappatune.auto or AutoBudget()) if kappatune.k == AUTO else None
     given = data and data.model_dump(exclude_unset=True)
-    settings = auto, kappatune.gain, overwrite, audio
+    settings = auto, kappatune.gain, overwrite, audio, kappatune.quantize_experts
     return Recipe(*built, kappatune.config(), given, forgetting, resolved, folder, *settings)
 
 

@@ -29,7 +29,13 @@ from kappatune_plugin.forgetting.probe import ForgettingData, ForgettingProbe
 from kappatune_plugin.forgetting.report import ForgettingReport
 from kappatune_plugin.interpolation.dial import Dialed
 from kappatune_plugin.recipe.held_out import hold_out, interpolates
-from kappatune_plugin.recipe.load_model import load_base, load_tokenizer, model_init_kwargs, tokenizer_error
+from kappatune_plugin.recipe.load_model import (
+    load_base,
+    load_tokenizer,
+    model_init_kwargs,
+    quantizes_experts,
+    tokenizer_error,
+)
 from kappatune_plugin.recipe.load_rows import eval_rows, load_data, task_examples
 from kappatune_plugin.recipe.measure_on_rows import config_with_scores, needs_rows
 from kappatune_plugin.recipe.public import public_yaml
@@ -201,7 +207,7 @@ def _trainer(recipe: Recipe, train: Dataset, test: Dataset | None) -> SFTTrainer
     test = eval_rows(recipe, test)
     try:
         base = model.model_name_or_path
-        if needs_rows(config) or config.adapter == LORA:
+        if needs_rows(config) or config.adapter == LORA or quantizes_experts(recipe):
             base = load_base(recipe)
             args.model_init_kwargs = None
         if needs_rows(config):

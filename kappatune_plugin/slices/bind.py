@@ -18,6 +18,8 @@ from kappatune_plugin.slices.alias import Bindable, Part, SliceAlias, TracedAlia
 from kappatune_plugin.slices.weight import Reads, Selected, SliceWeight, slice_weight, with_zero_gradients
 
 BINDINGS, UNBOUND = "_kappatune_bindings", "_kappatune_unbound"
+# see `parameter_readers`
+Readers = dict[int, list[tuple[nn.Module, str, list[nn.Module]]]]
 
 
 @dataclass
@@ -29,7 +31,7 @@ class Binding:
     layers: list[Bindable]
 
 
-def parameter_readers(model: nn.Module) -> dict[int, list[tuple[nn.Module, str, list[nn.Module]]]]:
+def parameter_readers(model: nn.Module) -> Readers:
     """For the `id` of each parameter every (owner, attribute, modules to bind): tied weights have several owners.
 
     Bound are the owner and the nearest module around it that has a forward, which lists of modules don't.
@@ -45,7 +47,7 @@ def parameter_readers(model: nn.Module) -> dict[int, list[tuple[nn.Module, str, 
             found += [parent] if _runs(parent) else around(parent)
         return found
 
-    readers: dict[int, list[tuple[nn.Module, str, list[nn.Module]]]] = {}
+    readers: Readers = {}
     for module in model.modules():
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
@@ -145,21 +147,30 @@ def _alias(module: nn.Module, binding: Binding, reads: Reads | None) -> bool:
     # what is divided over ranks is whole only while its owner runs
     if attribute in owner.__dict__ or (owner is not module and shards.is_partitioned(owner._parameters[attribute])):
         return False
-    training = [(layer, layer.trained) for layer in binding.layers]
+    selected = select(binding.layers)
+    if not selected:
+        return False
+    parameter = owner._parameters[attribute]
+    fused = reads is not None and _is_fused(parameter, selected)
+    owner.__dict__[attribute] = slice_weight(parameter, selected, reads) if fused else aliased(parameter, selected)
+    return True
+
+
+def select(layers: Sequence[Bindable]) -> Selected:
+    """Those of `layers` that train, with the tensors that their gradients go to."""
+    training = [(layer, layer.trained) for layer in layers]
     selected = tuple(
         (Part(layer, trained, layer.unit.index), trained.target()) for layer, trained in training if trained is not None
     )
-    if not selected:
-        return False
     for part, _ in selected:
         part.layer.ran = True
-    parameter = owner._parameters[attribute]
-    if reads is not None and _is_fused(parameter, selected):
-        owner.__dict__[attribute] = slice_weight(parameter, selected, reads)
-    else:
-        parts, targets = zip(*selected, strict=True)
-        owner.__dict__[attribute] = SliceAlias.apply(parameter, parts, *targets)
-    return True
+    return selected
+
+
+def aliased(weight: Tensor, selected: Selected) -> Tensor:
+    """An alias of any weight, which gets the whole gradient and hands on that of what is selected."""
+    parts, targets = zip(*selected, strict=True)
+    return SliceAlias.apply(weight, parts, *targets)
 
 
 def _is_fused(parameter: Tensor, selected: Selected) -> bool:

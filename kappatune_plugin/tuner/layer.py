@@ -52,8 +52,8 @@ class KappaTuneLayer(nn.Module, BaseTunerLayer):
         self.attribute = attribute
         self.unit = unit
         self.kappatune_values = nn.ModuleDict()
-        self.fingerprint = unit_hash(self.parameter, unit)
-        self.original = Original(self.parameter, unit)
+        self.fingerprint = unit_hash(self.parameter, self.stored)
+        self.original = Original(self.parameter, self.stored)
         self.merged_adapters = []
         self._active_adapter = []
         self._written: tuple[tuple[int, int], ...] | str | None = None
@@ -65,6 +65,11 @@ class KappaTuneLayer(nn.Module, BaseTunerLayer):
     def parameter(self) -> Tensor:
         """The base parameter as its owner holds it now: whole, or this process's part of it."""
         return self.owner._parameters[self.attribute]
+
+    @property
+    def stored(self) -> WeightUnit:
+        """The unit as `parameter` holds it."""
+        return self.unit
 
     @property
     def block(self) -> Tensor:

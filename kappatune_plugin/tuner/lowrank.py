@@ -116,7 +116,9 @@ def check_pairs(model: nn.Module, units: Sequence[WeightUnit], config: KappaTune
             "to drop. Delete it; or, if all selected matrices are whole linear layers, give PEFT "
             "`kappatune_plugin.lora_config(model, config)`, as recipes do."
         )
-    shapes = {unit.name: shards.block_shape(model.get_parameter(unit.parameter), unit.index) for unit in units}
+    # a slice is a matrix as stored
+    whole = [unit for unit in units if not unit.index]
+    shapes = {unit.name: shards.layout(model.get_parameter(unit.parameter)).shape for unit in whole}
     wrong = next((name for name, shape in shapes.items() if len(shape) != 2), None)
     if wrong is not None:
         raise KappaTuneError(

@@ -4,7 +4,7 @@ Everything that relies on the inside of PEFT is here, in layer.py, values.py and
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +21,9 @@ from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.selection.report import KappaReport
 from kappatune_plugin.selection.selection import Selection
 from kappatune_plugin.slices.backward_end import end_backward_early
-from kappatune_plugin.slices.bind import BINDINGS, bind, parameter_readers, shadow, unbind, unshadow
+from kappatune_plugin.slices.bind import BINDINGS, parameter_readers, shadow, unshadow
 from kappatune_plugin.tuner.config import LORA, KappaTuneConfig
+from kappatune_plugin.tuner.dequantized_layer import attach, dequantize_linear, detach
 from kappatune_plugin.tuner.layer import (
     MIXED_BATCH,
     NOT_WRITTEN,
@@ -33,14 +34,16 @@ from kappatune_plugin.tuner.layer import (
     warn_not_finite,
 )
 from kappatune_plugin.tuner.lowrank import check_pairs
-from kappatune_plugin.tuner.match import match_budget, match_rank
 from kappatune_plugin.tuner.register import PREFIX, register
 from kappatune_plugin.tuner.saved_selection import check_loaded_keys, check_selection, keep_selection, named_as_here
 from kappatune_plugin.tuner.trainer_hooks import follow, in_step
 from kappatune_plugin.tuner.values import VALUES
 from kappatune_plugin.tuner.what_to_train import (
     given_selection,
+    how_to_quantize,
     keep_statistics,
+    match_budget,
+    match_rank,
     note_base,
     report_for_selection,
     selected_units,
@@ -49,15 +52,12 @@ from kappatune_plugin.tuner.what_to_train import (
     trained_whole,
     warn_of_new_weights,
 )
+from kappatune_plugin.weights.fused_experts import make_dense
 from kappatune_plugin.weights.model_source import ModelSource
-from kappatune_plugin.weights.quantized import keep_unpacked, make_whole, quantization_of, quantized_form
-from kappatune_plugin.weights.units import WeightUnit
+from kappatune_plugin.weights.quantized import keep_unpacked
+from kappatune_plugin.weights.units import WeightUnit, place_of
 
 SAVE_AGAIN = "`PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)` and load that."
-UNQUANTIZED = (
-    " The base was quantized in training, and this model isn't: quantize it in the same way, or make a plain "
-    "checkpoint with `kappatune merge`."
-)
 
 
 class KappaTuneModel(BaseTuner):
@@ -102,13 +102,12 @@ class KappaTuneModel(BaseTuner):
         warn_of_new_weights(config, source, units)
         note_base(config, model)
         keep_unpacked(model)
-        for name in _quantized_owners(model, units):
-            make_whole(model, name)
+        dequantize_linear(model, units)
         if config.adapter == LORA:
             check_pairs(model, units, config)
         self._targets: dict[str, list[WeightUnit]] = {}
         for unit in units:
-            self._targets.setdefault(unit.parameter.rpartition(".")[0], []).append(unit)
+            self._targets.setdefault(place_of(unit.parameter)[0], []).append(unit)
         config.target_modules = None if units else DUMMY_TARGET_MODULES  # else PEFT refuses to attach nothing
         self._readers = parameter_readers(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -291,8 +290,7 @@ class KappaTuneModel(BaseTuner):
             with together("the scan"), self._as_loaded():
                 report = self.reports[adapter_name] = report_for_selection(config, source, self._base_hashes)
             selection = selection_from(report, config)
-        hint = UNQUANTIZED if config.base_quantization and not quantization_of(source.model) else ""
-        found = {unit.name: unit for unit in source.units}
+        found, hint = {unit.name: unit for unit in source.units}, how_to_quantize(config, source.model)
         units = selected_units(selection, found, self._base_hashes, hint, trained_whole(config, source))
         match_rank(config, source, units)
         config.k, config.order, config.rank_by = selection.k, selection.order, selection.rank_by
@@ -338,12 +336,7 @@ class KappaTuneModel(BaseTuner):
         for unit in self._targets[current_key]:
             name = child_name(unit)
             if name not in target._modules:
-                attribute = unit.parameter.rpartition(".")[2]
-                layer = KappaTuneLayer(target, attribute, unit)
-                target.add_module(name, layer)
-                for owner, its_attribute, readers in self._readers[id(target._parameters[attribute])]:
-                    for reader in readers:
-                        bind(reader, owner, its_attribute, layer)
+                attach(target, name, unit, self._readers)
             target._modules[name].add(adapter_name, peft_config)
         self.__dict__.pop("_layers", None)
 
@@ -368,6 +361,9 @@ class KappaTuneModel(BaseTuner):
                 layer.merge(adapter_names=adapter_names)
             else:
                 layer.write_original()
+        for layer in self.layers() if merge else ():
+            # packed values can't hold what was trained
+            make_dense(layer.owner)
         self._detach(self.layers())
         for hook in self._hooks:
             hook.remove()
@@ -378,9 +374,7 @@ class KappaTuneModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def _detach(self, layers: list[KappaTuneLayer]) -> None:
-        unbind(self.model, layers)
-        for layer in layers:
-            del layer.owner._modules[child_name(layer.unit)]
+        detach(self.model, layers)
         self.__dict__.pop("_layers", None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -401,12 +395,6 @@ def _check_head(head: nn.Module) -> None:
             "The output head is selected and divided over ranks (ZeRO-3 or FSDP2), where it can't be trained. Exclude "
             "it (`exclude: [norm, bias, embedding, head]`, the default), or use ZeRO-2."
         )
-
-
-def _quantized_owners(model: nn.Module, units: Iterable[WeightUnit]) -> list[str]:
-    """Names of the modules that hold quantized ones of these units."""
-    names = (unit.parameter for unit in units)
-    return [name.rpartition(".")[0] for name in names if quantized_form(model.get_parameter(name)) is not None]
 
 
 register(KappaTuneConfig, KappaTuneModel)

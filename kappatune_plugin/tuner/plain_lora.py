@@ -14,11 +14,12 @@ from kappatune_plugin.selection.selection import Selection
 from kappatune_plugin.tuner.adapter_folder import ADAPTER, check_adapter
 from kappatune_plugin.tuner.config import LORA, KappaTuneConfig
 from kappatune_plugin.tuner.lowrank import check_rank
-from kappatune_plugin.tuner.match import is_linear, match_rank
 from kappatune_plugin.tuner.model import KappaTuneModel
 from kappatune_plugin.tuner.saved_selection import REPORT, SELECTION, other_selection
 from kappatune_plugin.tuner.what_to_train import (
     given_selection,
+    is_linear,
+    match_rank,
     report_for_selection,
     selected_units,
     selection_from,

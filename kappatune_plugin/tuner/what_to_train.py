@@ -5,8 +5,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+from peft import LoraConfig
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from transformers.pytorch_utils import Conv1D
 
 from kappatune_plugin.checks import did_you_mean
 from kappatune_plugin.errors import KappaTuneError
@@ -14,8 +17,10 @@ from kappatune_plugin.scanning.scan import scan
 from kappatune_plugin.selection.budget import parse_budget
 from kappatune_plugin.selection.report import KappaReport
 from kappatune_plugin.selection.selection import Selection, select
-from kappatune_plugin.tuner.config import KappaTuneConfig
+from kappatune_plugin.tuner.config import LORA, UNIFORM_LORA, KappaTuneConfig
 from kappatune_plugin.weights.fingerprint import BaseHashes
+from kappatune_plugin.weights.fused_experts import EXPERTS, experts_quantization
+from kappatune_plugin.weights.load_model import trained_without_values
 from kappatune_plugin.weights.model_source import ModelSource
 from kappatune_plugin.weights.patterns import DEFAULT_EXCLUDE
 from kappatune_plugin.weights.quantized import quantization_of
@@ -27,6 +32,10 @@ ADDED_BY_PEFT = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
+UNQUANTIZED = (
+    " The base was quantized in training, and this model isn't: quantize it in the same way, or make a plain "
+    "checkpoint with `kappatune merge`."
+)
 TRAINED_WHOLE = "trained whole, as modules_to_save says"
 
 
@@ -131,11 +140,27 @@ def settle_modules_to_save(config: KappaTuneConfig, model: nn.Module) -> None:
         config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *added]))
 
 
+def how_to_quantize(config: KappaTuneConfig, model: nn.Module) -> str:
+    """What to do with a `model` that isn't quantized as `config` notes of the base of an adapter; "" if it is."""
+    noted, here = config.base_quantization or {}, experts_quantization(model)
+    if noted.keys() - {EXPERTS} and not quantization_of(model):
+        return UNQUANTIZED
+    if noted.get(EXPERTS) == here or not noted:
+        return ""
+    call = f"BitsAndBytesConfig(**{noted[EXPERTS]})" if EXPERTS in noted else ""
+    what = f"call kappatune_plugin.quantize_experts(model, {call}) before" if call else "load them unquantized"
+    return (
+        f" The base's fused experts were stored otherwise in training: {what}; in a recipe the key is quantize_experts."
+    )
+
+
 def note_base(config: KappaTuneConfig, model: nn.Module) -> None:
     """Note in `config` what merging can't learn from the base's files: class, quantization, names of its classes."""
     # PEFT notes the class only where there is no `task_type`, which leaves several classes open
     config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
-    config.base_quantization = quantization_of(model)
+    config.base_quantization, experts = quantization_of(model), experts_quantization(model)
+    if experts:
+        config.base_quantization = {**(config.base_quantization or {}), EXPERTS: experts}
     names = getattr(getattr(model, "config", None), "id2label", None)
     if names and "Classification" in type(model).__name__:
         config.labels = [names[number] for number in sorted(names)]
@@ -225,3 +250,43 @@ def keep_statistics(model: nn.Module) -> None:
         trained = ".modules_to_save." in name or any(each.requires_grad for each in module.parameters(recurse=False))
         if isinstance(module, _BatchNorm) and not trained:
             module.eval()
+
+
+def match_budget(config: KappaTuneConfig, source: ModelSource) -> None:
+    """With `adapter: full`, put the budget `k` in the place of `match`."""
+    if config.match is not None and config.adapter != LORA:
+        config.k, config.match = {"params": wanted(config, source)}, None
+
+
+def match_rank(config: KappaTuneConfig, source: ModelSource, units: Sequence[WeightUnit]) -> None:
+    """With `adapter: lora`, put the rank nearest to `match` in its place; set `lora_alpha` where it follows from r."""
+    if config.match is not None and units:
+        config.r = max(1, round(wanted(config, source) / sum(sum(unit.shape) for unit in units)))
+        config.match = None
+    if config.adapter == LORA and config.lora_alpha is None:
+        config.lora_alpha = float(config.r)
+
+
+def wanted(config: KappaTuneConfig, source: ModelSource) -> int:
+    """The number of values that `match` asks for; LoRA's as PEFT itself attaches it, to a copy without values.
+
+    Raises:
+        KappaTuneError: the model can't be built from its config.
+    """
+    if not isinstance(config.match, str):
+        return int(parse_budget(config.match).value)
+    rank = int(UNIFORM_LORA.fullmatch(config.match)[1])
+    try:
+        with torch.device("meta"):
+            empty = type(source.model)(source.model.config)
+        return trained_without_values(empty, LoraConfig(r=rank, target_modules="all-linear"))[1]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise KappaTuneError(
+            f"match: {config.match}: can't count it for this model ({error}). Give a number."
+        ) from error
+
+
+def is_linear(model: nn.Module, unit: WeightUnit) -> bool:
+    """Whether a unit is the weight of a whole linear layer, which PEFT's LoRA can adapt."""
+    name, _, attribute = unit.parameter.rpartition(".")
+    return not unit.index and attribute == "weight" and isinstance(model.get_submodule(name), nn.Linear | Conv1D)

@@ -12,9 +12,9 @@ from kappatune_plugin.distributed.unsupported import OFFLOADED, offloads
 from kappatune_plugin.distributed.work import deal, rounds
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.weights.fingerprint import BaseHashes, base_hashes, fingerprints, samples_of
-from kappatune_plugin.weights.quantized import dequantized, quantized_form
+from kappatune_plugin.weights.quantized import dequantized, expert_block, quantized_form
 from kappatune_plugin.weights.source import Load, Source, path_name
-from kappatune_plugin.weights.units import WeightUnit, as_matrix, find_units, unit_matrix
+from kappatune_plugin.weights.units import WeightUnit, as_matrix, find_units, place_of, unit_matrix
 
 
 class ModelSource(Source):
@@ -51,9 +51,14 @@ class ModelSource(Source):
 
     def load(self, unit: WeightUnit) -> Tensor:
         if unit.name in self._forms:
-            owner, _, name = unit.parameter.rpartition(".")
-            return as_matrix(dequantized(self.model.get_submodule(owner), name), unit)
+            return as_matrix(self._dequantized(unit), unit)
         return unit_matrix(self.model, unit)
+
+    def _dequantized(self, unit: WeightUnit) -> Tensor:
+        if unit.index:
+            return expert_block(self.model.get_parameter(unit.parameter), unit.index)
+        owner, name = place_of(unit.parameter)
+        return dequantized(self.model.get_submodule(owner), name)
 
     def base_hashes(self) -> BaseHashes:
         """See `Source`. They are made once: a source is of its model as it was at the first call."""

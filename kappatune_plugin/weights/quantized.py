@@ -89,6 +89,41 @@ def dequantized(module: nn.Module, name: str) -> Tensor:
     return dequantize_float8(parameter, found[0].detach(), block)
 
 
+def dequantized_experts(packed: Tensor) -> Tensor:
+    """Fused experts (experts, ., .) that bitsandbytes packed in 4 bits, dequantized."""
+    shape = packed.quant_state.shape
+    return _values(packed, 0, shape.numel()).view(shape)
+
+
+def expert_block(packed: Tensor, index: tuple[int | slice, ...]) -> Tensor:
+    """`dequantized_experts(packed)[index]`, of which only this expert is dequantized.
+
+    Args:
+        index: the expert, and a slice of each other axis.
+    """
+    shape = packed.quant_state.shape
+    size = shape[1:].numel()
+    return _values(packed, index[0] * size, (index[0] + 1) * size).view(shape[1:])[index[1:]]
+
+
+def _values(packed: Tensor, start: int, stop: int) -> Tensor:
+    """A range of the flattened values that bitsandbytes packed.
+
+    As one row: where rows aren't whole blocks, bitsandbytes 0.50 reads the wrong scales on CPUs with AVX512.
+    """
+    from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
+
+    state, size = packed.quant_state, packed.quant_state.blocksize
+    scales = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+    # a block that shares a scale may begin before the range and end behind it
+    first, last = start // size, math.ceil(stop / size)
+    low, high = first * size, min(last * size, 2 * packed.numel())
+    shape = torch.Size([1, high - low])
+    part = QuantState(scales[first:last].float(), shape, state.code, size, state.quant_type, state.dtype)
+    values = dequantize_4bit(packed.data.view(-1, 1)[low // 2 : high // 2], part)
+    return values.reshape(-1)[start - low : stop - low]
+
+
 def _unpack(module: nn.Module, state: Any) -> None:
     """Undo bitsandbytes' packing of 4 bit weights for some CPUs; `state_dict` alone would lose the scales."""
     if getattr(state, "packing_format_for_cpu", False):

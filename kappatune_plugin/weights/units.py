@@ -19,6 +19,8 @@ from kappatune_plugin.weights.checkpoint_names import CheckpointNames
 from kappatune_plugin.weights.quantized import is_scale, quantized_form, unusable_form
 
 FUSED_PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj")}
+# around the attribute's name, where torch keeps a parameter that is computed when it is read
+PACKED = ("parametrizations.", ".original")
 # children that the tuner adds to the modules it trains
 OWN = "kappatuned_"
 # what PEFT's wrappers train whole or by rows, and where they hold the module that they wrap
@@ -75,7 +77,8 @@ def find_units(model: nn.Module, quantized: bool = False) -> list[WeightUnit]:
             continue
         if f".{OWN}" in f".{module_name}" or BESIDE & set(module_name.split(".")):
             continue
-        for short_name, parameter in module.named_parameters(recurse=False):
+        packed = packed_parameters(module)
+        for short_name, parameter in [*module.named_parameters(recurse=False), *packed.items()]:
             whole = shards.layout(parameter)
             form = quantized_form(parameter)
             if form is not None and quantized:
@@ -98,11 +101,37 @@ def find_units(model: nn.Module, quantized: bool = False) -> list[WeightUnit]:
             if id(parameter) in units:
                 units[id(parameter)] = [replace(unit, groups=unit.groups | groups) for unit in units[id(parameter)]]
             else:
+                place = full_name if short_name not in packed else packed_name(module_name, short_name)
                 units[id(parameter)] = [
-                    replace(unit, name=WRAPPED.sub(".", unit.name), groups=unit.groups | groups)
+                    replace(unit, name=WRAPPED.sub(".", unit.name), parameter=place, groups=unit.groups | groups)
                     for unit in _units_of(module, full_name, whole, names)
                 ]
     return [unit for found in units.values() for unit in found if min(unit.shape) > 1]
+
+
+def packed_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of `module` that bitsandbytes packed by a parametrization, under the names it reads them by."""
+    lists = module._modules.get("parametrizations", {})
+    found = {name: getattr(each, "original", None) for name, each in lists.items()}
+    return {name: each for name, each in found.items() if each is not None and quantized_form(each) is not None}
+
+
+def packed_name(module: str, attribute: str) -> str:
+    """The name in `model.named_parameters()` of what `packed_parameters` gives for `attribute`."""
+    return f"{module}.{PACKED[0]}{attribute}{PACKED[1]}".lstrip(".")
+
+
+def place_of(parameter: str) -> tuple[str, str]:
+    """The name of the module that reads a parameter, and the attribute under which it does.
+
+    Args:
+        parameter: its name in `model.named_parameters()`.
+    """
+    owner, packed, attribute = parameter.removesuffix(PACKED[1]).rpartition(PACKED[0])
+    if packed:
+        return owner.removesuffix("."), attribute
+    owner, _, attribute = parameter.rpartition(".")
+    return owner, attribute
 
 
 def unit_block(parameter: Tensor, unit: WeightUnit) -> Tensor:
@@ -128,7 +157,7 @@ def _units_of(module: nn.Module, name: str, parameter: Tensor, names: Checkpoint
         yield WeightUnit(names.whole(name), shape, name, out_axis=out_axis)
     elif parameter.ndim == 2:
         yield WeightUnit(names.whole(name), tuple(parameter.shape), name)
-    elif parameter.ndim == 3 and _holds_experts(module, name):
+    elif parameter.ndim == 3 and holds_experts(module, name):
         yield from _expert_units(module, name, parameter, names)
     elif parameter.ndim == 3 and parameter.shape[0] > 1:
         for position in range(parameter.shape[0]):
@@ -140,7 +169,8 @@ def _units_of(module: nn.Module, name: str, parameter: Tensor, names: Checkpoint
         yield WeightUnit(names.whole(name), shape, name, groups=frozenset({"embedding"}))
 
 
-def _holds_experts(module: nn.Module, name: str) -> bool:
+def holds_experts(module: nn.Module, name: str) -> bool:
+    """Whether the 3-D parameter `name`, of `module`, holds one matrix an expert."""
     return hasattr(module, "num_experts") or "expert" in f"{type(module).__name__}.{name}".lower()
 
 
