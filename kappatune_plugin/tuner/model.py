@@ -55,7 +55,7 @@ from kappatune_plugin.tuner.what_to_train import (
 from kappatune_plugin.weights.fused_experts import make_dense
 from kappatune_plugin.weights.model_source import ModelSource
 from kappatune_plugin.weights.quantized import keep_unpacked
-from kappatune_plugin.weights.units import WeightUnit, place_of
+from kappatune_plugin.weights.units import WeightUnit, embedding_modules, place_of
 
 SAVE_AGAIN = "`PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)` and load that."
 
@@ -144,8 +144,7 @@ class KappaTuneModel(BaseTuner):
             raise KappaTuneError(f"What is trained {NOT_WRITTEN}")
         if in_step():
             self.write_through(everything=True)
-        getter = getattr(model, "get_output_embeddings", None)
-        head = getter() if getter else None
+        head = embedding_modules(model)[1]
         selected = head is not None and BINDINGS in head.__dict__
         if selected:
             _check_head(head)
