@@ -7,7 +7,15 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from helpers.rank_jobs import HAS_DEEPSPEED, OLD_DEEPSPEED, merge_not_finite, plain_deepspeed, train
+from helpers.quantize import needs_bitsandbytes
+from helpers.rank_jobs import (
+    HAS_DEEPSPEED,
+    OLD_DEEPSPEED,
+    merge_not_finite,
+    plain_deepspeed,
+    train,
+    train_packed_experts,
+)
 from helpers.ranks import run_ranks
 from helpers.tiny import tiny_model
 from kappatune_plugin import Selection, scan, select
@@ -87,6 +95,17 @@ def test_without_deepspeed(mode, saved_olmoe, tmp_path, selection, one_process):
     found = on_ranks(mode, saved_olmoe, tmp_path, selection)
     assert_equal(found, one_process())
     assert_saved(saved_olmoe, tmp_path, found)
+
+
+@needs_bitsandbytes
+@pytest.mark.distributed
+def test_experts_in_four_bits_under_ddp():
+    rows = torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(0)).tolist()
+    expected = train_packed_experts(rows)
+    for found in run_ranks(train_packed_experts, rows=rows):
+        assert found.keys() == expected.keys() and len(expected) == 8
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5)
 
 
 @needs_deepspeed

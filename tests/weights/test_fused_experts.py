@@ -112,3 +112,11 @@ def test_without_bitsandbytes(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes.nn", None)
     with pytest.raises(KappaTuneError, match="bitsandbytes can't quantize experts: .*pip install -U bitsandbytes"):
         quantize_experts(tiny_model("olmoe"), {"load_in_4bit": True})
+
+
+def test_experts_divided_over_ranks_are_refused(monkeypatch):
+    model = tiny_model("olmoe")
+    monkeypatch.setattr("kappatune_plugin.distributed.shards.shards_with_fsdp", lambda: True)
+    with pytest.raises(KappaTuneError, match="can't be divided over ranks .ZeRO-3, FSDP2.: use DDP or ZeRO-2"):
+        quantize_experts(model, NF4)
+    assert experts_quantization(model) is None
