@@ -13,6 +13,7 @@ from helpers.tiny import tiny_model, tiny_tokenizer
 from kappatune_plugin import KappaTuneConfig
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.export.merge import merge_adapter
+from kappatune_plugin.slices.alias import SliceAlias
 from kappatune_plugin.weights.fused_experts import dequantize_experts, quantize_experts
 from kappatune_plugin.weights.model_source import ModelSource
 from kappatune_plugin.weights.units import packed_parameters
@@ -70,8 +71,9 @@ def unit_values(model: nn.Module) -> dict[str, Tensor]:
     return {unit.name: source.load(unit) for unit in source.units}
 
 
-@pytest.mark.parametrize("adapter", SETTINGS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "adapter"), [*((kind, "full") for kind in KINDS), ("olmoe", "lora"), ("gpt_oss", "lora")]
+)
 def test_training_is_that_of_the_dequantized_model(kind, adapter):
     """The reference holds the same values unquantized, where training is tested against autograd."""
     tuned, reference = tuned_model(kind, adapter), tuned_model(kind, adapter, whole=True)
@@ -131,7 +133,23 @@ def test_two_adapters_copies_and_unloading():
     assert torch.equal(logits(tuned), first)
     tuned.delete_adapter("default")
     assert torch.equal(logits(tuned), base)
-    assert torch.equal(logits(tuned.unload()), base)
+    plain = tuned.unload()
+    assert torch.equal(logits(plain), base)
+    for model in (plain, merged):
+        experts = model.model.layers[0].mlp.experts
+        # those of bitsandbytes are left
+        assert {
+            type(each.__self__).__name__ for each in experts._forward_hooks.values() if hasattr(each, "__self__")
+        } == set()
+
+
+def test_the_gradient_of_a_whole_parameter_is_never_made(monkeypatch):
+    """Where experts are read one after the other, or in a grouped product: see `slices.weight`."""
+    monkeypatch.setattr(SliceAlias, "backward", lambda *_: pytest.fail("the whole gradient was asked for"))
+    for implementation in ("grouped_mm", "eager"):
+        tuned = tuned_model("olmoe", "full")
+        tuned.set_experts_implementation(implementation)
+        assert len(train(tuned.train(), steps=1)) == 1
 
 
 def test_gradient_checkpointing_and_a_backward_with_other_values():
