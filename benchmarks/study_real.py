@@ -25,10 +25,11 @@ from kappatune_plugin.study.session import Asked, compare_session
 MODELS = {"smollm2": "smollm2-135m-instruct", "mixture": "smollm2-135m-mixture", "gemma3": "gemma-3-270m"}
 RECIPE = REPOSITORY / "recipes" / "sst2_tinystories.yaml"
 METHODS = (
-    "lowest,highest,lowest_mlp,highest_mlp,random_mlp,shape_matched_random,highest:rank_by=gain_over_forgetting,"
+    "lowest,highest,lowest_mlp,highest_mlp,random_mlp,random_mlp:seed=100,shape_matched_random,"
+    "highest:rank_by=gain_over_forgetting,"
     "lora,lora_mlp,osf,full,lora:replay=0.25,full:replay=0.25,lowest_mlp:replay=0.25"
 )
-ESFT = ",highest:rank_by=expert_share,highest:rank_by=expert_gate"
+ESFT = ",highest:rank_by=expert_share,highest:rank_by=expert_gate,lowest:within=expert_share"
 NO_END = "_no_end"
 SETTINGS = {
     "smollm2-irony": METHODS,

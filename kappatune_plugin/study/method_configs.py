@@ -81,8 +81,11 @@ def choose(method: Method, pool: Pool, units: Sequence[WeightUnit], seed: int) -
         units: of the base model, for patterns that the method sets.
         seed: of the random orders.
     """
-    rank_by = method.settings.get("rank_by", pool.rank_by)
-    report = only_ranked(_allowed(method, pool.report, units), rank_by)
+    rank_by, seed = method.settings.get("rank_by", pool.rank_by), seed + method.settings.get("seed", 0)
+    allowed = _allowed(method, pool.report, units)
+    if within := method.settings.get("within"):
+        allowed = _highest(only_ranked(allowed, within), within, 2 * pool.values)
+    report = only_ranked(allowed, rank_by)
     by_shape = method.base == "shape_matched_random"
     if method.part == PER_TYPE:
         return _per_type(method, report, method.settings.get("k", pool.k), rank_by, seed)
@@ -95,6 +98,14 @@ def choose(method: Method, pool: Pool, units: Sequence[WeightUnit], seed: int) -
     ranking = select(report, max(1, everything), order, rank_by, seed).units
     count = nearest_count([_size(adapter)(unit.shape) for unit in ranking], pool.values)
     return select(report, count, method.base, rank_by, seed)
+
+
+def _highest(report: KappaReport, rank_by: str, values: int) -> KappaReport:
+    """`report` with only the highest by `rank_by`, that have nearly `values` values together."""
+    ranking = select(report, sum(unit.status == "ok" for unit in report.units), "highest", rank_by).units
+    count = nearest_count([math.prod(unit.shape) for unit in ranking], values)
+    names = {unit.name for unit in ranking[:count]}
+    return replace(report, units=[unit for unit in report.units if unit.name in names])
 
 
 def _adapter(method: Method, pool: Pool) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from kappatune_plugin.checks import did_you_mean, is_number
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.schema import expectations, read
+from kappatune_plugin.schema import expectations, not_one_of, read
+from kappatune_plugin.selection.criteria import ON_ROWS
 from kappatune_plugin.selection.ranking import ORDERS
 from kappatune_plugin.study import DEFAULT_METHODS
 from kappatune_plugin.tuner.config import LORA_KEYS, KappaTuneSettings
@@ -18,8 +19,9 @@ from kappatune_plugin.tuner.config import LORA_KEYS, KappaTuneSettings
 ALIASES = {"attention_only": "lowest_attention"}
 PARTS = ("mlp", "attention")
 PER_TYPE = "per_type"
-# what `NAME:key=value` may set for a KappaTune method; the rest is the recipe's, or matched
-KAPPATUNE_SETTINGS = ("k", "rank_by", "include", "exclude", "adapter", *LORA_KEYS)
+# what `NAME:key=value` may set for a KappaTune method; the rest is the recipe's, or matched. `within` is a criterion
+# among whose choice is ranked, `seed` is added to the run's for other draws
+KAPPATUNE_SETTINGS = ("k", "rank_by", "within", "seed", "include", "exclude", "adapter", *LORA_KEYS)
 EXPONENT = r"[-+]?\d+(?:\.\d*)?[eE][-+]?\d+"
 
 
@@ -131,7 +133,9 @@ def _refuse_unknown(word: str, settings: Iterable[str], known: Iterable[str]) ->
 
 def _kappatune_settings(word: str, settings: dict[str, Any]) -> dict[str, Any]:
     _refuse_unknown(word, settings, KAPPATUNE_SETTINGS)
-    problems = read(KappaTuneSettings, settings)[1]
+    problems = read(KappaTuneSettings, {key: settings[key] for key in settings if key != "within"})[1]
+    if settings.get("within", ON_ROWS[0]) not in ON_ROWS:
+        problems.append(f"within: {not_one_of(settings['within'], ON_ROWS)}")
     if problems:
         raise KappaTuneError(f"'{word}': {' '.join(problems)}")
     return settings

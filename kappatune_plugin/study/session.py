@@ -65,7 +65,7 @@ def compare_session(asked: Asked, methods: str) -> dict[str, Any]:
         The content of compare.json.
     """
     chosen = parse_methods(methods)
-    ranks = [method.settings["rank_by"] for method in chosen if "rank_by" in method.settings]
+    ranks = [method.settings[key] for method in chosen for key in ("rank_by", "within") if key in method.settings]
     bench, settings, folder = _prepare(asked, GRID, "compare", ranks)
     content = compare(bench, chosen, settings, folder)
     write_json(folder / "compare.json", content)

@@ -1,6 +1,7 @@
 """The pure parts of a comparison: arithmetic, names of methods, what each trains, tables and recommendations."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -136,6 +137,23 @@ def test_kappatune_methods_match_the_reference_s_parameters():
         assert values(found) == 64 and found.order == name
     assert [unit.kappa for unit in choose(parse_methods("highest")[0], pool, [], 0).units] == [10, 9, 8, 7]
     assert len(choose(parse_methods("lowest:k=2")[0], pool, [], 0).units) == 2
+
+
+def test_another_criterion_may_say_within_what_is_chosen_and_a_seed_makes_other_draws():
+    units = [row(f"model.layers.0.mlp.experts.{i}.up_proj.weight", 10.0 - i) for i in range(8)]
+    used = [replace(unit, scores={"expert_share": float(-place)}) for place, unit in enumerate(units)]
+    pool = Pool.of(report(*used), 2)
+    (method,) = parse_methods("lowest:within=expert_share")
+    # of the four that are used most the two of lowest kappa; over all they would be the last two
+    assert [unit.name.split(".")[5] for unit in choose(method, pool, [], 0).units] == ["3", "2"]
+    draws = {
+        tuple(unit.name for unit in choose(parse_methods(f"random{setting}")[0], pool, [], seed).units)
+        for setting in ("", ":seed=100")
+        for seed in range(3)
+    }
+    assert len(draws) > 3
+    with pytest.raises(KappaTuneError, match="within: 'kappa' is none of"):
+        parse_methods("lowest:within=kappa")
 
 
 def test_parts_are_kept_to():
