@@ -30,7 +30,7 @@ from kappatune_plugin.study.methods import Method
 from kappatune_plugin.tuner.config import LORA_KEYS, KappaTuneConfig
 from kappatune_plugin.tuner.what_to_train import full_report
 from kappatune_plugin.weights.model_source import ModelSource
-from kappatune_plugin.weights.quantized import quantization_of
+from kappatune_plugin.weights.quantized import keep_unpacked, quantization_of
 
 # one run a process, no files of its own, a loss after every step
 SETTINGS = {
@@ -99,6 +99,7 @@ class Bench:
         task = task_examples(recipe.data, test)
         data = ForgettingData.load(recipe.forgetting, task, recipe.folder)
         base = load_base(recipe)
+        keep_unpacked(base)
         tokenizer, train, held_out = _prepared(recipe, base, learned, held_out)
         ranks = {*ranks, recipe.kappatune.rank_by}
         rank_by = "snr" if "snr" in ranks else "kappa"
@@ -224,7 +225,10 @@ def _split(rows: Dataset, share: float) -> tuple[Dataset, Dataset]:
 def _prepared(recipe: Recipe, base: nn.Module, train: Dataset, held_out: Dataset) -> tuple[Any, Dataset, Dataset]:
     """The tokenizer, and the rows tokenized as SFTTrainer does it."""
     # a copy: TRL wraps the forward of the model that it gets, and the wrapping would follow the copies of the base
-    trainer = SFTTrainer(copy.deepcopy(base), recipe.training_args, train_dataset=train, eval_dataset=held_out)
+    model = copy.deepcopy(base)
+    # nothing is trained here, and a Trainer refuses a quantized model without an adapter
+    model.is_quantized = False
+    trainer = SFTTrainer(model, recipe.training_args, train_dataset=train, eval_dataset=held_out)
     if not recipe.end_token:
         leave_out_end_token(trainer)
     return trainer.processing_class, trainer.train_dataset, trainer.eval_dataset

@@ -93,7 +93,7 @@ def find_units(model: nn.Module, quantized: bool = False) -> list[WeightUnit]:
                 raise KappaTuneError(
                     f"{full_name} is stored as {stored}: load the model in bfloat16, float16 or float32. Of quantized "
                     "weights those of bitsandbytes (NF4, FP4, int8) can be ranked and trained, float8 ones ranked; "
-                    "comparisons and gain_over_forgetting take none."
+                    "gain_over_forgetting takes none."
                 )
             groups = _groups(model, module_name, module, inputs, outputs)
             if "head" not in groups and in_tower(f"{module_name}."):

@@ -16,6 +16,7 @@ from helpers.training import losses, train
 from kappatune_plugin import KappaTuneError, Selection
 from kappatune_plugin.recipe.recipe import load_recipe
 from kappatune_plugin.run.train import run_sft
+from kappatune_plugin.study.session import Asked, compare_session
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 PAIRS = {"adapter": "lora", "r": 2, "k": 3}
@@ -77,30 +78,33 @@ def deepseek(tmp_path_factory) -> Path:
     return folder
 
 
+def tiny_words(model: Path, folder: Path, **settings) -> list[str]:
+    """Overrides of the recipes: a tiny model, local data, two steps on a CPU."""
+    rows = [{"text": f"{row['text']} " * 40, "label": row["label"]} for row in ROWS]
+    changes = {
+        "model_name_or_path": str(model),
+        "dtype": "float32",
+        "bf16": False,
+        "use_cpu": True,
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "kappatune.r": 2,
+        "data.train": {"path": str(write_rows(folder / "train.jsonl", rows))},
+        "data.test": {"path": str(write_rows(folder / "test.jsonl", rows[:4]))},
+        "forgetting.control": {"path": str(write_rows(folder / "control.jsonl", CONTROL))},
+        **settings,
+    }
+    return [word.strip('"') for key, value in changes.items() for word in (f"--{key}", json.dumps(value))]
+
+
 @pytest.mark.parametrize(
     ("name", "trained"), [("deepseek_v2_lite_imdb", 3), ("deepseek_v2_lite_imdb_lora", None)], ids=("lowest", "uniform")
 )
 def test_the_papers_second_experiment_on_a_tiny_model(deepseek, tmp_path, name, trained):
-    rows = [{"text": f"{row['text']} " * 40, "label": row["label"]} for row in ROWS]
-    changes = {
-        "model_name_or_path": str(deepseek),
-        "dtype": "float32",
-        "bf16": False,
-        "use_cpu": True,
-        "output_dir": str(tmp_path / "out"),
-        "max_steps": 2,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "disable_tqdm": True,
-        "report_to": "none",
-        "kappatune.r": 2,
-        "data.train": {"path": str(write_rows(tmp_path / "train.jsonl", rows))},
-        "data.test": {"path": str(write_rows(tmp_path / "test.jsonl", rows[:4]))},
-        "forgetting.control": {"path": str(write_rows(tmp_path / "control.jsonl", CONTROL))},
-        **({"kappatune.k": trained} if trained else {}),
-    }
-    words = [word for key, value in changes.items() for word in (f"--{key}", json.dumps(value))]
-    result = run_sft(load_recipe(RECIPES / f"{name}.yaml", [word.strip('"') for word in words]))
+    settings = {"output_dir": str(tmp_path / "out"), "disable_tqdm": True, "report_to": "none"}
+    settings |= {"kappatune.k": trained} if trained else {}
+    result = run_sft(load_recipe(RECIPES / f"{name}.yaml", tiny_words(deepseek, tmp_path, **settings)))
     model = result.trainer.model
     pairs = {each for each, value in model.named_parameters() if value.requires_grad}
     assert len(pairs) == 2 * len(result.selection.units) and all("lora_" in each for each in pairs)
@@ -114,3 +118,15 @@ def test_the_papers_second_experiment_on_a_tiny_model(deepseek, tmp_path, name, 
         experts = (config.num_hidden_layers - config.first_k_dense_replace) * config.n_routed_experts
         assert kinds == {"q_proj", "up_proj", "down_proj"} and len(result.selection.units) > 2 * experts
     assert result.forgetting.to_dict()["task"]["metric"] == "accuracy"
+
+
+def test_one_comparison_reads_both(deepseek, tmp_path):
+    parts = ["*.q_proj.weight", "*.up_proj.weight", "*.down_proj.weight"]
+    words = tiny_words(deepseek, tmp_path, **{"kappatune.k": 3, "kappatune.include": ["*.experts.*", *parts]})
+    asked = Asked(RECIPES / "deepseek_v2_lite_imdb.yaml", words, 1, "2e-4", 1, 1, output_dir=tmp_path, scales="off")
+    uniform = f"lowest:k=100%:adapter=lora:r=2:include={json.dumps(parts)}"
+    content = compare_session(asked, f'lowest:k=3:include=["*.experts.*"],{uniform}')
+    lowest, everything = content["methods"]
+    assert sum(lowest["trains"].values()) == 3 and all(".experts." in kind for kind in lowest["trains"])
+    assert {kind.split(".")[-1] for kind in everything["trains"]} == {"q_proj", "up_proj", "down_proj"}
+    assert everything["trainable"]["mean"] > 5 * lowest["trainable"]["mean"]
