@@ -26,7 +26,7 @@ OTHER_GROUPS = (
 OTHER_KEYS = ("use_llama_pro", "use_mca", "use_hyper_parallel")
 SHARED = ("create_new_adapter", "additional_target")
 # its parser builds command line options, which have one type
-ONE_TYPE = {"k": str, "report": str, "selection": str}
+ONE_TYPE = {"k": str, "match": str, "report": str, "selection": str}
 
 
 def arguments_class(base: type) -> type:
@@ -65,8 +65,7 @@ def _post_init(base: type) -> Callable[[Any], None]:
     def __post_init__(self: Any) -> None:
         given = {key: getattr(self, FLAT + key) for key in KAPPATUNE_KEYS}
         given = {key: value for key, value in given.items() if value is not None}
-        if isinstance(given.get("k"), str):
-            given["k"] = budget(given["k"])
+        given |= {key: budget(given[key]) for key in ("k", "match") if isinstance(given.get(key), str)}
         asked = self.finetuning_type == NAME
         problems = _problems(base, self, given) if asked else []
         if given and not asked:

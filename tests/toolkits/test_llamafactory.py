@@ -151,6 +151,9 @@ def test_keys_of_a_recipe_under_a_prefix(installed):
         ({"kappatune_k": "10%", "kappatune_exclude": ["norm"]}, {"k": "10%", "exclude": ["norm"]}),
         ({"kappatune_k": {"params": "2k"}, "kappatune_seed": 1}, {"k": {"params": "2k"}, "seed": 1}),
         ({"additional_target": "embed_tokens,lm_head"}, {"modules_to_save": ["embed_tokens", "lm_head"]}),
+        ({"kappatune_adapter": "lora", "kappatune_r": 4}, {"adapter": "lora", "r": 4}),
+        ({"kappatune_match": {"params": "2k"}}, {"match": {"params": "2k"}}),
+        ({"kappatune_match": "lora_r8_all_linear"}, {"match": "lora_r8_all_linear"}),
         ({}, {}),
     ],
 )
