@@ -26,6 +26,7 @@ from kappatune_plugin.tuner.what_to_train import (
     trained_whole,
 )
 from kappatune_plugin.weights.model_source import ModelSource
+from kappatune_plugin.weights.quantized import keep_unpacked
 from kappatune_plugin.weights.units import WeightUnit
 
 
@@ -73,7 +74,8 @@ def lora_config(model: nn.Module, config: KappaTuneConfig) -> LoraConfig:
     """A config of PEFT's LoRA for the matrices that `config` selects of `model`, and for no others.
 
     Args:
-        model: without adapters; it isn't changed.
+        model: without adapters. Its weights aren't changed; 4-bit ones stay in the layout that they are trained in when
+            they are evaluated on a CPU.
         config: with `adapter="lora"`: what to select, the pairs' settings, `modules_to_save` and `task_type`.
 
     Raises:
@@ -131,6 +133,7 @@ def _settled(model: nn.Module, config: KappaTuneConfig) -> _Settled:
 
 
 def _plain(model: nn.Module, found: _Settled) -> LoraConfig:
+    keep_unpacked(model)
     config = found.config
     owners = [unit.parameter.rpartition(".")[0] for unit in found.units]
     # PEFT takes a name for every module whose own name ends with it

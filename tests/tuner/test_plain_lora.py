@@ -11,8 +11,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from helpers.loops import logits, train
+from helpers.quantize import needs_bitsandbytes, quantize
 from helpers.tiny import tiny_model
 from kappatune_plugin import KappaTuneConfig, KappaTuneError, lora_config, scan, select
+from kappatune_plugin.tuner.plain_lora import peft_config_for
+from kappatune_plugin.weights.quantized import keep_unpacked
+from kappatune_plugin.weights.units import find_units
 
 ALONE = """
 import sys, torch
@@ -118,3 +122,36 @@ def test_a_module_whose_name_only_ends_like_a_selected_one_has_no_pair():
 def test_what_it_refuses(kind, config, r, message):
     with pytest.raises(KappaTuneError, match=message):
         lora_config(tiny_model(kind), KappaTuneConfig(adapter="lora", r=r, **config))
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize(
+    ("kind", "form", "include"),
+    [
+        ("llama", "nf4", None),
+        ("llama", "int8", None),
+        ("olmoe", "int8", ["*.experts.*"]),
+        ("olmoe", "int8", ["*attn*"]),
+    ],
+)
+def test_on_a_quantized_base_the_rest_stays_as_it_is_to_the_bit(kind, form, include, tmp_path):
+    model = quantize(tiny_model(kind, dtype=torch.float32), form)
+    config = KappaTuneConfig(k=3, include=include, adapter="lora", r=2, task_type="CAUSAL_LM")
+    settings = peft_config_for(model, config)
+    assert (settings.peft_type.value == "LORA") == (include != ["*.experts.*"])
+    chosen = {unit.parameter for unit in find_units(model, quantized=True)}
+    tuned = get_peft_model(model, settings)
+    before = {name: value.clone() for name, value in tuned.named_parameters() if not value.requires_grad}
+    at_first = logits(tuned)
+    train(tuned)
+    found = logits(tuned)
+    assert not torch.allclose(found, at_first, atol=1e-4) and len(chosen) > 3
+    fused = () if include != ["*.experts.*"] else ("experts.gate_up_proj", "experts.down_proj")
+    after = {name: value for name, value in tuned.named_parameters() if name in before}
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert all(name.endswith(fused) for name in moved) if fused else not moved
+    tuned.save_pretrained(tmp_path)
+    base = quantize(tiny_model(kind, dtype=torch.float32), form)
+    keep_unpacked(base)
+    again = PeftModel.from_pretrained(base, tmp_path)
+    torch.testing.assert_close(logits(again), found, rtol=0, atol=1e-5)
