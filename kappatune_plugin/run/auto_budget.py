@@ -41,7 +41,7 @@ class AutoBudgetCallback(ForgettingCallback):
         self.matrices = counts[0]
         self.log: list[dict[str, Any]] = []
         self.report.budget = {"start": counts[0], "most": counts[-1], "steps": self.log}
-        self._within: dict[str, list[Tensor]] = {}
+        self._within: dict[str, Tensor] = {}
         self._within_matrices = counts[0]
         self._shrunk = False
 
@@ -104,7 +104,7 @@ class AutoBudgetCallback(ForgettingCallback):
         self._within_matrices = self.matrices
         # one that rests has the base's values
         self._within = {
-            layer.unit.name: [leaf.detach().to("cpu", copy=True) for leaf in layer.leaves]
+            layer.unit.name: layer.active.weight.detach().to("cpu", copy=True)
             for layer in self._layers()
             if not layer.resting
         }
@@ -113,10 +113,7 @@ class AutoBudgetCallback(ForgettingCallback):
     def _go_back(self, state: Any, decision: Decision) -> None:
         for layer in self._layers():
             within = self._within.get(layer.unit.name)
-            if within is None:
-                layer.active.reset()
-            for leaf, value in zip(layer.leaves, within or (), strict=within is not None):
-                leaf.copy_(value)
+            layer.active.weight.copy_(layer.original.whole(layer.parameter) if within is None else within)
         self._tuner.write_through(everything=True)
         self._train(self._within_matrices)
         self._note_decision(state, decision)
@@ -125,8 +122,7 @@ class AutoBudgetCallback(ForgettingCallback):
         """What rests has no optimizer state."""
         for layer in self._layers():
             if layer.resting:
-                for leaf in layer.leaves:
-                    optimizer.state.pop(leaf, None)
+                optimizer.state.pop(layer.active.weight, None)
 
     def _layers(self) -> list[KappaTuneLayer]:
         return [layer for layer in self._tuner.layers() if layer.active is not None]

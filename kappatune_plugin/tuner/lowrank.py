@@ -60,11 +60,6 @@ class LowRank(Values):
         start, stop = wanted[ranks.rank()]
         return self.layer.original.values.reshape(-1) + change.reshape(-1)[start:stop]
 
-    @torch.no_grad()
-    def reset(self) -> None:
-        """See `Values`."""
-        self.lora_B.zero_()
-
     def _change(self, down: Tensor, up: Tensor) -> Tensor:
         change = self.scaling * (up @ down)
         return change.T if self._turned else change

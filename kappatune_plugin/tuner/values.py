@@ -81,10 +81,6 @@ class Values(nn.Module):
         """The flat range `wanted[rank]` of the values. Collective where anything is divided over ranks."""
         raise NotImplementedError
 
-    def reset(self) -> None:
-        """Go back to the base model's values. Collective where anything is divided over ranks."""
-        raise NotImplementedError
-
     def _apply(self, *args: Any, **kwargs: Any) -> "Values":
         base = self.base
         super()._apply(*args, **kwargs)
@@ -126,11 +122,6 @@ class Full(Values):
     def part(self, wanted: Sequence[shards.Range]) -> Tensor:
         """See `Values`."""
         return shards.redistribute(held(self.weight), shards.block_ranges(self.weight, ()), wanted)
-
-    @torch.no_grad()
-    def reset(self) -> None:
-        """See `Values`."""
-        self.weight.copy_(self.layer.original.whole(self.layer.parameter))
 
 
 class Original:
