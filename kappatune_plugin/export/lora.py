@@ -8,11 +8,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.tuner.lowrank import stored_turned
 from kappatune_plugin.tuner.model import KappaTuneModel
-from kappatune_plugin.weights.units import embedding_modules, unit_block
+from kappatune_plugin.weights.units import embedding_modules, is_linear, unit_block
 
 MERGE = "Export a plain checkpoint with `--as merged`, which holds everything."
 # of the names in an adapter's file
@@ -144,9 +144,8 @@ def _config(
 ) -> LoraConfig:
     modules, parameters = [], []
     for parameter in changes:
-        owner, _, attribute = parameter.rpartition(".")
-        plain = isinstance(base.get_submodule(owner), nn.Linear | Conv1D) and attribute == "weight"
-        (modules if plain else parameters).append(owner if plain else parameter)
+        plain = is_linear(base, parameter)
+        (modules if plain else parameters).append(parameter.rpartition(".")[0] if plain else parameter)
     return LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -168,8 +167,7 @@ def _layers(lora: PeftModel) -> dict[str, LoraLayer]:
 
 def _factors(change: Tensor, rank: int, base: nn.Module) -> tuple[Tensor, Tensor]:
     """LoRA's B and A, as PEFT lays them out: of experts A is (experts x rank, in) and B (out, rank x experts)."""
-    # GPT-2's Conv1D and fused experts of GPT-OSS are stored (in, out)
-    turned = isinstance(base, Conv1D) or (change.ndim == 3 and getattr(base, "is_transposed", False))
+    turned = stored_turned(base, fused=change.ndim == 3)
     stack = change.reshape(-1, *change.shape[-2:])
     left, sigma, right = torch.linalg.svd(stack.transpose(1, 2) if turned else stack, full_matrices=False)
     kept = min(rank, sigma.shape[1])

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.selection.names import layer_and_type
@@ -22,7 +21,7 @@ from kappatune_plugin.tuner.config import LORA, LORA_KEYS, KappaTuneConfig
 from kappatune_plugin.tuner.plain_lora import peft_config_for
 from kappatune_plugin.weights.load_model import trained_without_values
 from kappatune_plugin.weights.patterns import filter_units, module_type
-from kappatune_plugin.weights.units import WeightUnit, find_units
+from kappatune_plugin.weights.units import WeightUnit, find_units, is_linear
 
 
 @dataclass(frozen=True)
@@ -166,8 +165,8 @@ def _peft_config(method: Method, pool: Pool, base: nn.Module) -> PeftConfig:
     """The method's config on every linear weight of the pool, and on fused experts where the method can."""
     names = {unit.name for unit in pool.report.units if _in_part(unit, method.part)}
     parameters = list(dict.fromkeys(unit.parameter for unit in find_units(base, quantized=True) if unit.name in names))
-    linear = [name.removesuffix(".weight") for name in parameters if _is_linear(base, name)]
-    others = [name for name in parameters if not _is_linear(base, name)]
+    linear = [name.removesuffix(".weight") for name in parameters if is_linear(base, name)]
+    others = [name for name in parameters if not is_linear(base, name)]
     known = peft_methods()[method.base]
     fields = known.__dataclass_fields__
     settings = {"task_type": "CAUSAL_LM", **method.settings}
@@ -186,10 +185,6 @@ def _peft_config(method: Method, pool: Pool, base: nn.Module) -> PeftConfig:
     elif "effective_rank" in fields and "effective_rank" not in settings:
         settings["effective_rank"] = _preserved_share([base.get_submodule(name).weight for name in linear], pool.values)
     return _built(method, known, settings)
-
-
-def _is_linear(base: nn.Module, parameter: str) -> bool:
-    return isinstance(base.get_submodule(parameter.rpartition(".")[0]), nn.Linear | Conv1D)
 
 
 def _built(method: Method, known: type, settings: dict[str, Any]) -> PeftConfig:

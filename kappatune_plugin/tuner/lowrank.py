@@ -32,7 +32,7 @@ class LowRank(Values):
 
     def __init__(self, layer: "KappaTuneLayer", config: KappaTuneConfig) -> None:
         super().__init__(layer)
-        self._turned = stored_turned(layer.owner, layer.unit)
+        self._turned = stored_turned(layer.owner, fused=len(layer.unit.index) == 3)
         rows, columns = layer.unit.shape[::-1] if self._turned else layer.unit.shape
         where = {"dtype": layer.parameter.dtype, "device": layer.parameter.device}
         self.lora_A = nn.Parameter(torch.empty(config.r, columns, **where))
@@ -49,9 +49,11 @@ class LowRank(Values):
         """See `Values`."""
         return self.lora_B, None
 
-    def whole(self) -> Tensor:
+    def whole(self, base: Tensor | None = None) -> Tensor:
         """See `Values`."""
-        return self.layer.original.values + self._change(self.lora_A.detach(), self.lora_B.detach())
+        return (self.layer.original.values if base is None else base) + self._change(
+            self.lora_A.detach(), self.lora_B.detach()
+        )
 
     @torch.no_grad()
     def part(self, wanted: Sequence[shards.Range]) -> Tensor:
@@ -85,9 +87,9 @@ class _Pair(torch.autograd.Function):
         return ctx.scaling * (up.T @ gradient), ctx.scaling * (gradient @ down.T), None, None
 
 
-def stored_turned(owner: nn.Module, unit: WeightUnit) -> bool:
-    """Whether a module stores a unit as (in, out): GPT-2's Conv1D, and the fused experts of GPT-OSS and Llama 4."""
-    return isinstance(owner, Conv1D) or (len(unit.index) == 3 and bool(getattr(owner, "is_transposed", False)))
+def stored_turned(owner: nn.Module, fused: bool) -> bool:
+    """Whether a module stores a matrix as (in, out): GPT-2's Conv1D, and the fused experts of GPT-OSS and Llama 4."""
+    return isinstance(owner, Conv1D) or (fused and bool(getattr(owner, "is_transposed", False)))
 
 
 def check_rank(units: Sequence[WeightUnit], r: int) -> None:

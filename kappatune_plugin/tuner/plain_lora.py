@@ -18,7 +18,6 @@ from kappatune_plugin.tuner.model import KappaTuneModel
 from kappatune_plugin.tuner.saved_selection import REPORT, SELECTION, other_selection
 from kappatune_plugin.tuner.what_to_train import (
     given_selection,
-    is_linear,
     match_rank,
     report_for_selection,
     selected_units,
@@ -27,7 +26,7 @@ from kappatune_plugin.tuner.what_to_train import (
 )
 from kappatune_plugin.weights.model_source import ModelSource
 from kappatune_plugin.weights.quantized import keep_unpacked
-from kappatune_plugin.weights.units import WeightUnit
+from kappatune_plugin.weights.units import WeightUnit, is_linear
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def lora_config(model: nn.Module, config: KappaTuneConfig) -> LoraConfig:
             parameter, which PEFT's LoRA can't name; `r` is larger than a dimension of one; or nothing is selected.
     """
     found = _settled(model, config)
-    refused = [unit for unit in found.units if not is_linear(model, unit)]
+    refused = [unit for unit in found.units if not is_linear(model, unit.parameter)]
     if refused:
         what = "a slice of a fused parameter" if refused[0].index else "no weight of a whole linear layer"
         raise KappaTuneError(
@@ -102,7 +101,7 @@ def peft_config_for(model: nn.Module, config: KappaTuneConfig) -> PeftConfig:
     if config.adapter != LORA:
         return config
     found = _settled(model, config)
-    if all(is_linear(model, unit) for unit in found.units):
+    if all(is_linear(model, unit.parameter) for unit in found.units):
         return _plain(model, found)
     report = found.decided.report
     return found.config if report is None else replace(found.config, report=report, scan_from=None)

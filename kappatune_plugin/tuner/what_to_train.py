@@ -9,7 +9,6 @@ import torch
 from peft import LoraConfig
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers.pytorch_utils import Conv1D
 
 from kappatune_plugin.checks import did_you_mean
 from kappatune_plugin.errors import KappaTuneError
@@ -284,9 +283,3 @@ def wanted(config: KappaTuneConfig, source: ModelSource) -> int:
         raise KappaTuneError(
             f"match: {config.match}: can't count it for this model ({error}). Give a number."
         ) from error
-
-
-def is_linear(model: nn.Module, unit: WeightUnit) -> bool:
-    """Whether a unit is the weight of a whole linear layer, which PEFT's LoRA can adapt."""
-    name, _, attribute = unit.parameter.rpartition(".")
-    return not unit.index and attribute == "weight" and isinstance(model.get_submodule(name), nn.Linear | Conv1D)

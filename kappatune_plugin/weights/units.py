@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import ParametrizationList
+from transformers.pytorch_utils import Conv1D
 
 from kappatune_plugin.distributed import shards
 from kappatune_plugin.errors import KappaTuneError
@@ -132,6 +133,12 @@ def place_of(parameter: str) -> tuple[str, str]:
         return owner.removesuffix("."), attribute
     owner, _, attribute = parameter.rpartition(".")
     return owner, attribute
+
+
+def is_linear(model: nn.Module, parameter: str) -> bool:
+    """Whether a parameter is the weight of a whole linear layer, which PEFT's LoRA can adapt."""
+    owner, attribute = place_of(parameter)
+    return attribute == "weight" and isinstance(model.get_submodule(owner), nn.Linear | Conv1D)
 
 
 def unit_block(parameter: Tensor, unit: WeightUnit) -> Tensor:
