@@ -207,10 +207,11 @@ def _trainer(recipe: Recipe, train: Dataset, test: Dataset | None) -> SFTTrainer
     test = eval_rows(recipe, test)
     try:
         base = model.model_name_or_path
-        if needs_rows(config) or config.adapter == LORA or quantizes_experts(recipe):
+        measured = needs_rows(config)
+        if measured or config.adapter == LORA or quantizes_experts(recipe):
             base = load_base(recipe)
             args.model_init_kwargs = None
-        if needs_rows(config):
+        if measured:
             config = config_with_scores(recipe, base, load_tokenizer(recipe), train)
         if config.adapter == LORA:
             config = peft_config_for(base, config)

@@ -18,10 +18,13 @@ from kappatune_plugin.weights.units import embedding_modules
 
 def end_backward_early(model: nn.Module) -> list[RemovableHandle]:
     """Take those gradients from frozen embeddings, under non-reentrant checkpointing, until the handles are removed."""
+    # evaluation doesn't pay for the walk
+    if not torch.is_grad_enabled():
+        return []
     modules = [each for each in model.modules() if getattr(each, "gradient_checkpointing", False)]
     functions = [getattr(each, "_gradient_checkpointing_func", None) for each in modules]
     reentrant = {getattr(each, "keywords", {}).get("use_reentrant") for each in functions if each is not None}
-    if reentrant != {False} or not torch.is_grad_enabled():
+    if reentrant != {False}:
         return []
     found = [embedding_modules(each)[0] for each in model.modules() if isinstance(each, PreTrainedModel)]
     here = {each for each in found if each is not None and not any(map(shards.is_partitioned, each.parameters()))}

@@ -40,7 +40,7 @@ class DequantizedLayer(KappaTuneLayer):
     def block(self) -> Tensor:
         """The values that the module computes with, of the base's dtype."""
         base = self.parameter
-        return base if self.shown is None else self.shown.whole().to(base.dtype)
+        return base if self.shown is None else self.shown.whole(base).to(base.dtype)
 
     @property
     def moved(self) -> bool:
@@ -50,7 +50,8 @@ class DequantizedLayer(KappaTuneLayer):
     def show(self, weight: Tensor) -> None:
         """See `slices.dequantized.Shown`."""
         if self.shown is not None:
-            unit_block(weight, self.unit).copy_(self.shown.whole())
+            block = unit_block(weight, self.unit)
+            block.copy_(self.shown.whole(block))
 
     def write(self, adapter: str | None = None) -> None:
         """Let the values that should hold now, or those of `adapter`, be those that the module computes with."""

@@ -325,7 +325,8 @@ def _check_written(layer: KappaTuneLayer, prefix: str, keep_vars: bool) -> None:
     """Before values are saved: the base must hold them, or what was evaluated is not what is saved."""
     if layer.active is None or layer.disable_adapters or not _is_here(layer):
         return
-    there, trained = layer.block, layer.active.whole().to(layer.block.dtype)
+    there = layer.block
+    trained = layer.active.whole().to(there.dtype)
     # NaN is unequal to itself
     if not ((there == trained) | (there.isnan() & trained.isnan())).all():
         raise KappaTuneError(

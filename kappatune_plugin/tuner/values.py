@@ -73,8 +73,12 @@ class Values(nn.Module):
         """
         raise NotImplementedError
 
-    def whole(self) -> Tensor:
-        """The values in the unit's shape as stored, detached. What they are made of must not be divided over ranks."""
+    def whole(self, base: Tensor | None = None) -> Tensor:
+        """The values in the unit's shape as stored, detached. What they are made of must not be divided over ranks.
+
+        Args:
+            base: the base model's own values, where the caller has them: packed ones are dequantized each time.
+        """
         raise NotImplementedError
 
     def part(self, wanted: Sequence[shards.Range]) -> Tensor:
@@ -115,7 +119,7 @@ class Full(Values):
         """See `Values`."""
         return self.weight, self.layer.original.values
 
-    def whole(self) -> Tensor:
+    def whole(self, base: Tensor | None = None) -> Tensor:
         """See `Values`."""
         return self.weight.detach()
 
