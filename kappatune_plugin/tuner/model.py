@@ -16,7 +16,6 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from kappatune_plugin.distributed import shards
-from kappatune_plugin.distributed.lost_ranks import together
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.selection.report import KappaReport
 from kappatune_plugin.selection.selection import Selection
@@ -39,17 +38,10 @@ from kappatune_plugin.tuner.saved_selection import check_loaded_keys, check_sele
 from kappatune_plugin.tuner.trainer_hooks import follow, in_step
 from kappatune_plugin.tuner.values import VALUES
 from kappatune_plugin.tuner.what_to_train import (
-    given_selection,
-    how_to_quantize,
     keep_statistics,
-    match_budget,
-    match_rank,
     note_base,
-    report_for_selection,
-    selected_units,
-    selection_from,
+    settle,
     settle_modules_to_save,
-    trained_whole,
     warn_of_new_weights,
 )
 from kappatune_plugin.weights.fused_experts import make_dense
@@ -281,20 +273,11 @@ class KappaTuneModel(BaseTuner):
         self, source: ModelSource, adapter_name: str, config: KappaTuneConfig
     ) -> tuple[Selection, list[WeightUnit]]:
         """Decide what `config` trains, from its selection, its report, or a scan of the base model."""
-        self.reports[adapter_name] = None
-        match_budget(config, source)
-        selection = given_selection(config, source)
-        if selection is None:
-            # writing back waits for all ranks, forever under NCCL if one died in the scan
-            with together("the scan"), self._as_loaded():
-                report = self.reports[adapter_name] = report_for_selection(config, source, self._base_hashes)
-            selection = selection_from(report, config)
-        found, hint = {unit.name: unit for unit in source.units}, how_to_quantize(config, source.model)
-        units = selected_units(selection, found, self._base_hashes, hint, trained_whole(config, source))
-        match_rank(config, source, units)
+        found = settle(config, source, self._base_hashes, self._as_loaded())
+        self.reports[adapter_name], selection = found.report, found.selection
         config.k, config.order, config.rank_by = selection.k, selection.order, selection.rank_by
         config.report, config.selection = None, selection.to_dict()
-        return selection, units
+        return selection, found.units
 
     @contextmanager
     def _as_loaded(self) -> Iterator[None]:

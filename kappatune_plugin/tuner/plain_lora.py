@@ -16,17 +16,10 @@ from kappatune_plugin.tuner.config import LORA, KappaTuneConfig
 from kappatune_plugin.tuner.lowrank import check_rank
 from kappatune_plugin.tuner.model import KappaTuneModel
 from kappatune_plugin.tuner.saved_selection import REPORT, SELECTION, other_selection
-from kappatune_plugin.tuner.what_to_train import (
-    given_selection,
-    match_rank,
-    report_for_selection,
-    selected_units,
-    selection_from,
-    trained_whole,
-)
+from kappatune_plugin.tuner.what_to_train import Settled, settle
 from kappatune_plugin.weights.model_source import ModelSource
 from kappatune_plugin.weights.quantized import keep_unpacked
-from kappatune_plugin.weights.units import WeightUnit, is_linear
+from kappatune_plugin.weights.units import is_linear
 
 
 @dataclass(frozen=True)
@@ -81,7 +74,7 @@ def lora_config(model: nn.Module, config: KappaTuneConfig) -> LoraConfig:
         KappaTuneError: another `adapter`; a selected matrix is no whole linear layer, such as one expert of a fused
             parameter, which PEFT's LoRA can't name; `r` is larger than a dimension of one; or nothing is selected.
     """
-    found = _settled(model, config)
+    config, found = _settled(model, config)
     refused = [unit for unit in found.units if not is_linear(model, unit.parameter)]
     if refused:
         what = "a slice of a fused parameter" if refused[0].index else "no weight of a whole linear layer"
@@ -89,7 +82,7 @@ def lora_config(model: nn.Module, config: KappaTuneConfig) -> LoraConfig:
             f"{refused[0].name} is {what}, and PEFT's LoRA can't train it alone. Leave such matrices out (`exclude`), "
             "or let KappaTune hold the pairs: get_peft_model(model, config)."
         )
-    return _plain(model, found)
+    return _plain(model, config, found)
 
 
 def peft_config_for(model: nn.Module, config: KappaTuneConfig) -> PeftConfig:
@@ -100,40 +93,24 @@ def peft_config_for(model: nn.Module, config: KappaTuneConfig) -> PeftConfig:
     """
     if config.adapter != LORA:
         return config
-    found = _settled(model, config)
+    config, found = _settled(model, config)
     if all(is_linear(model, unit.parameter) for unit in found.units):
-        return _plain(model, found)
-    report = found.decided.report
-    return found.config if report is None else replace(found.config, report=report, scan_from=None)
+        return _plain(model, config, found)
+    return config if found.report is None else replace(config, report=found.report, scan_from=None)
 
 
-@dataclass(frozen=True)
-class _Settled:
-    config: KappaTuneConfig
-    decided: Decided
-    units: list[WeightUnit]
-
-
-def _settled(model: nn.Module, config: KappaTuneConfig) -> _Settled:
+def _settled(model: nn.Module, config: KappaTuneConfig) -> tuple[KappaTuneConfig, Settled]:
+    """What `config` trains, and a copy of it with the rank in the place of `match`."""
     if config.adapter != LORA:
         raise KappaTuneError(f"adapter is {config.adapter}: write KappaTuneConfig(adapter='lora', ...).")
-    source = ModelSource(model)
-    hashes, report = source.base_hashes(), None
-    selection = given_selection(config, source)
-    if selection is None:
-        report = report_for_selection(config, source, hashes)
-        selection = selection_from(report, config)
-    found = {unit.name: unit for unit in source.units}
-    units = selected_units(selection, found, hashes, "", trained_whole(config, source))
-    config = copy.copy(config)
-    match_rank(config, source, units)
-    check_rank(units, config.r)
-    return _Settled(config, Decided(selection, report), units)
+    source, config = ModelSource(model), copy.copy(config)
+    found = settle(config, source, source.base_hashes())
+    check_rank(found.units, config.r)
+    return config, found
 
 
-def _plain(model: nn.Module, found: _Settled) -> LoraConfig:
+def _plain(model: nn.Module, config: KappaTuneConfig, found: Settled) -> LoraConfig:
     keep_unpacked(model)
-    config = found.config
     owners = [unit.parameter.rpartition(".")[0] for unit in found.units]
     # PEFT takes a name for every module whose own name ends with it
     endings = tuple(f".{name}" for name in owners)
@@ -149,5 +126,5 @@ def _plain(model: nn.Module, found: _Settled) -> LoraConfig:
         task_type=config.task_type,
     )
     # no field: what is saved is what PEFT alone reads
-    plain.decided = found.decided
+    plain.decided = Decided(found.selection, found.report)
     return plain

@@ -2,7 +2,8 @@
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kappatune_plugin.checks import did_you_mean
+from kappatune_plugin.distributed.lost_ranks import together
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.scanning.scan import scan
 from kappatune_plugin.selection.budget import parse_budget
@@ -201,6 +203,45 @@ def _owners(parameter: str) -> list[str]:
     """Names of the modules that hold a parameter, from the outermost to its owner."""
     parts = parameter.split(".")
     return [".".join(parts[:count]) for count in range(1, len(parts))]
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What a config trains of a model.
+
+    Attributes:
+        report: the kappa report that the selection was made from; None if a selection was given.
+        units: those of the selection, in its order.
+    """
+
+    selection: Selection
+    report: KappaReport | None
+    units: list[WeightUnit]
+
+
+def settle(
+    config: KappaTuneConfig, source: ModelSource, hashes: BaseHashes, scanning: AbstractContextManager | None = None
+) -> Settled:
+    """Decide what `config` trains, from its selection, its report, or a scan; put k or r in the place of its `match`.
+
+    Args:
+        hashes: the model's fingerprints.
+        scanning: a context to scan in.
+
+    Raises:
+        KappaTuneError: as `given_selection`, `report_for_selection` and `selected_units`.
+    """
+    match_budget(config, source)
+    report, selection = None, given_selection(config, source)
+    if selection is None:
+        # what follows a scan waits for all ranks, forever under NCCL if one died in it
+        with together("the scan"), scanning or nullcontext():
+            report = report_for_selection(config, source, hashes)
+        selection = selection_from(report, config)
+    found, hint = {unit.name: unit for unit in source.units}, how_to_quantize(config, source.model)
+    units = selected_units(selection, found, hashes, hint, trained_whole(config, source))
+    match_rank(config, source, units)
+    return Settled(selection, report, units)
 
 
 def selected_units(
