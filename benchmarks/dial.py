@@ -39,7 +39,6 @@ from kappatune_plugin.study.summary import interval as summary_interval
 TASKS = {
     "irony": ("Tweet: {}\nIs it ironic?", " no", " yes"),
     "sst2": ("Review: {}\nSentiment:", " bad", " good"),
-    "subj": ("Sentence: {}\nPlot or opinion?", " opinion", " plot"),
 }
 TITLES = {"irony": "Irony of tweets", "sst2": "SST-2, the tone of film reviews"}
 RUN = ("task", "arm", "replay", "seed")
@@ -123,9 +122,9 @@ def one_run(
     ]
 
 
-def load(folder: Path, task: str) -> list[list[tuple[str, int]]]:
-    """(text, label) of the short rows to train on, and of those to test with."""
-    return [[row for row in rows if len(row[0].split()) <= LONGEST] for rows in _rows(folder, task)]
+def load(folder: Path, task: str, longest: int = LONGEST) -> list[list[tuple[str, int]]]:
+    """(text, label) of the rows to train on of at most so many words, and of those to test with."""
+    return [[row for row in rows if len(row[0].split()) <= longest] for rows in _rows(folder, task)]
 
 
 def wikitext(data: Path, count: int, seed: int) -> list[str]:
@@ -141,10 +140,6 @@ def _rows(folder: Path, task: str) -> list[list[tuple[str, int]]]:
 
     if task == "sst2":
         return [labelled("stsa.binary.train"), labelled("stsa.binary.test")]
-    if task == "subj":
-        rows = labelled("subj.all")
-        random.Random(0).shuffle(rows)
-        return [rows[1000:], rows[:1000]]
     parts = [
         [folder / "tweeteval" / "irony" / f"{part}_{kind}.txt" for kind in ("text", "labels")]
         for part in ("train", "test")

@@ -145,7 +145,7 @@ def _before(content: Mapping[str, Any]) -> list[str]:
         str(len(content["settings"]["seeds"])),
         str(len(content["methods"])),
         str(content["steps"]),
-        f"{base['task_accuracy']:.1%} right",
+        f"{base[RIGHT]:.1%} right, loss {base[LOSS]:.2f}" if RIGHT in base else f"loss {base[LOSS]:.2f}",
         f"{base['wikitext_loss']:.3f}" if "wikitext_loss" in base else "",
         f"{base['recall']:.1%} right" if "recall" in base else "",
     ]
@@ -153,11 +153,14 @@ def _before(content: Mapping[str, Any]) -> list[str]:
 
 HOW = f"""## The setting
 
-- Each method trains {study_real.STEPS} steps of 8 rows out of {study_real.TRAIN}, a tenth of them held out. Its rate is
-  that of {study_real.RATES.replace(",", ", ")} with the lowest loss on the held-out rows (first seed).
-- It is then scaled back to each limit, by held-out rows and one half of each control: WikiText-2, and text that the
-  base wrote. A limit is on the control that rose most. Learned is what {study_real.TEST} test rows say: the loss of the
-  right label, without an end token (nats a token), and the share that is right.
+- Each method trains {study_real.STEPS} steps of {study_real.ROWS} rows out of {study_real.TRAIN}, a tenth of them held
+  out. Its rate is that of {study_real.RATES.replace(",", ", ")} with the lowest loss on the held-out rows (first seed).
+- It is then scaled back to each limit, by held-out rows and one half of each control: {study_real.PARAGRAPHS}
+  paragraphs of WikiText-2, and {study_real.WRITTEN} texts that the base wrote, {study_real.TOKENS} tokens of each. A
+  limit is on the control that rose most. Learned is what {study_real.TEST} test rows say: the loss of the right answer,
+  without an end token (nats a token), and of labels the share that is right; GSM8K's free answers have a loss alone.
+- All of it in bfloat16 mixed precision, the base too. Tweets and reviews have {study_real.LONGEST} words at most,
+  problems of GSM8K {study_real.LONGEST_PROBLEM} with their answer.
 - κ methods train a tenth of the matrices, the others as many parameters as κ-lowest does, full fine-tuning all.
 - Another task isn't trained, only asked ({study_real.ASKED} rows): what becomes of it is in the tables at the end.
 - ± is the 95% interval of Student's t over seeds, which share the test rows: with {study_real.TEST} of them a share of
@@ -339,7 +342,7 @@ def unknown(contents: Contents) -> str:
     lines += (
         [f"- {', '.join(larger)}: `python benchmarks/study_gpu.py` would measure them, on a GPU."] if larger else []
     )
-    lines += [f"- What most random choices do: each seed draws its own, {draws} a setting."] if draws else []
+    lines += [f"- What most random choices do: each seed draws its own, {draws} to a method."] if draws else []
     lines += [
         f"- Whether longer runs than {study_real.STEPS} steps, other tasks or models a hundred times as large agree. "
         "Measure with `kappatune compare` before you believe it of yours.",

@@ -22,7 +22,7 @@ LOSS, RIGHT = "task_loss", "task_accuracy"
 TASKS = {
     "irony": "irony of tweets",
     "sst2": "tone of film reviews (SST-2)",
-    "subj": "plot or opinion (Subj)",
+    "gsm8k": "sums in words (GSM8K), free answers",
     "irony_no_end": "irony of tweets, end token left out",
 }
 LEGEND = """Within each limit: right answers on test rows; loss; × the share kept of what was trained (of a scale a
@@ -64,6 +64,6 @@ def every_method(content: Mapping[str, Any]) -> str:
 def _cell(point: Mapping[str, Any] | None) -> str:
     if point is None:
         return ""
-    parts = [shown(point.get(each), MEASURES[each][1]) for each in (RIGHT, LOSS)]
+    parts = [shown(point[each], MEASURES[each][1]) for each in (RIGHT, LOSS) if each in point]
     scale = number("{:.2f}", point["scale"]["mean"]) if point["scale"] else "-"
     return "; ".join([*parts, f"×{scale}"])

@@ -12,6 +12,7 @@ back to each limit. Killed and started again it goes on where it was; settings m
 import argparse
 import json
 import random
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ NO_END = "_no_end"
 SETTINGS = {
     "smollm2-irony": METHODS,
     "smollm2-sst2": METHODS,
-    "smollm2-subj": METHODS,
+    "smollm2-gsm8k": METHODS,
     "mixture-irony": METHODS + ESFT,
     "mixture-sst2": METHODS + ESFT,
     "gemma3-irony": METHODS,
@@ -42,9 +43,13 @@ SETTINGS = {
     f"smollm2-irony{NO_END}": "lowest_mlp,random_mlp,lora,full",
 }
 # asked, and not trained
-OTHER = {"irony": "sst2", "sst2": "irony", "subj": "irony"}
+OTHER = {"irony": "sst2", "sst2": "irony", "gsm8k": "sst2"}
 RATES, LIMITS, STEPS = "5e-5,1.5e-4,5e-4", "0.01,0.02,0.05,0.1", 40
-TRAIN, TEST, ASKED, PARAGRAPHS = 400, 80, 60, 80
+TRAIN, TEST, ASKED, ROWS = 400, 64, 32, 4
+# words of a tweet or review at most, and of a problem of GSM8K with its answer
+LONGEST, LONGEST_PROBLEM = 16, 50
+# of the controls: paragraphs of WikiText-2, texts that the base writes, and tokens of each
+PARAGRAPHS, WRITTEN, TOKENS = 32, 16, 48
 
 
 def main() -> None:
@@ -69,7 +74,19 @@ def main() -> None:
         if args.per_matrix:
             # a recipe with a limit says how it is kept; the limits compared at are those of LIMITS
             changes["forgetting.max_delta"] = 0.05
-        asked = Asked(RECIPE, words_of(changes), args.seeds, RATES, args.steps, output_dir=folder, limits=LIMITS)
+        asked = Asked(
+            RECIPE,
+            words_of(changes),
+            args.seeds,
+            RATES,
+            args.steps,
+            # limits decide, not a training loss: no run gets there, so none is repeated up to there
+            target_loss=1e-9,
+            output_dir=folder,
+            scales="1",
+            limits=LIMITS,
+            kl=False,
+        )
         compare_session(asked, args.methods or SETTINGS[name])
         if args.results is not None:
             local = {args.data: "data", args.models: "models", args.output: "study"}
@@ -80,13 +97,11 @@ def changed(name: str, models: Path, data: Path, folder: Path) -> dict[str, Any]
     """What replaces the recipe's model, task and control."""
     model, task = name.removesuffix(NO_END).split("-")
     folder.mkdir(parents=True, exist_ok=True)
-    prompt, *words = TASKS[task]
     other_prompt, *other_words = TASKS[OTHER[task]]
-    train, test = load(data / "tasks", task)
-    asked = load(data / "tasks", OTHER[task])[1]
+    asked = load(data / "tasks", OTHER[task], LONGEST)[1]
     control = write([{"text": each} for each in wikitext(data, PARAGRAPHS, 0)], folder / "control.jsonl")
     recall = {
-        "path": str(rows_of(asked, ASKED, folder / "other.jsonl")),
+        "path": str(sampled(labelled(asked), ASKED, folder / "other.jsonl")),
         "prompt": other_prompt.replace("{}", "{sentence}"),
         "completion": "{label}",
         "labels": dict(enumerate(other_words)),
@@ -94,20 +109,50 @@ def changed(name: str, models: Path, data: Path, folder: Path) -> dict[str, Any]
     return {
         "model_name_or_path": str(models / MODELS[model]),
         "attn_implementation": "eager",
-        "per_device_train_batch_size": 8,
+        # half the time on a CPU that has it
+        "bf16": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "per_device_train_batch_size": ROWS,
         "kappatune.k": "10%",
-        "data.train": {"path": str(rows_of(train, TRAIN, folder / "train.jsonl"))},
-        "data.test": {"path": str(rows_of(test, TEST, folder / "test.jsonl"))},
-        "data.prompt": prompt.replace("{}", "{sentence}"),
-        "data.completion": "{label}",
-        "data.labels": dict(enumerate(words)),
+        **(problems(data, folder) if task == "gsm8k" else labels(task, data, folder)),
         "data.end_token": not name.endswith(NO_END),
         "forgetting.control": {"wikitext": {"path": str(control)}, "self": "self"},
         "forgetting.recall": recall,
-        "forgetting.max_length": 128,
+        "forgetting.max_length": TOKENS,
         "forgetting.long_texts": "truncate",
-        "forgetting.samples": 32,
+        "forgetting.samples": WRITTEN,
         "forgetting.batch_size": 16,
+    }
+
+
+def labels(task: str, data: Path, folder: Path) -> dict[str, Any]:
+    """The keys of a task of benchmarks/dial.py: one of two words is the answer."""
+    prompt, *words = TASKS[task]
+    train, test = map(labelled, load(data / "tasks", task, LONGEST))
+    return {
+        "data.train": {"path": str(sampled(train, TRAIN, folder / "train.jsonl"))},
+        "data.test": {"path": str(sampled(test, TEST, folder / "test.jsonl"))},
+        "data.prompt": prompt.replace("{}", "{sentence}"),
+        "data.completion": "{label}",
+        "data.labels": dict(enumerate(words)),
+    }
+
+
+def problems(data: Path, folder: Path) -> dict[str, Any]:
+    """The keys of GSM8K: the answer is free, what was learned is its loss."""
+    files = []
+    for part, count in (("train", TRAIN), ("test", TEST)):
+        lines = (data / "tasks" / "gsm8k" / f"{part}.jsonl").read_text("utf-8").splitlines()
+        # without the calculator's marks
+        rows = [{key: re.sub("<<.*?>>", "", text) for key, text in json.loads(line).items()} for line in lines]
+        short = [row for row in rows if sum(len(text.split()) for text in row.values()) <= LONGEST_PROBLEM]
+        files.append({"path": str(sampled(short, count, folder / f"{part}.jsonl"))})
+    return {
+        "data.train": files[0],
+        "data.test": files[1],
+        "data.prompt": "Question: {question}\nAnswer:",
+        "data.completion": " {answer}",
+        "data.labels": None,
     }
 
 
@@ -120,10 +165,14 @@ def words_of(changes: Mapping[str, Any], given: Sequence[str] = ()) -> list[str]
     return [*words, *given]
 
 
-def rows_of(rows: list[tuple[str, int]], count: int, target: Path) -> Path:
-    """So many of the rows, as the templates name their columns."""
-    sample = random.Random(0).sample(rows, count)
-    return write([{"sentence": text, "label": label} for text, label in sample], target)
+def labelled(rows: Sequence[tuple[str, int]]) -> list[dict[str, Any]]:
+    """Rows as the templates name their columns."""
+    return [{"sentence": text, "label": label} for text, label in rows]
+
+
+def sampled(rows: list[dict[str, Any]], count: int, target: Path) -> Path:
+    """So many of the rows, drawn, as JSON lines."""
+    return write(random.Random(0).sample(rows, count), target)
 
 
 if __name__ == "__main__":

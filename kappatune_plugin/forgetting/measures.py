@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -182,9 +183,10 @@ def kl_to_base(
     with measuring(model):
         for batch in batches(rows, batch_size, name):
             ids = [piece for piece, _ in batch]
-            tuned, mask = _log_probabilities(model, ids)
+            tuned, mask = _logits(model, ids)
             with base_of(model):
-                base, _ = _log_probabilities(model, ids)
+                base, _ = _logits(model, ids)
+            base, tuned = base.log_softmax(-1), tuned.log_softmax(-1)
             divergence = (base.exp() * (base - tuned)).sum(-1)
             for row, (_, start) in enumerate(batch):
                 mask[row, : start - 1] = False
@@ -341,34 +343,57 @@ def batches(rows: Sequence[Any], batch_size: int, name: str) -> Iterator[Sequenc
             shown.update(len(rows[start : start + batch_size]))
 
 
-def _log_probabilities(model: nn.Module, batch: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Next-token log-probabilities (batch, length - 1, vocabulary) in float32, and where a real token follows."""
+def _logits(model: nn.Module, batch: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Next-token logits (batch, length - 1, vocabulary) in float32, and where a real token follows."""
     ids, mask = padded(batch, model.device)
     # PEFT's prompt methods put virtual tokens before the text and return their logits too
     logits = model(input_ids=ids, attention_mask=mask.long()).logits[:, -ids.shape[1] : -1]
-    return logits.float().log_softmax(-1), mask[:, 1:]
+    return logits.float(), mask[:, 1:]
 
 
 def token_losses(model: nn.Module, batch: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Loss of each following token (batch, length - 1), and where there is one."""
-    log_probabilities, mask = _log_probabilities(model, batch)
+    logits, mask = _logits(model, batch)
     following = padded(batch, model.device)[0][:, 1:]
-    return -log_probabilities.gather(-1, following.unsqueeze(-1)).squeeze(-1), mask
+    return logits.logsumexp(-1) - logits.gather(-1, following.unsqueeze(-1)).squeeze(-1), mask
 
 
 def _completion_losses(model: nn.Module, pairs: Sequence[Pair], batch_size: int, name: str) -> list[tuple[float, bool]]:
     """For each pair the summed loss of its completion in nats, and whether greedy decoding gives it."""
-    found = []
+    # nothing follows the last token, so answers of one token to one prompt are read from the same row
+    asked: dict[tuple[int, ...], list[int]] = {}
+    for place, (prompt, completion) in enumerate(pairs):
+        asked.setdefault((*prompt, *completion[:-1]), []).append(place)
+    found = [(math.nan, False)] * len(pairs)
     with measuring(model):
-        for batch in batches(pairs, batch_size, name):
-            rows = [prompt + completion for prompt, completion in batch]
-            log_probabilities, _ = _log_probabilities(model, rows)
-            for row, (prompt, completion) in zip(log_probabilities, batch, strict=True):
-                predicted = row[len(prompt) - 1 : len(prompt) + len(completion) - 1]
-                target = torch.tensor(completion, device=row.device)
-                nats = -predicted.gather(-1, target.unsqueeze(-1)).double().sum().item()
-                found.append((nats, bool((predicted.argmax(-1) == target).all())))
+        # of like lengths together: padding is read too
+        for batch in batches(sorted(asked, key=len), batch_size, name):
+            first = min(len(pairs[place][0]) for ids in batch for place in asked[ids]) - 1
+            logits = logits_from(model, batch, first)
+            for row, ids in zip(logits, batch, strict=True):
+                for place in asked[ids]:
+                    prompt, completion = pairs[place]
+                    found[place] = _loss_of(row[len(prompt) - 1 - first : len(ids) - first], completion)
     return found
+
+
+def _loss_of(logits: Tensor, completion: list[int]) -> tuple[float, bool]:
+    predicted, target = logits.float(), torch.tensor(completion, device=logits.device)
+    nats = nn.functional.cross_entropy(predicted, target, reduction="none").double().sum().item()
+    return nats, bool((predicted.argmax(-1) == target).all())
+
+
+def logits_from(model: nn.Module, batch: Sequence[Sequence[int]], first: int) -> Tensor:
+    """Logits of the token after each from position `first` on, shape (rows, longest - first, vocabulary).
+
+    Where the model can, it computes no others: with a large vocabulary they are most of the work.
+    """
+    ids, mask = padded(batch, model.device)
+    kept = ids.shape[1] - first
+    asked = model.get_base_model() if hasattr(model, "get_base_model") else model
+    few = {"logits_to_keep": kept} if "logits_to_keep" in signature(asked.forward).parameters else {}
+    # PEFT's prompt methods put virtual tokens before the text and return their logits too
+    return model(input_ids=ids, attention_mask=mask.long(), use_cache=False, **few).logits[:, -kept:]
 
 
 def padded(batch: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kappatune_plugin.data.examples import IGNORED
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.forgetting.measures import blocks, completion_ids, padded
+from kappatune_plugin.forgetting.measures import blocks, completion_ids, logits_from, padded
 from kappatune_plugin.interpolation.texts import Texts
 
 # token ids, and the position of the first one whose prediction counts
@@ -71,7 +71,8 @@ def _piece_nats(model: nn.Module, batch: Sequence[Piece]) -> Tensor:
     labels = ids.masked_fill(~mask, IGNORED)
     for row, (_, start) in enumerate(batch):
         labels[row, :start] = IGNORED
-    return summed_nats(model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits, labels)
+    first = min(start for _, start in batch) - 1
+    return summed_nats(logits_from(model, [piece for piece, _ in batch], first), labels[:, first:])
 
 
 def summed_nats(logits: Tensor, labels: Tensor) -> Tensor:

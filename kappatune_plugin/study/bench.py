@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import nn
 from trl import SFTConfig, SFTTrainer
@@ -61,6 +62,7 @@ class Bench:
         pool: what may be trained.
         hashes: fingerprints of the base's weights and of the data.
         rows: how many rows of the task `train` was made of, before packing.
+        kl: whether the divergence from the base is measured too, which takes two more passes over each control.
     """
 
     path: Path
@@ -75,10 +77,16 @@ class Bench:
     pool: Pool
     hashes: dict[str, str]
     rows: int
+    kl: bool = True
 
     @classmethod
     def load(
-        cls, path: Path, overrides: Iterable[str] = (), validation: float = 0.1, ranks: Collection[str] = ()
+        cls,
+        path: Path,
+        overrides: Iterable[str] = (),
+        validation: float = 0.1,
+        ranks: Collection[str] = (),
+        kl: bool = True,
     ) -> "Bench":
         """Load everything that the recipe at `path` names.
 
@@ -86,6 +94,7 @@ class Bench:
             overrides: of the recipe, as on the command line.
             validation: the share of training rows held out to choose learning rates on.
             ranks: criteria of the methods, in addition to the recipe's `rank_by`.
+            kl: as the attribute.
 
         Raises:
             KappaTuneError: all that `kappatune sft` raises; also for a recipe that measures no forgetting or brings its
@@ -125,6 +134,7 @@ class Bench:
             Pool.of(report, recipe.kappatune.budget, recipe.kappatune.rank_by, _pairs(recipe.kappatune)),
             hashes,
             len(learned),
+            kl,
         )
 
     def arguments(self, learning_rate: float, seed: int, output_dir: Path) -> SFTConfig:
@@ -152,13 +162,21 @@ class Bench:
         return mixed(self.train, texts, args)
 
     def measure(self, model: nn.Module, quick: bool = False) -> dict[str, float]:
-        """`ForgettingProbe.measure`, and KL(base || model) per token on each control and on the task's text.
+        """`ForgettingProbe.measure`, and with `kl` KL(base || model) per token on each control and on the task's text.
 
         `task_text_kl` is over the whole text of at most 64 test examples, the prompt as well as the answer.
         """
-        texts = {**self.probe.controls, **({"task_text": self.task_text} if self.task_text else {})}
-        divergences = {f"{name}_kl": kl_to_base(model, pieces, self.probe.batch_size) for name, pieces in texts.items()}
-        return {**self.probe.measure(model, quick), **divergences}
+        texts = {**self.probe.controls, **({"task_text": self.task_text} if self.task_text else {})} if self.kl else {}
+        size = self.probe.batch_size
+        with self.precision():
+            divergences = {f"{name}_kl": kl_to_base(model, pieces, size) for name, pieces in texts.items()}
+            return {**self.probe.measure(model, quick), **divergences}
+
+    def precision(self) -> torch.autocast:
+        """The mixed precision that the recipe trains in. A Trainer puts it around its own model; the base needs it too,
+        or rounding would count as forgetting."""
+        args = self.recipe.training_args
+        return torch.autocast(args.device.type, torch.float16 if args.fp16 else torch.bfloat16, args.fp16 or args.bf16)
 
     @property
     def steps(self) -> int:
@@ -177,7 +195,8 @@ class Bench:
         # text written by the base follows from the base, and on a GPU isn't reproducible to the token
         written = [name for name, spec in self.recipe.forgetting.controls().items() if spec == SELF]
         controls = {name: pieces for name, pieces in self.probe.controls.items() if name not in written}
-        return _digest([resolved, self.hashes, controls, self.probe.task, self.probe.facts])
+        without = [] if self.kl else ["no KL"]
+        return _digest([resolved, self.hashes, controls, self.probe.task, self.probe.facts, *without])
 
 
 def _flags(settings: dict[str, Any]) -> list[str]:

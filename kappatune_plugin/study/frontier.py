@@ -1,18 +1,19 @@
 """A finished run scaled back: what it has learned and forgotten at each scale of what it changed."""
 
+import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from kappatune_plugin.data.examples import IGNORED
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.forgetting.measures import measuring, padded
+from kappatune_plugin.forgetting.measures import logits_from, measuring
 from kappatune_plugin.forgetting.report import finite_or_none
 from kappatune_plugin.interpolation import per_matrix
 from kappatune_plugin.interpolation.change import Changes
@@ -20,7 +21,7 @@ from kappatune_plugin.interpolation.dial import FURTHER
 from kappatune_plugin.interpolation.find_changes import changes_of_adapter, changes_of_checkpoint
 from kappatune_plugin.interpolation.one_scale import largest_within
 from kappatune_plugin.interpolation.texts import Control, Texts
-from kappatune_plugin.interpolation.token_losses import texts
+from kappatune_plugin.interpolation.token_losses import summed_nats, texts
 from kappatune_plugin.study.bench import Bench
 from kappatune_plugin.study.method_configs import peft_refusals
 from kappatune_plugin.study.settings import Frontier
@@ -46,7 +47,7 @@ def measure_frontier(bench: Bench, model: nn.Module, name: str, settings: Fronti
     """
     try:
         scaled, changes = _scalable(bench, model, name)
-        with measuring(scaled):
+        with measuring(scaled), bench.precision():
             line = _Line(bench, scaled, changes)
             points = [line.point(scale) for scale in settings.measured]
             within = [line.within(limit, settings) for limit in settings.limits]
@@ -76,6 +77,8 @@ class _Line:
     def __init__(self, bench: Bench, model: nn.Module, changes: Changes) -> None:
         self.bench, self.model, self.changes = bench, model, changes
         size = bench.probe.batch_size
+        # the controls are read in halves
+        self.rest = replace(bench.probe, controls={})
         self.rows = labelled_texts(model, bench.validation, size).up_to(ENOUGH_TOKENS)
         changes.set(0.0)
         self.choosing, self.unseen = [], []
@@ -93,7 +96,8 @@ class _Line:
     def point(self, scale: float) -> dict[str, float | None]:
         """Everything at one scale for all."""
         if scale not in self._points:
-            self._points[scale] = self._measured([scale] * len(self.changes.names))
+            risen, loss = self._rise_at(scale), self._loss_at(scale)
+            self._points[scale] = self._measured([scale] * len(self.changes.names), risen, loss)
         return self._points[scale]
 
     def within(self, limit: float, settings: Frontier) -> dict[str, Any]:
@@ -103,9 +107,12 @@ class _Line:
         return {"limit": limit, "one": self.point(one), "per_matrix": each}
 
     def _one_within(self, limit: float, grid: Sequence[float]) -> float:
-        beyond = next((scale for scale in grid if self._rise_at(scale) > limit), None)
-        largest = 1.0 if beyond is None else largest_within(self._rise_at, limit, most=beyond)
-        kept = {0.0, largest, *(scale for scale in grid if self._rise_at(scale) <= limit)}
+        within = [self._rise_at(scale) <= limit for scale in grid]
+        # also by scales that were tried for another limit
+        beyond = min((scale for scale, rise in self._rises.items() if rise > limit), default=None)
+        least = max(scale for scale in (0.0, *self._rises) if beyond is None or scale < beyond)
+        largest = 1.0 if beyond is None else largest_within(self._rise_at, limit, beyond, least)
+        kept = {0.0, largest, *itertools.compress(grid, within)}
         return min(sorted(kept), key=self._loss_at)
 
     def _each_within(self, limit: float, one: float) -> dict[str, float | None]:
@@ -118,16 +125,18 @@ class _Line:
             alphas = per_matrix.choose(self.changes, fitted, self.choosing, one or 1 / 64, limit, quiet=True)
         further = largest_within(lambda scale: self._rise(_times(alphas, scale)), limit, most=FURTHER)
         alphas = _times(alphas, further)
-        loss = self._loss(alphas, others)
-        return self._measured(alphas) if loss < self._loss([one] * len(alphas), others) else self.point(one)
+        if self._loss(alphas, others) >= self._loss([one] * len(alphas), others):
+            return self.point(one)
+        return self._measured(alphas, self._rise(alphas), self._loss(alphas, self.rows))
 
-    def _measured(self, alphas: Sequence[float]) -> dict[str, float | None]:
+    def _measured(self, alphas: Sequence[float], risen: float, loss: float) -> dict[str, float | None]:
+        self.changes.set(alphas)
         found = {
             "scale": sorted(alphas)[len(alphas) // 2],
-            "chosen_rise": self._rise(alphas),
+            "chosen_rise": risen,
             "rise": _worst(self.unseen),
-            "validation_loss": self._loss(alphas, self.rows),
-            **self.bench.probe.measure(self.model, quick=True),
+            "validation_loss": loss,
+            **self.rest.measure(self.model, quick=True),
         }
         return {key: finite_or_none(value) for key, value in found.items()}
 
@@ -169,11 +178,11 @@ def labelled_texts(model: nn.Module, rows: Dataset, batch_size: int) -> Texts:
 
 def _row_nats(model: nn.Module, batch: Sequence[tuple[list[int], list[int]]]) -> Tensor:
     """Summed nats of each row's labels, shape (rows,)."""
-    ids, mask = padded([row for row, _ in batch], model.device)
     labels = pad_sequence([torch.tensor(own) for _, own in batch], batch_first=True, padding_value=IGNORED)
-    logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[:, -ids.shape[1] : -1].float()
-    targets = labels[:, 1:].to(logits.device)
-    return cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none").sum(-1)
+    # a label is predicted from the token before it
+    first = int((labels[:, 1:] != IGNORED).any(0).nonzero()[0])
+    logits = logits_from(model, [ids for ids, _ in batch], first)
+    return summed_nats(logits, labels[:, first:].to(logits.device))
 
 
 def _batches(places: Sequence[int], size: int) -> list[Sequence[int]]:

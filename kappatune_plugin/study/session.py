@@ -40,6 +40,7 @@ class Asked:
         output_dir: None for the recipe's with the command's name appended.
         scales, limits: as in `Frontier`, as written; `scales` "off" to scale nothing back; `limits` None for the
             recipe's forgetting.max_delta, or the default without one.
+        kl: as in `Bench`.
     """
 
     config: Path
@@ -55,6 +56,7 @@ class Asked:
     widen: int = 0
     scales: str = DEFAULT_SCALES
     limits: str | None = None
+    kl: bool = True
 
 
 def compare_session(asked: Asked, methods: str) -> dict[str, Any]:
@@ -129,7 +131,7 @@ def _prepare(asked: Asked, grid: Sequence[float], what: str, ranks: Sequence[str
         _check_smooth(settings.smooth, args.max_steps)
     folder = asked.output_dir or Path(f"{args.output_dir}-{what}")
     check_writable(folder)
-    bench = Bench.load(asked.config, asked.overrides, asked.validation, ranks)
+    bench = Bench.load(asked.config, asked.overrides, asked.validation, ranks, asked.kl)
     _check_smooth(settings.smooth, bench.steps)
     if asked.every is None:
         settings = settings.model_copy(update={"every": max(1, bench.steps // MEASUREMENTS)})
@@ -164,7 +166,9 @@ def _frontier(asked: Asked, recipe: Recipe) -> Frontier | None:
     config = recipe.forgetting
     if asked.scales == OFF or config is None or not config.controls():
         return None
-    chosen: dict[str, Any] = {"scales": _numbers("scales", asked.scales, f"{DEFAULT_SCALES} or {OFF}")}
+    scales = _numbers("scales", asked.scales, f"{DEFAULT_SCALES}, 1 or {OFF}")
+    # 1 is always measured
+    chosen: dict[str, Any] = {"scales": tuple(scale for scale in scales if scale != 1)}
     if asked.limits is not None:
         chosen["limits"] = _numbers("limits", asked.limits, "0.02,0.05")
     elif config.max_delta is not None:

@@ -52,9 +52,10 @@ def changes(point: Mapping[str, Any], before: Mapping[str, float]) -> dict[str, 
         for measure in ("loss", "ppl"):
             now = point[f"{name}_{measure}"]
             found[f"{name}_{measure}_change"] = None if now is None else now - before[f"{name}_{measure}"]
-        found[f"{name}_kl"] = point[f"{name}_kl"]
+        if f"{name}_kl" in point:
+            found[f"{name}_kl"] = point[f"{name}_kl"]
     for measure in ("loss_change", "ppl_change", "kl"):
-        each = [found[f"{name}_{measure}"] for name in controls]
+        each = [found[f"{name}_{measure}"] for name in controls if f"{name}_{measure}" in found]
         if each:
             found[f"control_{measure}"] = None if None in each else math.fsum(each) / len(each)
     return found
@@ -128,7 +129,7 @@ def leaders(content: Mapping[str, Any], place: int, key: str, mode: str = "one")
     """
     sign = -1 if key.endswith("loss") else 1
     found = {method["name"]: within_limit(method, place, mode) for method in content["methods"]}
-    values = {name: point[key]["values"] for name, point in found.items() if point and point[key]}
+    values = {name: point[key]["values"] for name, point in found.items() if point and point.get(key)}
     if not values:
         return None
     best = max(values, key=lambda name: sign * found[name][key]["mean"])

@@ -20,7 +20,9 @@ from kappatune_plugin.forgetting.measures import (
     kl_to_base,
     label_accuracy,
     label_scores,
+    logits_from,
     measuring,
+    padded,
     sample_base,
     token_loss,
 )
@@ -178,6 +180,28 @@ def test_label_accuracy_by_brute_force():
     assert label_scores(model, tokenizer, examples) == (1.0, pytest.approx(nats / tokens))
     wrong = [ChoiceExample(e.prompt, e.choices, (e.answer + 1) % 3) for e in examples[:3]]
     assert label_accuracy(model, tokenizer, wrong + examples[3:], batch_size=2) == 9 / 12
+
+
+def test_answers_of_one_token_to_one_prompt_are_read_once():
+    model, tokenizer = tuned_model(), tiny_tokenizer()
+    read = []
+    model.get_base_model().lm_head.register_forward_hook(lambda *_: read.append(_[1][0].shape[:2]))
+    label_scores(model, tokenizer, [ChoiceExample(f"the cat {n} sat", (" mat", " no"), 0) for n in range(4)])
+    # a row for each prompt, and of each row the last position
+    assert read == [(4, 1)]
+
+
+def test_logits_from_a_position_on_are_those_of_the_whole():
+    model = tuned_model().eval()
+    whole = model(
+        input_ids=padded(PIECES, model.device)[0], attention_mask=padded(PIECES, model.device)[1].long()
+    ).logits
+    base = model.get_base_model()
+    asked = base.forward
+    # as models that compute all of them
+    for forward in (asked, lambda input_ids, attention_mask, use_cache: asked(input_ids, attention_mask)):
+        base.forward = forward
+        torch.testing.assert_close(logits_from(model, PIECES, 3), whole[:, 3:], rtol=0, atol=1e-6)
 
 
 def test_completion_loss_is_a_mean_over_completion_tokens():

@@ -62,6 +62,9 @@ def test_the_largest_scale_within_the_limit_from_below(limit, wanted, power):
     assert found**2 <= limit and wanted - 1 / 64 <= found <= wanted + 1e-3
     # halving the line would take seven
     assert len(tried) <= (4 if power == 2 else 7) and (found in tried or found == 0)
+    # from a scale on that keeps it, which is returned where none above does
+    further = largest_within(lambda scale: scale**power, limit ** (power / 2), least=found)
+    assert found <= further <= found + 1 / 64 and further**2 <= limit
 
 
 def test_a_loss_that_is_not_finite_is_above_every_limit():

@@ -20,7 +20,12 @@ def data(tmp_path_factory) -> Path:
     files = {
         "tasks/sent-conv/stsa.binary.train": [f"{i % 2} review {i}" for i in range(450)],
         "tasks/sent-conv/stsa.binary.test": [f"{i % 2} unseen review {i}" for i in range(100)],
-        "tasks/sent-conv/subj.all": [f"{i % 2} sentence {i}" for i in range(1500)],
+        **{
+            f"tasks/gsm8k/{part}.jsonl": [
+                json.dumps({"question": f"{part} {i}?", "answer": f"<<{i}>>{i}"}) for i in range(450)
+            ]
+            for part in ("train", "test")
+        },
         "text/wikitext-2/raw_test.txt": [f"paragraph {i} " + "word " * 60 for i in range(90)],
     }
     for part, count in (("train", 450), ("test", 100)):
@@ -38,12 +43,14 @@ def test_a_setting_is_a_recipe(data, tmp_path, name):
     recipe = load_recipe(study_real.RECIPE, study_real.words_of(changes))
     assert recipe.end_token is not name.endswith("_no_end")
     assert list(recipe.forgetting.controls()) == ["wikitext", "self"]
-    task, other = (list(recipe.data["labels"].values()), list(recipe.forgetting.recall.labels.values()))
-    assert set(task).isdisjoint(other) and len(task) == len(other) == 2
+    task, other = ((each or {}).values() for each in (recipe.data["labels"], recipe.forgetting.recall.labels))
+    free = "gsm8k" in name
+    assert set(task).isdisjoint(other) and len(other) == 2 and len(task) == (0 if free else 2)
     train, test = (
-        [json.loads(line)["sentence"] for line in (tmp_path / "rows" / f"{part}.jsonl").open()]
+        [json.loads(line)["question" if free else "sentence"] for line in (tmp_path / "rows" / f"{part}.jsonl").open()]
         for part in ("train", "test")
     )
+    assert "<<" not in (tmp_path / "rows" / "train.jsonl").read_text()
     assert (len(train), len(test)) == (study_real.TRAIN, study_real.TEST) and not set(train) & set(test)
 
 
