@@ -6,6 +6,7 @@ that of WikiText that neither choice nor verification saw. Killed and started ag
 of docs/dial.md are written from what there is.
 
     python benchmarks/dial.py --model FOLDER [--data DATA] [--tasks irony sst2] [--limits 0.02 0.05] [--seeds 3]
+    python benchmarks/dial.py --model FOLDER --time     # no study: how many training steps the dial takes as long as
 """
 
 import argparse
@@ -13,6 +14,7 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,12 @@ from kappatune_plugin import KappaTuneConfig
 from kappatune_plugin.errors import KappaTuneError
 from kappatune_plugin.forgetting.measures import measuring, sample_base
 from kappatune_plugin.interpolation.change import Changes
-from kappatune_plugin.interpolation.dial import DialSettings
+from kappatune_plugin.interpolation.dial import Dialed, DialSettings
 from kappatune_plugin.interpolation.find_changes import changes_of_adapter, changes_of_checkpoint
 from kappatune_plugin.interpolation.interpolate import turn_model
 from kappatune_plugin.interpolation.texts import Texts, rise
 from kappatune_plugin.interpolation.token_losses import control_documents, row_documents, texts
+from kappatune_plugin.run.interpolate import STEPS as DIAL_STEPS
 from kappatune_plugin.study.summary import interval as summary_interval
 
 TASKS = {
@@ -48,8 +51,9 @@ ARMS = {
     "lowest": (KappaTuneConfig(task_type="CAUSAL_LM", k=21), 5e-4),
     "full": (None, 5e-5),
 }
-# the dial's budget in training steps, three quarters of what it has in a run: four dials a run are to end in a night
-STEPS, BATCH, LONGEST, BUDGET = 40, 8, 25, 45
+STEPS, BATCH, LONGEST = 40, 8, 25
+# runs to time the dial by: few steps, that change as much
+TIMED_STEPS, FASTER = 10, 4
 HELD_OUT, TEST, DOCUMENTS, UNSEEN, TOKENS = 64, 80, 80, 60, 128
 # shares of all rows that are text which the base wrote, and how many tokens such a text has
 REPLAY, WRITTEN = (0.0, 0.25), 48
@@ -66,11 +70,16 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--limits", nargs="+", type=float, default=[0.02, 0.05])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--time", action="store_true")
     args = parser.parse_args()
     # half the time of the defaults on a CPU: products of matrices in bfloat16, and attention without a fused kernel
     torch.set_float32_matmul_precision("medium")
     base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation="eager")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
+    if args.time:
+        for arm in args.arms:
+            print(how_long(base, tokenizer, args.data, args.tasks[0], arm, args.limits[0]), flush=True)
+        return
     records = Records(args.results)
     for replay, seed, task, arm in itertools.product(REPLAY, range(args.seeds), args.tasks, args.arms):
         run = dict(zip(RUN, (task, arm, replay, seed), strict=True))
@@ -83,34 +92,16 @@ def one_run(
     base: nn.Module, tokenizer: Any, data: Path, task: str, arm: str, replay: float, seed: int, limits: Sequence[float]
 ) -> list[dict[str, Any]]:
     """Train once, then scale back to each limit in both ways; a record for each, and one for what was trained."""
-    prompt, *words = TASKS[task]
-    train, test = ([(prompt.format(text), label) for text, label in rows] for rows in load(data / "tasks", task))
-    train = random.Random(seed).sample(train, HELD_OUT + STEPS * BATCH)
-    learned, test = [(text, words[label]) for text, label in train], random.Random(0).sample(test, TEST)
-    paragraphs = wikitext(data, DOCUMENTS + UNSEEN, seed)
-    config, rate = ARMS[arm]
-    rows = row_documents(tokenizer, learned)
-    shown = rows[HELD_OUT:]
-    if replay:
-        # as `data.replay` does it: as many rows of the task, and so many of the base's own text among them
-        count = round(len(shown) * replay / (1 - replay))
-        shown = shown + [[(ids, 1)] for ids in sample_base(base, tokenizer, count, WRITTEN, seed, 32)]
-        random.Random(seed).shuffle(shown)
-    started, steps = time.monotonic(), len(shown) // BATCH
-    model = trained(base, config, rate, shown, seed, steps, BATCH)
-    step = (time.monotonic() - started) / steps
-    changes = changes_of_checkpoint(base, model) if config is None else changes_of_adapter(model)
-    controls = {"wikitext": control_documents(tokenizer, paragraphs[:DOCUMENTS], TOKENS, False)}
-    within = int(2 * BUDGET * BATCH * np.mean([len(ids) for [(ids, _)] in rows]))
-    with measuring(model):
-        measured = Measured(model, tokenizer, changes, test, words, paragraphs[DOCUMENTS:])
+    run = Run.of(base, tokenizer, data, task, arm, replay, seed)
+    changes = run.changes
+    with measuring(run.model):
+        measured = Measured(run, tokenizer, data, task)
         records = [{"mode": "base", **measured.now(changes, 0.0)}, {"mode": "trained", **measured.now(changes, 1.0)}]
         for limit, per_matrix in itertools.product(limits, (False, True)):
-            record: dict[str, Any] = {"limit": limit, "asked": "per_matrix" if per_matrix else "one", "step": step}
-            settings = DialSettings(limit, per_matrix, within=within, seed=seed, quiet=True)
+            record: dict[str, Any] = {"limit": limit, "asked": "per_matrix" if per_matrix else "one", "step": run.step}
             try:
-                dialed = turn_model(model, changes, rows[:HELD_OUT], controls, settings, BATCH)
-                record |= {"mode": dialed.mode, "seconds": dialed.seconds, **measured.now()}
+                dialed, seconds = run.turned(limit, per_matrix)
+                record |= {"mode": dialed.mode, "seconds": seconds, **measured.now()}
                 record["alpha"] = float(np.median(list(dialed.alphas.values())))
             except KappaTuneError:
                 # no scale above 0 keeps the limit
@@ -120,6 +111,73 @@ def one_run(
     return [
         {key: round(value, 4) if type(value) is float else value for key, value in each.items()} for each in records
     ]
+
+
+def how_long(base: nn.Module, tokenizer: Any, data: Path, task: str, arm: str, limit: float) -> str:
+    """The dial's time in training steps of the same run, as a sentence."""
+    run = Run.of(base, tokenizer, data, task, arm, 0.0, 0, TIMED_STEPS, FASTER)
+    with measuring(run.model):
+        dialed, seconds = run.turned(limit, True)
+    return f"{arm}: the dial took as long as {seconds / run.step:.0f} training steps ({dialed.mode})"
+
+
+@dataclass
+class Run:
+    """What was trained, and what the dial works with.
+
+    Attributes:
+        rows: of the task, those held out first; unseen: paragraphs that the dial doesn't get.
+        within: tokens that the dial may read, as in a run.
+        step: of training, in seconds of the process's own time: another program beside it doesn't count.
+    """
+
+    model: nn.Module
+    changes: Changes
+    rows: list[Any]
+    controls: dict[str, list[Any]]
+    unseen: list[str]
+    within: int
+    step: float
+    seed: int
+
+    @classmethod
+    def of(
+        cls,
+        base: nn.Module,
+        tokenizer: Any,
+        data: Path,
+        task: str,
+        arm: str,
+        replay: float,
+        seed: int,
+        steps: int = STEPS,
+        faster: float = 1.0,
+    ) -> "Run":
+        """Train a copy of the base, at so many times the arm's rate."""
+        prompt, *words = TASKS[task]
+        train = random.Random(seed).sample(load(data / "tasks", task)[0], HELD_OUT + STEPS * BATCH)
+        rows = row_documents(tokenizer, [(prompt.format(text), words[label]) for text, label in train])
+        shown = rows[HELD_OUT : HELD_OUT + steps * BATCH]
+        if replay:
+            # as `data.replay` does it: as many rows of the task, and so many of the base's own text among them
+            count = round(len(shown) * replay / (1 - replay))
+            shown = shown + [[(ids, 1)] for ids in sample_base(base, tokenizer, count, WRITTEN, seed, 32)]
+            random.Random(seed).shuffle(shown)
+        (config, rate), started, steps = ARMS[arm], time.process_time(), len(shown) // BATCH
+        model = trained(base, config, faster * rate, shown, seed, steps, BATCH)
+        step = (time.process_time() - started) / steps
+        changes = changes_of_checkpoint(base, model) if config is None else changes_of_adapter(model)
+        paragraphs = wikitext(data, DOCUMENTS + UNSEEN, seed)
+        controls = {"wikitext": control_documents(tokenizer, paragraphs[:DOCUMENTS], TOKENS, False)}
+        within = int(2 * DIAL_STEPS * BATCH * np.mean([len(ids) for [(ids, _)] in rows]))
+        return cls(model, changes, rows, controls, paragraphs[DOCUMENTS:], within, step, seed)
+
+    def turned(self, limit: float, per_matrix: bool) -> tuple[Dialed, float]:
+        """Scale back within `limit`; also how many seconds of the process's time it took."""
+        started = time.process_time()
+        settings = DialSettings(limit, per_matrix, within=self.within, seed=self.seed, quiet=True)
+        dialed = turn_model(self.model, self.changes, self.rows[:HELD_OUT], self.controls, settings, BATCH)
+        return dialed, time.process_time() - started
 
 
 def load(folder: Path, task: str, longest: int = LONGEST) -> list[list[tuple[str, int]]]:
@@ -151,19 +209,14 @@ def _rows(folder: Path, task: str) -> list[list[tuple[str, int]]]:
 class Measured:
     """Test rows and unseen control text of one run."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        changes: Changes,
-        test: Sequence,
-        words: Sequence[str],
-        unseen: list[str],
-    ) -> None:
-        choices = [(text, word) for text, _ in test for word in words]
-        self.choices, self.labels = texts(model, row_documents(tokenizer, choices), BATCH), [label for _, label in test]
-        self.unseen: Texts = texts(model, control_documents(tokenizer, unseen, TOKENS, True), BATCH)
-        changes.set(0.0)
+    def __init__(self, run: Run, tokenizer: Any, data: Path, task: str) -> None:
+        prompt, *words = TASKS[task]
+        test = random.Random(0).sample(load(data / "tasks", task)[1], TEST)
+        choices = [(prompt.format(text), word) for text, _ in test for word in words]
+        documents = row_documents(tokenizer, choices)
+        self.choices, self.labels = texts(run.model, documents, BATCH), [label for _, label in test]
+        self.unseen: Texts = texts(run.model, control_documents(tokenizer, run.unseen, TOKENS, True), BATCH)
+        run.changes.set(0.0)
         self.before = self.unseen.measured()
 
     def now(self, changes: Changes | None = None, alpha: float = 1.0) -> dict[str, float]:

@@ -168,15 +168,16 @@ class Bench:
         """
         texts = {**self.probe.controls, **({"task_text": self.task_text} if self.task_text else {})} if self.kl else {}
         size = self.probe.batch_size
-        with self.precision():
-            divergences = {f"{name}_kl": kl_to_base(model, pieces, size) for name, pieces in texts.items()}
-            return {**self.probe.measure(model, quick), **divergences}
+        divergences = {f"{name}_kl": kl_to_base(model, pieces, size) for name, pieces in texts.items()}
+        return {**self.probe.measure(model, quick), **divergences}
 
     def precision(self) -> torch.autocast:
-        """The mixed precision that the recipe trains in. A Trainer puts it around its own model; the base needs it too,
-        or rounding would count as forgetting."""
+        """The mixed precision that the recipe trains in, for the base and for merged models: rounding would count as
+        forgetting without it. A Trainer puts it around its own model, which must not be inside another."""
         args = self.recipe.training_args
-        return torch.autocast(args.device.type, torch.float16 if args.fp16 else torch.bfloat16, args.fp16 or args.bf16)
+        dtype, mixed = torch.float16 if args.fp16 else torch.bfloat16, args.fp16 or args.bf16
+        # a cached copy of a weight would stay what it was when the weight is scaled
+        return torch.autocast(args.device.type, dtype, mixed, cache_enabled=False)
 
     @property
     def steps(self) -> int:

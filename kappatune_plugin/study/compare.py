@@ -70,7 +70,8 @@ class _Runner:
     def before(self) -> dict[str, float]:
         """The measurements of the base."""
         identity = {**self._identity, "what": "before"}
-        return self.store.get("before", identity, lambda: self.bench.measure(self.bench.base))
+        with self.bench.precision():
+            return self.store.get("before", identity, lambda: self.bench.measure(self.bench.base))
 
     def trains(self, tried: Tried) -> dict[str, int] | None:
         """Type of matrix -> how many a KappaTune method trains with the first seed; None for other methods."""

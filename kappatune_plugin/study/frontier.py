@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -47,7 +48,9 @@ def measure_frontier(bench: Bench, model: nn.Module, name: str, settings: Fronti
     """
     try:
         scaled, changes = _scalable(bench, model, name)
-        with measuring(scaled), bench.precision():
+        # a Trainer's model brings its precision
+        precision = nullcontext() if scaled is model else bench.precision()
+        with measuring(scaled), precision:
             line = _Line(bench, scaled, changes)
             points = [line.point(scale) for scale in settings.measured]
             within = [line.within(limit, settings) for limit in settings.limits]

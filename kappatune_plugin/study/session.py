@@ -166,7 +166,7 @@ def _frontier(asked: Asked, recipe: Recipe) -> Frontier | None:
     config = recipe.forgetting
     if asked.scales == OFF or config is None or not config.controls():
         return None
-    scales = _numbers("scales", asked.scales, f"{DEFAULT_SCALES}, 1 or {OFF}")
+    scales = _numbers("scales", asked.scales, f"{DEFAULT_SCALES} or {OFF}")
     # 1 is always measured
     chosen: dict[str, Any] = {"scales": tuple(scale for scale in scales if scale != 1)}
     if asked.limits is not None:

@@ -60,7 +60,8 @@ def whole(bench, tmp_path_factory) -> tuple[Path, dict]:
 def test_the_base_is_measured_in_the_precision_of_the_runs(recipe, tmp_path):
     """A run that changes nothing has forgotten nothing, in mixed precision too."""
     bench = Bench.load(recipe, ["--bf16", "true", "--use_cpu", "true"], validation=0.25, kl=False)
-    before = bench.measure(bench.base)
+    with bench.precision():
+        before = bench.measure(bench.base)
     run = train_run(bench, METHODS[0], 1e-30, 0, every=6)
     after = {key: value for key, value in run["points"][-1].items() if key != "step"}
     assert after == before and not any(key.endswith("_kl") for key in before)

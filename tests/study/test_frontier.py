@@ -103,6 +103,16 @@ def test_every_method_along_its_scale(bench, monkeypatch, method):
         assert {key: point[key] for key in measured} == pytest.approx(measured, abs=1e-4)
 
 
+@pytest.mark.parametrize("method", ["lowest", "lora:r=2", "osf", "full"])
+def test_in_mixed_precision_what_is_scaled_is_what_is_measured(recipe, method):
+    bench = Bench.load(recipe, ["--bf16", "true", "--use_cpu", "true"], validation=0.25, kl=False)
+    run = train_run(bench, parse_methods(method)[0], 3e-2, 0, every=4, frontier=Frontier(scales=(0.5,), limits=(9.0,)))
+    half, whole = run["frontier"]["points"]
+    # before it was scaled, by the Trainer's own model
+    assert whole["task_loss"] == pytest.approx(run["points"][-1]["task_loss"], rel=5e-3)
+    assert abs(half["validation_loss"] - whole["validation_loss"]) > 0.01
+
+
 def test_the_scale_within_a_limit(bench, monkeypatch):
     """No measured scale within the limit learns more, and a scale that was searched for can't go 1/64 further."""
     found, weights = trained(bench, "full", monkeypatch, Frontier(scales=(0.5,), limits=(0.0005, 0.002, 0.05)))
