@@ -75,7 +75,7 @@ def test_a_loss_that_is_not_finite_is_above_every_limit():
 def test_settings_read_no_more_than_they_may():
     settings = DialSettings(0.1)
     assert settings.affordable(1) == settings
-    cut = DialSettings(0.1, within=60_000).affordable(1)
-    assert cut.reads(1) <= 1.01 * 60_000 and cut.steps == settings.steps
+    cut = DialSettings(0.1, within=80_000).affordable(1)
+    assert cut.reads(1) <= 1.01 * 80_000 and cut.steps == settings.steps
     least = DialSettings(0.1, within=1).affordable(1)
     assert (least.choose_tokens, least.verify_tokens, least.batch) == LEAST
