@@ -10,6 +10,8 @@ from kappatune_plugin.study.tables import shown
 
 Content = Mapping[str, Any]
 EVERY = "*"
+# an interval over fewer settings is too wide to say anything; over their runs it speaks of these settings alone
+ENOUGH_SETTINGS = 4
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ LEVERS = {
         _choice(SHARE, "random_mlp"),
         _choice(GATE, "random_mlp"),
         _choice("random_mlp", "lora"),
+        _choice("lora_mlp", "lora"),
+        _choice("lowest_mlp", "lora_mlp"),
         _choice("full", "lora"),
     ),
     "Which matrices, beyond dial and replay": (
@@ -68,15 +72,17 @@ def added(contents: Sequence[Content], lever: Lever, limit: float, key: str) -> 
     """How much higher `key` is within `limit` by the first of a lever's pairs than by the second.
 
     Returns:
-        As `over_seeds` has it, and "over" what: the settings where two or more have both ("3 settings"), else the seeds
-        of the one that has; None where none has.
+        As `over_seeds` has it, and "over" what: from ENOUGH_SETTINGS on the settings ("5 settings"), else all seeds of
+        those that have both ("6 runs in 2 settings", "3 seeds"); None where none has.
     """
     each = [found for content in contents if (found := _over_pairs(content, lever, limit, key))]
     if not each:
         return None
-    if len(each) == 1:
-        return {**over_seeds(each[0]), "over": counted(len(each[0]), "seed")}
-    return {**over_seeds([statistics.fmean(values) for values in each]), "over": f"{len(each)} settings"}
+    if len(each) >= ENOUGH_SETTINGS:
+        return {**over_seeds([statistics.fmean(values) for values in each]), "over": f"{len(each)} settings"}
+    runs = [value for values in each for value in values]
+    over = counted(len(runs), "seed") if len(each) == 1 else f"{counted(len(runs), 'run')} in {len(each)} settings"
+    return {**over_seeds(runs), "over": over}
 
 
 def counted(count: int, thing: str) -> str:

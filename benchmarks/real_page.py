@@ -6,7 +6,7 @@ from typing import Any
 import dial
 import study_gpu
 import study_real
-from levers import LEVERS, added, counted, difference, is_clear, kept
+from levers import ENOUGH_SETTINGS, LEVERS, added, counted, difference, is_clear, kept
 from real_tables import LARGER, LEGEND, LOSS, MODELS, RIGHT, TASKS, every_method, limits_of, words_of
 
 from kappatune_plugin.console import number
@@ -213,11 +213,11 @@ def what_adds(contents: Contents) -> str:
     return "\n".join([WHAT_ADDS, *head, *rows, ""])
 
 
-WHAT_ADDS = """## What each decision adds
+WHAT_ADDS = f"""## What each decision adds
 
 Differences of the loss on test rows within each limit (nats a token; below zero the first has learned more), and of the
-right answers (points). ± is over settings where two or more have both methods, over seeds where one has; in bold where
-it leaves out zero. What is known by the rate alone is known of the first seed.
+right answers (points). ± is over runs, from {ENOUGH_SETTINGS} settings on over settings, in bold where it leaves out
+zero: over runs it says nothing of other tasks and models. What is known by the rate alone is known of the first seed.
 """
 
 

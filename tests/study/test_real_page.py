@@ -47,16 +47,19 @@ def choice(ours, theirs, ways=("one", "one")):
     return levers.Lever("", ((ours, theirs),), ways)
 
 
-def test_a_difference_is_paired_by_seed_in_one_setting_and_over_settings_in_several():
+def test_a_difference_is_paired_by_seed_and_in_many_settings_over_settings():
     first = compared(method("a", [0.3, 0.4, 0.5], [0.1] * 3), method("b", [0.2, 0.2, 0.2], [0.3] * 3))
     second = compared(method("b", [0.1] * 3, [0.3] * 3), method("a", [0.4] * 3, [0.1] * 3))
     lever = choice("a", "b")
     # differences .1, .2, .3: mean .2, s = .1, t(2) = 4.303: ± .248
     assert levers.added([first], lever, 0.02, "task_loss")["half"] == pytest.approx(0.2484, abs=1e-4)
-    # of settings .2 and .3: mean .25, s = .0707, t(1) = 12.706: ± .635
+    # .1, .2, .3 and .3 three times: mean .25, s = .0837, t(5) = 2.571: ± .0878
     both = levers.added([first, second], lever, 0.02, "task_loss")
-    assert both["over"] == "2 settings"
-    assert (both["mean"], both["half"]) == (pytest.approx(0.25), pytest.approx(0.6353, abs=1e-4))
+    assert both["over"] == "6 runs in 2 settings"
+    assert (both["mean"], both["half"]) == (pytest.approx(0.25), pytest.approx(0.0878, abs=1e-4))
+    # of settings .2, .3, .2, .3: mean .25, s = .0577, t(3) = 3.182: ± .0919
+    four = levers.added([first, second] * 2, lever, 0.02, "task_loss")
+    assert (four["over"], four["half"]) == ("4 settings", pytest.approx(0.0919, abs=1e-4))
     assert levers.added([first, second], lever, 0.1, "task_loss")["mean"] == pytest.approx(-0.2)
     assert levers.added([first], lever, 0.05, "task_loss") is None
     assert levers.added([first], choice("a", "c"), 0.02, "task_loss") is None
