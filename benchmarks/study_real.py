@@ -3,7 +3,8 @@
 SmolLM2-135M-Instruct and Gemma 3 270M, dequantized from 4 bit by shared/data/pretrained.sh, and a mixture of experts
 made of the former by benchmarks/mixture.py, learn a task beside WikiText-2 and text that the base writes as controls; a
 task that isn't trained is asked by its labels. Each method has the best of three rates, then three seeds, and is scaled
-back to each limit. Killed and started again it goes on where it was; settings may run side by side.
+back to each limit. Killed and started again it goes on where it was; settings may run side by side. With SmolLM2 a run
+takes about two minutes of one CPU core (a third of it training) and 7 GB, five runs a method.
 
     python benchmarks/study_real.py --models FOLDER [--settings smollm2-irony ...] --results docs/results
     python benchmarks/results.py

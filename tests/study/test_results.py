@@ -16,6 +16,7 @@ sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 import compact  # noqa: E402
 import figures  # noqa: E402
+import levers  # noqa: E402
 import real_page  # noqa: E402
 import results  # noqa: E402
 import small_conclusions  # noqa: E402
@@ -54,6 +55,25 @@ def test_the_readme_shows_what_was_measured():
         f"{both('highest_mlp')}.",
     ):
         assert said in words, said
+    settings = [REAL[name] for name in ("smollm2-irony", "smollm2-sst2")]
+    for name, described in (
+        ("lowest_mlp", "nats a token with κ-lowest within the MLP"),
+        ("random_mlp", "with random matrices there"),
+        ("lora", "with LoRA"),
+        ("full", "with full fine-tuning"),
+    ):
+        whole = [figures.method_of(content, name)["frontier"]["points"][-1] for content in settings]
+        rises = " and ".join(f"{each['rise']['mean']:+.3f}" for each in whole)
+        assert f"{rises} {described}" in words
+    for other, described in (
+        ("random_mlp", "random matrices there"),
+        ("lowest", "κ-lowest over all matrices"),
+        ("lora", "LoRA with as many parameters"),
+        ("full", "full fine-tuning"),
+    ):
+        found = levers.added(settings, levers.Lever("", (("lowest_mlp", other),)), 0.02, "task_loss")
+        assert found["over"] == "6 runs in 2 settings"
+        assert f"{levers.difference(found, real_page.FORM)} against that of {described}" in words
 
 
 @pytest.mark.parametrize("name", [*SMALL, *REAL])
