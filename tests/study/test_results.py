@@ -10,6 +10,7 @@ import pytest
 
 from helpers.made_up_comparisons import entry, made_up
 from kappatune_plugin.study.summary import over_seeds
+from kappatune_plugin.study.tables import shown
 
 REPOSITORY = Path(__file__).parents[2]
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
@@ -56,6 +57,9 @@ def test_the_readme_shows_what_was_measured():
     ):
         assert said in words, said
     settings = [REAL[name] for name in ("smollm2-irony", "smollm2-sst2")]
+    lever = levers.Lever("", (("lowest_mlp", "lora_mlp"),))
+    better = shown(levers.added([REAL["smollm2-sst2"]], lever, 0.05, "task_loss"), "{:.3f}")
+    assert f"better on SST-2, measured on that task alone: by {better} nats within .05." in words
     for name, described in (
         ("lowest_mlp", "nats a token with κ-lowest within the MLP"),
         ("random_mlp", "with random matrices there"),
