@@ -104,21 +104,21 @@ def test_only_the_boundary_is_refined():
 
 
 def test_what_one_start_misses_another_finds_where_it_decides(monkeypatch):
-    """A matrix of kappa 11 that shows 10 to vectors from seed 0, and one of 10.00005: at first they overlap."""
+    """A matrix of kappa 10.2 that shows 10 to vectors from seed 0, and one of 10.00005: at first they overlap."""
 
     def hides_at_first(w, rtol):
         return torch.Generator().manual_seed(0) if rtol == 1e-3 else random_numbers(w, rtol)
 
     for module in (by_factors, batched):
         monkeypatch.setattr(module, "random_numbers", hides_at_first)
-    hidden, other = hidden_from_seed_0("bottom", 1.1), hidden_from_seed_0("bottom", 1.0)
+    hidden, other = hidden_from_seed_0("bottom", 1.02), hidden_from_seed_0("bottom", 1.0)
     u, sigma, v = torch.linalg.svd(other)
     sigma[-2:] = sigma[0] / 10.00005
     model = nn.ModuleDict({name: nn.Linear(400, 400, bias=False) for name in ("hidden", "other")})
     model["hidden"].weight.data, model["other"].weight.data = hidden, (u * sigma) @ v
     assert condition_number(hidden).hi < 10.02
     rows = {row.name: row for row in scan(model, k=1, rtol=1e-3, progress=False, cache=False).units}
-    assert rows["other.weight"].hi < 10.01 and rows["hidden.weight"].lo > 10.9
+    assert rows["other.weight"].hi < 10.01 and rows["hidden.weight"].lo > 10.19
 
 
 def test_equal_matrices_are_not_refined():
