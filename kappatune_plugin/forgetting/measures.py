@@ -345,10 +345,7 @@ def batches(rows: Sequence[Any], batch_size: int, name: str) -> Iterator[Sequenc
 
 def _logits(model: nn.Module, batch: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Next-token logits (batch, length - 1, vocabulary) in float32, and where a real token follows."""
-    ids, mask = padded(batch, model.device)
-    # PEFT's prompt methods put virtual tokens before the text and return their logits too
-    logits = model(input_ids=ids, attention_mask=mask.long()).logits[:, -ids.shape[1] : -1]
-    return logits.float(), mask[:, 1:]
+    return logits_from(model, batch, 0)[:, :-1].float(), padded(batch, model.device)[1][:, 1:]
 
 
 def token_losses(model: nn.Module, batch: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
