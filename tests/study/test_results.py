@@ -61,18 +61,18 @@ def test_the_readme_shows_what_was_measured():
     better = shown(levers.added([REAL["smollm2-sst2"]], lever, 0.05, "task_loss"), "{:.3f}")
     assert f"better on SST-2, measured on that task alone: by {better} nats within .05." in words
     for name, described in (
-        ("lowest_mlp", "nats a token with κ-lowest within the MLP"),
+        ("lowest_mlp", "with κ-lowest within the MLP"),
         ("random_mlp", "with random matrices there"),
         ("lora", "with LoRA"),
         ("full", "with full fine-tuning"),
     ):
         whole = [figures.method_of(content, name)["frontier"]["points"][-1] for content in settings]
-        rises = " and ".join(f"{each['rise']['mean']:+.3f}" for each in whole)
+        rises = " and ".join(shown(each["rise"], "{:+.3f}") for each in whole)
         assert f"{rises} {described}" in words
     for other, described in (
         ("random_mlp", "random matrices there"),
         ("lowest", "κ-lowest over all matrices"),
-        ("lora", "LoRA with as many parameters"),
+        ("lora", "LoRA with about as many parameters"),
         ("full", "full fine-tuning"),
     ):
         found = levers.added(settings, levers.Lever("", (("lowest_mlp", other),)), 0.02, "task_loss")
