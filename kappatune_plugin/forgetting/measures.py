@@ -345,7 +345,8 @@ def batches(rows: Sequence[Any], batch_size: int, name: str) -> Iterator[Sequenc
 
 def _logits(model: nn.Module, batch: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Next-token logits (batch, length - 1, vocabulary) in float32, and where a real token follows."""
-    return logits_from(model, batch, 0)[:, :-1].float(), padded(batch, model.device)[1][:, 1:]
+    ids, mask = padded(batch, model.device)
+    return logits_from(model, ids, mask, 0)[:, :-1].float(), mask[:, 1:]
 
 
 def token_losses(model: nn.Module, batch: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -366,7 +367,7 @@ def _completion_losses(model: nn.Module, pairs: Sequence[Pair], batch_size: int,
         # of like lengths together: padding is read too
         for batch in batches(sorted(asked, key=len), batch_size, name):
             first = min(len(pairs[place][0]) for ids in batch for place in asked[ids]) - 1
-            logits = logits_from(model, batch, first)
+            logits = logits_from(model, *padded(batch, model.device), first)
             for row, ids in zip(logits, batch, strict=True):
                 for place in asked[ids]:
                     prompt, completion = pairs[place]
@@ -380,12 +381,11 @@ def _loss_of(logits: Tensor, completion: list[int]) -> tuple[float, bool]:
     return nats, bool((predicted.argmax(-1) == target).all())
 
 
-def logits_from(model: nn.Module, batch: Sequence[Sequence[int]], first: int) -> Tensor:
+def logits_from(model: nn.Module, ids: Tensor, mask: Tensor, first: int) -> Tensor:
     """Logits of the token after each from position `first` on, shape (rows, longest - first, vocabulary).
 
     Where the model can, it computes no others: with a large vocabulary they are most of the work.
     """
-    ids, mask = padded(batch, model.device)
     kept = ids.shape[1] - first
     asked = model.get_base_model() if hasattr(model, "get_base_model") else model
     few = {"logits_to_keep": kept} if "logits_to_keep" in signature(asked.forward).parameters else {}

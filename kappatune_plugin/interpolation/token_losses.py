@@ -71,8 +71,14 @@ def _piece_nats(model: nn.Module, batch: Sequence[Piece]) -> Tensor:
     labels = ids.masked_fill(~mask, IGNORED)
     for row, (_, start) in enumerate(batch):
         labels[row, :start] = IGNORED
-    first = min(start for _, start in batch) - 1
-    return summed_nats(logits_from(model, [piece for piece, _ in batch], first), labels[:, first:])
+    return labelled_nats(model, ids, mask, labels)
+
+
+def labelled_nats(model: nn.Module, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+    """The loss of each row of token ids, summed over its labels that aren't IGNORED, shape (rows,); some label counts."""
+    # a label is predicted from the token before it
+    first = int((labels[:, 1:] != IGNORED).any(0).nonzero()[0])
+    return summed_nats(logits_from(model, ids, mask, first), labels[:, first:])
 
 
 def summed_nats(logits: Tensor, labels: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kappatune_plugin.data.examples import IGNORED
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.forgetting.measures import logits_from, measuring
+from kappatune_plugin.forgetting.measures import measuring, padded
 from kappatune_plugin.forgetting.report import finite_or_none
 from kappatune_plugin.interpolation import per_matrix
 from kappatune_plugin.interpolation.change import Changes
@@ -22,7 +22,7 @@ from kappatune_plugin.interpolation.dial import FURTHER
 from kappatune_plugin.interpolation.find_changes import changes_of_adapter, changes_of_checkpoint
 from kappatune_plugin.interpolation.one_scale import largest_within
 from kappatune_plugin.interpolation.texts import Control, Texts
-from kappatune_plugin.interpolation.token_losses import summed_nats, texts
+from kappatune_plugin.interpolation.token_losses import labelled_nats, texts
 from kappatune_plugin.study.bench import Bench
 from kappatune_plugin.study.method_configs import peft_refusals
 from kappatune_plugin.study.settings import Frontier
@@ -128,7 +128,8 @@ class _Line:
             alphas = per_matrix.choose(self.changes, fitted, self.choosing, one or 1 / 64, limit, quiet=True)
         further = largest_within(lambda scale: self._rise(_times(alphas, scale)), limit, most=FURTHER)
         alphas = _times(alphas, further)
-        if self._loss(alphas, others) >= self._loss([one] * len(alphas), others):
+        # a loss that is NaN is no better
+        if not self._loss(alphas, others) < self._loss([one] * len(alphas), others):
             return self.point(one)
         return self._measured(alphas, self._rise(alphas), self._loss(alphas, self.rows))
 
@@ -182,10 +183,7 @@ def labelled_texts(model: nn.Module, rows: Dataset, batch_size: int) -> Texts:
 def _row_nats(model: nn.Module, batch: Sequence[tuple[list[int], list[int]]]) -> Tensor:
     """Summed nats of each row's labels, shape (rows,)."""
     labels = pad_sequence([torch.tensor(own) for _, own in batch], batch_first=True, padding_value=IGNORED)
-    # a label is predicted from the token before it
-    first = int((labels[:, 1:] != IGNORED).any(0).nonzero()[0])
-    logits = logits_from(model, [ids for ids, _ in batch], first)
-    return summed_nats(logits, labels[:, first:].to(logits.device))
+    return labelled_nats(model, *padded([ids for ids, _ in batch], model.device), labels.to(model.device))
 
 
 def _batches(places: Sequence[int], size: int) -> list[Sequence[int]]:

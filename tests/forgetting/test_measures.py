@@ -193,15 +193,14 @@ def test_answers_of_one_token_to_one_prompt_are_read_once():
 
 def test_logits_from_a_position_on_are_those_of_the_whole():
     model = tuned_model().eval()
-    whole = model(
-        input_ids=padded(PIECES, model.device)[0], attention_mask=padded(PIECES, model.device)[1].long()
-    ).logits
+    ids, mask = padded(PIECES, model.device)
+    whole = model(input_ids=ids, attention_mask=mask.long()).logits
     base = model.get_base_model()
     asked = base.forward
     # as models that compute all of them
     for forward in (asked, lambda input_ids, attention_mask, use_cache: asked(input_ids, attention_mask)):
         base.forward = forward
-        torch.testing.assert_close(logits_from(model, PIECES, 3), whole[:, 3:], rtol=0, atol=1e-6)
+        torch.testing.assert_close(logits_from(model, ids, mask, 3), whole[:, 3:], rtol=0, atol=1e-6)
 
 
 def test_completion_loss_is_a_mean_over_completion_tokens():

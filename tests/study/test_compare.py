@@ -57,7 +57,7 @@ def whole(bench, tmp_path_factory) -> tuple[Path, dict]:
     return folder, compare(bench, METHODS, SETTINGS, folder)
 
 
-def test_the_base_is_measured_in_the_precision_of_the_runs(recipe, tmp_path):
+def test_the_base_is_measured_in_the_precision_of_the_runs(recipe):
     """A run that changes nothing has forgotten nothing, in mixed precision too."""
     bench = Bench.load(recipe, ["--bf16", "true", "--use_cpu", "true"], validation=0.25, kl=False)
     with bench.precision():
