@@ -75,7 +75,7 @@ def _piece_nats(model: nn.Module, batch: Sequence[Piece]) -> Tensor:
 
 
 def labelled_nats(model: nn.Module, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
-    """The loss of each row of token ids, summed over its labels that aren't IGNORED, shape (rows,); some label counts."""
+    """The loss of each row of token ids, summed over its labels but IGNORED ones, shape (rows,); some label counts."""
     # a label is predicted from the token before it
     first = int((labels[:, 1:] != IGNORED).any(0).nonzero()[0])
     return summed_nats(logits_from(model, ids, mask, first), labels[:, first:])
