@@ -129,11 +129,11 @@ FORM = "{:+.3f}"
 
 def how(contents: Contents) -> str:
     """The setting: what is measured how, and of which models."""
-    rows = ["| setting | seeds | methods | steps | task before | loss on WikiText before | the other task before |"]
-    rows.append("|---" * 7 + "|")
+    rows = ["| setting | seeds | methods | steps | precision | task before | WikiText before | the other task before |"]
+    rows.append("|---" * 8 + "|")
     for name in [*study_real.SETTINGS, *(name for name in contents if name not in study_real.SETTINGS)]:
         content = contents.get(name)
-        cells = ["not measured yet", *[""] * 5] if content is None else _before(content)
+        cells = ["not measured yet", *[""] * 6] if content is None else _before(content)
         rows.append(f"| {words_of(name)} | {' | '.join(cells)} |")
     larger = any(name.partition("-")[0] in LARGER for name in contents)
     return f"{HOW}{ON_A_GPU if larger else ''}\n{chr(10).join(rows)}\n"
@@ -145,6 +145,7 @@ def _before(content: Mapping[str, Any]) -> list[str]:
         str(len(content["settings"]["seeds"])),
         str(len(content["methods"])),
         str(content["steps"]),
+        "bfloat16, mixed" if content["recipe"].get("bf16") else "float32",
         f"{base[RIGHT]:.1%} right, loss {base[LOSS]:.2f}" if RIGHT in base else f"loss {base[LOSS]:.2f}",
         f"{base['wikitext_loss']:.3f}" if "wikitext_loss" in base else "",
         f"{base['recall']:.1%} right" if "recall" in base else "",
@@ -159,8 +160,10 @@ HOW = f"""## The setting
   paragraphs of WikiText-2, and {study_real.WRITTEN} texts that the base wrote, {study_real.TOKENS} tokens of each. A
   limit is on the control that rose most. Learned is what {study_real.TEST} test rows say: the loss of the right answer,
   without an end token (nats a token), and of labels the share that is right; GSM8K's free answers have a loss alone.
-- All of it in bfloat16 mixed precision, the base too. Tweets and reviews have {study_real.LONGEST} words at most,
-  problems of GSM8K {study_real.LONGEST_PROBLEM} with their answer.
+- Tweets and reviews have {study_real.LONGEST} words at most; problems of GSM8K {study_real.LONGEST_PROBLEM} with their
+  answer, and half as many rows: {study_real.ROWS // study_real.HALF} a step of
+  {study_real.TRAIN // study_real.HALF}, and {study_real.TEST // study_real.HALF} to test. The base is measured in the
+  precision that a setting trains in.
 - κ methods train a tenth of the matrices, the others as many parameters as κ-lowest does, full fine-tuning all.
 - Another task isn't trained, only asked ({study_real.ASKED} rows): what becomes of it is in the tables at the end.
 - ± is the 95% interval of Student's t over seeds, which share the test rows: with {study_real.TEST} of them a share of

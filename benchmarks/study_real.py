@@ -4,7 +4,8 @@ SmolLM2-135M-Instruct and Gemma 3 270M, dequantized from 4 bit by shared/data/pr
 made of the former by benchmarks/mixture.py, learn a task beside WikiText-2 and text that the base writes as controls; a
 task that isn't trained is asked by its labels. Each method has the best of three rates, then three seeds, and is scaled
 back to each limit. Killed and started again it goes on where it was; settings may run side by side. With SmolLM2 a run
-takes about two minutes of one CPU core (a third of it training) and 7 GB, five runs a method.
+takes about two minutes of one CPU core (a third of it training) and 7 GB, five runs a method. Methods that a setting's
+results have already aren't run again: new ones are added to them.
 
     python benchmarks/study_real.py --models FOLDER [--settings smollm2-irony ...] --results docs/results
     python benchmarks/results.py
@@ -19,9 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compact import compact, read
 from dial import TASKS, load, wikitext
 from study import REPOSITORY, publish, write
 
+from kappatune_plugin.files import write_text
+from kappatune_plugin.study.methods import split_list
 from kappatune_plugin.study.session import Asked, compare_session
 
 MODELS = {"smollm2": "smollm2-135m-instruct", "mixture": "smollm2-135m-mixture", "gemma3": "gemma-3-270m"}
@@ -47,8 +51,8 @@ SETTINGS = {
 OTHER = {"irony": "sst2", "sst2": "irony", "gsm8k": "sst2"}
 RATES, LIMITS, STEPS = "5e-5,1.5e-4,5e-4", "0.01,0.02,0.05,0.1", 40
 TRAIN, TEST, ASKED, ROWS = 400, 64, 32, 4
-# words of a tweet or review at most, and of a problem of GSM8K with its answer
-LONGEST, LONGEST_PROBLEM = 16, 50
+# words of a tweet or review at most, and of a problem of GSM8K with its answer, of which there are HALF as many
+LONGEST, LONGEST_PROBLEM, HALF = 16, 50, 2
 # of the controls: paragraphs of WikiText-2, texts that the base writes, and tokens of each
 PARAGRAPHS, WRITTEN, TOKENS = 32, 16, 48
 
@@ -60,6 +64,8 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS)
     parser.add_argument("--methods", default=None, help="in the place of each setting's own")
     parser.add_argument("--seeds", type=int, default=3)
+    # the one takes half the time of the other on some CPUs, and twice on others
+    parser.add_argument("--precision", default="float32", choices=("float32", "bf16"), help="bf16: mixed precision")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument(
         "--per_matrix", action="store_true", help="also a scale for each matrix: several times as long, and other runs"
@@ -71,7 +77,12 @@ def main() -> None:
     torch.set_float32_matmul_precision("medium")
     for name in args.settings:
         folder = args.output / name
-        changes = changed(name, args.models, args.data, folder / "data") | {"max_steps": args.steps}
+        target = None if args.results is None else args.results / f"{name}.json"
+        known = read(target) if target is not None and target.exists() else None
+        methods = missing(args.methods or SETTINGS[name], known)
+        if not methods:
+            continue
+        changes = changed(name, args.models, args.data, folder / "data", args.precision) | {"max_steps": args.steps}
         if args.per_matrix:
             # a recipe with a limit says how it is kept; the limits compared at are those of LIMITS
             changes["forgetting.max_delta"] = 0.05
@@ -88,13 +99,39 @@ def main() -> None:
             limits=LIMITS,
             kl=False,
         )
-        compare_session(asked, args.methods or SETTINGS[name])
-        if args.results is not None:
+        compare_session(asked, methods)
+        if target is not None:
             local = {args.data: "data", args.models: "models", args.output: "study"}
-            publish(folder / "compare.json", args.results / f"{name}.json", local)
+            publish(folder / "compare.json", folder / "published.json", local)
+            write_text(target, compact(joined(known, read(folder / "published.json"), SETTINGS[name])))
 
 
-def changed(name: str, models: Path, data: Path, folder: Path) -> dict[str, Any]:
+def missing(methods: str, known: Mapping[str, Any] | None) -> str:
+    """Those of `methods` that the results don't have."""
+    there = () if known is None else [method["name"] for method in known["methods"]]
+    return ",".join(name for name in split_list(methods) if name not in there)
+
+
+def joined(known: Mapping[str, Any] | None, new: Mapping[str, Any], order: str) -> Mapping[str, Any]:
+    """Results with the methods of `new` added, in the `order` of a list of methods.
+
+    Raises:
+        SystemExit: they are of other runs, or of a base that measures otherwise.
+    """
+    if known is None:
+        return new
+    other = [key for key in ("recipe", "settings", "hashes", "matched_parameters") if known[key] != new[key]]
+    # processors round differently
+    other += [key for key, value in known["before"].items() if abs(value - new["before"][key]) > 0.01 * abs(value)]
+    if other:
+        raise SystemExit(f"The results can't be added to: they differ in {', '.join(other)}. Write to another folder.")
+    names = split_list(order)
+    methods = [*known["methods"], *new["methods"]]
+    methods.sort(key=lambda each: names.index(each["name"]) if each["name"] in names else len(names))
+    return {**known, "methods": methods}
+
+
+def changed(name: str, models: Path, data: Path, folder: Path, precision: str = "float32") -> dict[str, Any]:
     """What replaces the recipe's model, task and control."""
     model, task = name.removesuffix(NO_END).split("-")
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,8 +147,7 @@ def changed(name: str, models: Path, data: Path, folder: Path) -> dict[str, Any]
     return {
         "model_name_or_path": str(models / MODELS[model]),
         "attn_implementation": "eager",
-        # half the time on a CPU that has it
-        "bf16": True,
+        "bf16": precision == "bf16",
         "use_cpu": not torch.cuda.is_available(),
         "per_device_train_batch_size": ROWS,
         "kappatune.k": "10%",
@@ -142,7 +178,7 @@ def labels(task: str, data: Path, folder: Path) -> dict[str, Any]:
 def problems(data: Path, folder: Path) -> dict[str, Any]:
     """The keys of GSM8K: the answer is free, what was learned is its loss."""
     files = []
-    for part, count in (("train", TRAIN), ("test", TEST)):
+    for part, count in (("train", TRAIN // HALF), ("test", TEST // HALF)):
         lines = (data / "tasks" / "gsm8k" / f"{part}.jsonl").read_text("utf-8").splitlines()
         # without the calculator's marks
         rows = [{key: re.sub("<<.*?>>", "", text) for key, text in json.loads(line).items()} for line in lines]
@@ -154,6 +190,7 @@ def problems(data: Path, folder: Path) -> dict[str, Any]:
         "data.prompt": "Question: {question}\nAnswer:",
         "data.completion": " {answer}",
         "data.labels": None,
+        "per_device_train_batch_size": ROWS // HALF,
     }
 
 

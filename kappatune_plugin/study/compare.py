@@ -84,13 +84,15 @@ class _Runner:
     def best(self, method: Method) -> Tried:
         """`method` with all seeds, at the learning rate of lowest validation loss with the first seed."""
         seeds, rates = self.settings.seeds, sorted(self.settings.learning_rates)
-        grid = {rate: self._run(method, rate, seeds[0]) for rate in rates}
+        grid: dict[float, dict[str, Any]] = {}
+        for rate in reversed(rates):
+            grid[rate] = self._run(method, rate, seeds[0], below=lowest_loss(grid))
         for left in range(self.settings.widen, 0, -1):
             beyond = rate_beyond({rate: run["validation_loss"] for rate, run in grid.items()})
             if beyond is None:
                 self._count(left)
                 break
-            grid[beyond] = self._run(method, beyond, seeds[0])
+            grid[beyond] = self._run(method, beyond, seeds[0], below=lowest_loss(grid))
         chosen = best_rate({rate: run["validation_loss"] for rate, run in grid.items()})
         runs = [grid[chosen], *(self._run(method, chosen, seed) for seed in seeds[1:])]
         return Tried(method, chosen, runs, grid, [None] * len(seeds))
@@ -117,7 +119,9 @@ class _Runner:
         pairs = [(a, b) for a, b in zip(run["losses"], again["losses"], strict=False) if None not in (a, b)]
         return {**again["points"][0], "replay_error": max(abs(a - b) for a, b in pairs)}
 
-    def _run(self, method: Method, rate: float, seed: int, stop_at: int | None = None) -> dict[str, Any]:
+    def _run(
+        self, method: Method, rate: float, seed: int, stop_at: int | None = None, below: float = math.inf
+    ) -> dict[str, Any]:
         every = self.settings.every
         identity = {
             **self._identity,
@@ -139,11 +143,10 @@ class _Runner:
         # runs of before this could be set are still these runs
         if frontier is not None:
             identity["frontier"] = frontier.model_dump(mode="json")
-        run = self.store.get(
-            title,
-            identity,
-            lambda: train_run(self.bench, method, rate, seed, every, stop_at, crossing, stops, frontier, self._within),
-        )
+        if frontier is not None and below < math.inf:
+            identity["frontier_below"] = below
+        how = (every, stop_at, crossing, stops, frontier, below, self._within)
+        run = self.store.get(title, identity, lambda: train_run(self.bench, method, rate, seed, *how))
         self._count()
         return run
 
@@ -155,6 +158,12 @@ class _Runner:
     def _within(self, share: float) -> None:
         """The bar moves on to that share of the next run."""
         self.bar.update(max(0.0, self.done + share - self.bar.n))
+
+
+def lowest_loss(runs: Mapping[float, Mapping[str, Any]]) -> float:
+    """The lowest loss on held-out rows; infinite without one."""
+    losses = [run["validation_loss"] for run in runs.values() if run["validation_loss"] is not None]
+    return min(losses, default=math.inf)
 
 
 def best_rate(losses: Mapping[float, float | None]) -> float:

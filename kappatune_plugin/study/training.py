@@ -40,6 +40,7 @@ def train_run(
     crossing: tuple[int, float] | None = None,
     stop_at_crossing: bool = False,
     frontier: Frontier | None = None,
+    below: float = math.inf,
     progress: Callable[[float], None] = lambda share: None,
 ) -> dict[str, Any]:
     """Train a copy of the base by `method`.
@@ -51,6 +52,7 @@ def train_run(
         crossing: (window, target): also measure where the loss, smoothed over `window` steps, first reaches `target`.
         stop_at_crossing: end there.
         frontier: scale what a whole run changed back so, and measure that; None for not at all.
+        below: not where the loss on held-out rows is above this, as a run at a worse rate isn't used further.
         progress: called after each step with the share of them that is done.
 
     Returns:
@@ -90,8 +92,8 @@ def train_run(
             "seconds": course.seconds,
         }
         if stop_at is None:
-            record["validation_loss"] = finite_or_none(trainer.evaluate()["eval_loss"])
-            if frontier is not None:
+            loss = record["validation_loss"] = finite_or_none(trainer.evaluate()["eval_loss"])
+            if frontier is not None and (math.inf if loss is None else loss) <= below:
                 trained = trainer.accelerator.unwrap_model(trainer.model)
                 record["frontier"] = measure_frontier(bench, trained, method.name, frontier)
     # modules and callbacks are in reference cycles; without collecting them this run's GPU memory stays in use

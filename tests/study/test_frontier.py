@@ -189,6 +189,19 @@ def test_a_killed_comparison_goes_on_and_measures_no_frontier_twice(bench, tmp_p
     assert off["methods"][0]["frontier"] is None and len(calls) == 3
 
 
+@pytest.mark.parametrize("rates, times", [((1e-7, 1e-5), 1), ((1e-5, 1e-2), 2)])
+def test_a_run_at_a_worse_rate_than_another_is_not_scaled_back(bench, tmp_path, monkeypatch, rates, times):
+    """The highest rate goes first."""
+    calls = []
+    monkeypatch.setattr(training, "measure_frontier", lambda *args: calls.append(1) or measure_frontier(*args))
+    frontier = Frontier(scales=(), limits=(0.05,))
+    settings = Settings(seeds=(0,), learning_rates=rates, every=4, smooth=2, frontier=frontier)
+    (found,) = compare(bench, parse_methods("lowest"), settings, tmp_path)["methods"]
+    assert (found["learning_rate"], len(calls)) == (1e-5, times)
+    alone = train_run(bench, parse_methods("lowest")[0], 1e-5, 0, every=4, frontier=frontier)["frontier"]
+    assert found["frontier"]["within"][0]["one"]["scale"]["values"] == [alone["within"][0]["one"]["scale"]]
+
+
 def scaled(name: str, *accuracies: list[float], whole: list[float], over: float = 0.0) -> dict:
     """A method with what it has learned within the limits .01 and .1, a list over seeds for each."""
 
