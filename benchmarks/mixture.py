@@ -5,9 +5,10 @@ them a token (Mixtral's architecture). Router and experts first learn each MLP's
 once, then the dense model's distribution of the next token. The text is WikiText's validation part and what the dense
 model writes; WikiText's test part tells the quality, which quality.json in the folder keeps beside the dense model's.
 
-    python benchmarks/mixture.py DENSE OUTPUT [--data DATA] [--experts 8] [--active 4] [--steps 300] [--seed 0]
+    python benchmarks/mixture.py DENSE OUTPUT [--data DATA] [--experts 8] [--active 6] [--steps 150] [--seed 0]
 
-About 40 minutes on one CPU core for SmolLM2-135M. The folder is made whole or not at all.
+About 20 minutes on one CPU core for SmolLM2-135M, whose loss on WikiText rises from 3.89 to 4.55 (with 4 of 8 experts
+active and twice the steps to 5.29). The folder is made whole or not at all.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from kappatune_plugin.forgetting.measures import blocks, sample_base
 from kappatune_plugin.model_folder import check_free, publish, staging
 
 LENGTH, BATCH, WRITTEN, ROUNDS = 128, 4, 64, 8
-RATES = {"experts": 1e-4, "gate": 1e-3}
+RATES = {"experts": 5e-4, "gate": 3e-3}
 
 
 def main() -> None:
@@ -38,8 +39,8 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--data", type=Path, default=REPOSITORY.parent / "shared" / "data")
     parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--active", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=300, help="of each of the two parts")
+    parser.add_argument("--active", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=150, help="of the second part; the first takes a third")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     check_free(args.output, [args.dense], overwrite=False)
@@ -126,10 +127,10 @@ def distill(dense: nn.Module, mixture: nn.Module, texts: Iterator[Tensor], steps
     groups: dict[float, list[Tensor]] = {}
     for name, each in trained.items():
         groups.setdefault(RATES["gate" if "gate.weight" in name else "experts"], []).append(each.requires_grad_())
-    for part in (by_layer, by_distribution):
+    for part, count in ((by_layer, steps // 3), (by_distribution, steps)):
         optimizer = torch.optim.AdamW([{"params": each, "lr": rate} for rate, each in groups.items()], weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        with tqdm(range(steps), desc=part.__doc__.partition(",")[0]) as bar:
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, count)
+        with tqdm(range(count), desc=part.__doc__.partition(",")[0]) as bar:
             for _ in bar:
                 found = part(dense, mixture, next(texts))
                 optimizer.step()

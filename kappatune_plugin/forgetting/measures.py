@@ -388,7 +388,8 @@ def logits_from(model: nn.Module, ids: Tensor, mask: Tensor, first: int) -> Tens
     """
     kept = ids.shape[1] - first
     asked = model.get_base_model() if hasattr(model, "get_base_model") else model
-    few = {"logits_to_keep": kept} if "logits_to_keep" in signature(asked.forward).parameters else {}
+    # positions, not their number: a slice isn't contiguous, and torch copies a frozen head once for each of its rows
+    few = {"logits_to_keep": torch.arange(-kept, 0)} if "logits_to_keep" in signature(asked.forward).parameters else {}
     # PEFT's prompt methods put virtual tokens before the text and return their logits too
     return model(input_ids=ids, attention_mask=mask.long(), use_cache=False, **few).logits[:, -kept:]
 
