@@ -49,6 +49,8 @@ LEVERS = {
     "Which matrices, beyond the dial: all scaled back": (
         _choice("lowest_mlp", "random_mlp"),
         _choice("lowest_mlp", "lora"),
+        _choice("lowest_mlp", "lora_mlp"),
+        _choice("lowest_mlp", "full"),
         _choice("highest", "lowest"),
         _choice("highest_mlp", "random_mlp"),
         _choice("lowest", "shape_matched_random"),
@@ -58,7 +60,6 @@ LEVERS = {
         _choice(GATE, "random_mlp"),
         _choice("random_mlp", "lora"),
         _choice("lora_mlp", "lora"),
-        _choice("lowest_mlp", "lora_mlp"),
         _choice("full", "lora"),
     ),
     "Which matrices, beyond dial and replay": (

@@ -17,7 +17,7 @@ Contents = Mapping[str, Mapping[str, Any]]
 # a page of more isn't read in five minutes
 PICTURES = 3
 # levers of a group that the summary tells; the table has all
-SAID = 3
+SAID = 4
 HEAD = """# Does it forget less?
 
 Written by `python benchmarks/results.py` from the files in `docs/results`. Change the script, not this page.
@@ -219,8 +219,9 @@ def what_adds(contents: Contents) -> str:
 WHAT_ADDS = f"""## What each decision adds
 
 Differences of the loss on test rows within each limit (nats a token; below zero the first has learned more), and of the
-right answers (points). ± is over runs, from {ENOUGH_SETTINGS} settings on over settings, in bold where it leaves out
-zero: over runs it says nothing of other tasks and models. What is known by the rate alone is known of the first seed.
+right answers (points; GSM8K has none). ± is over runs, from {ENOUGH_SETTINGS} settings on over settings, in bold where
+it leaves out zero: over runs it says nothing of other tasks and models. What is known by the rate alone is known of the
+first seed.
 """
 
 
