@@ -9,17 +9,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from kappatune_plugin.data.examples import ChoiceExample
 from kappatune_plugin.errors import KappaTuneError
+from kappatune_plugin.forgetting.logits import logits_from, padded
 
 Pair = tuple[list[int], list[int]]
 # what the bar of a measurement says in front of its name; None for no bar
@@ -379,23 +378,3 @@ def _loss_of(logits: Tensor, completion: list[int]) -> tuple[float, bool]:
     predicted, target = logits.float(), torch.tensor(completion, device=logits.device)
     nats = nn.functional.cross_entropy(predicted, target, reduction="none").double().sum().item()
     return nats, bool((predicted.argmax(-1) == target).all())
-
-
-def logits_from(model: nn.Module, ids: Tensor, mask: Tensor, first: int) -> Tensor:
-    """Logits of the token after each from position `first` on, shape (rows, longest - first, vocabulary).
-
-    Where the model can, it computes no others: with a large vocabulary they are most of the work.
-    """
-    kept = ids.shape[1] - first
-    asked = model.get_base_model() if hasattr(model, "get_base_model") else model
-    # positions, not their number: a slice isn't contiguous, and torch copies a frozen head once for each of its rows
-    few = {"logits_to_keep": torch.arange(-kept, 0)} if "logits_to_keep" in signature(asked.forward).parameters else {}
-    # PEFT's prompt methods put virtual tokens before the text and return their logits too
-    return model(input_ids=ids, attention_mask=mask.long(), use_cache=False, **few).logits[:, -kept:]
-
-
-def padded(batch: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids (batch, length) padded on the right by 0, and the mask of the real ones."""
-    ids = pad_sequence([torch.tensor(piece) for piece in batch], batch_first=True).to(device)
-    lengths = torch.tensor([len(piece) for piece in batch], device=device)
-    return ids, torch.arange(ids.shape[1], device=device) < lengths[:, None]

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from kappatune_plugin.data.examples import IGNORED
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.forgetting.measures import blocks, completion_ids, logits_from, padded
+from kappatune_plugin.forgetting.logits import logits_from, padded
+from kappatune_plugin.forgetting.measures import blocks, completion_ids
 from kappatune_plugin.interpolation.texts import Texts
 
 # token ids, and the position of the first one whose prediction counts

@@ -26,7 +26,8 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.forgetting.measures import completion_ids, measuring, padded, sample_base
+from kappatune_plugin.forgetting.logits import padded
+from kappatune_plugin.forgetting.measures import completion_ids, measuring, sample_base
 from kappatune_plugin.schema import Block, Whole
 from kappatune_plugin.selection import criteria
 from kappatune_plugin.selection.report import KappaReport

@@ -14,7 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kappatune_plugin.data.examples import IGNORED
 from kappatune_plugin.errors import KappaTuneError
-from kappatune_plugin.forgetting.measures import measuring, padded
+from kappatune_plugin.forgetting.logits import padded
+from kappatune_plugin.forgetting.measures import measuring
 from kappatune_plugin.forgetting.report import finite_or_none
 from kappatune_plugin.interpolation import per_matrix
 from kappatune_plugin.interpolation.change import Changes

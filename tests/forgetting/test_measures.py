@@ -10,6 +10,7 @@ from tokenizers.processors import TemplateProcessing
 from helpers.tiny import tiny_model, tiny_tokenizer
 from kappatune_plugin import KappaTuneConfig, KappaTuneError
 from kappatune_plugin.data.examples import ChoiceExample
+from kappatune_plugin.forgetting.logits import logits_from, padded
 from kappatune_plugin.forgetting.measures import (
     base_of,
     blocks,
@@ -20,9 +21,7 @@ from kappatune_plugin.forgetting.measures import (
     kl_to_base,
     label_accuracy,
     label_scores,
-    logits_from,
     measuring,
-    padded,
     sample_base,
     token_loss,
 )
