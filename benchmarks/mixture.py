@@ -5,10 +5,13 @@ them a token (Mixtral's architecture). Router and experts first learn each MLP's
 once, then the dense model's distribution of the next token. The text is WikiText's validation part and what the dense
 model writes; WikiText's test part tells the quality, which quality.json in the folder keeps beside the dense model's.
 
-    python benchmarks/mixture.py DENSE OUTPUT [--data DATA] [--experts 8] [--active 6] [--steps 150] [--seed 0]
+    python benchmarks/mixture.py DENSE OUTPUT [--data DATA] [--experts 8] [--active 6] [--seed 0] \
+        [--steps 450 --batch 64 --written 8192]
 
-About 20 minutes on one CPU core for SmolLM2-135M, whose loss on WikiText rises from 3.89 to 4.55 (with 4 of 8 experts
-active and twice the steps to 5.29). The folder is made whole or not at all.
+On a GPU, as above, SmolLM2-135M's loss on WikiText rises from 3.89 to 4.22: the mixture of docs/RESULTS.md, whose
+quality.json is docs/results/mixture-quality.json. A CPU core takes 20 minutes for the defaults, which are a fortieth of
+that text, and gets to 4.55. With 4 of 8 experts active it was far worse throughout. The folder is made whole or not at
+all.
 """
 
 import argparse
@@ -29,7 +32,9 @@ from kappatune_plugin.files import write_json
 from kappatune_plugin.forgetting.measures import blocks, sample_base
 from kappatune_plugin.model_folder import check_free, publish, staging
 
-LENGTH, BATCH, WRITTEN, ROUNDS = 128, 4, 64, 8
+LENGTH, ROUNDS = 128, 8
+# pieces of text that quality is measured on at once, and that the dense model writes at once
+AT_ONCE, WRITTEN_AT_ONCE = 4, 1024
 RATES = {"experts": 5e-4, "gate": 3e-3}
 
 
@@ -41,23 +46,26 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--active", type=int, default=6)
     parser.add_argument("--steps", type=int, default=150, help="of the second part; the first takes a third")
+    parser.add_argument("--batch", type=int, default=4, help="pieces of text a step, each of 128 tokens")
+    parser.add_argument("--written", type=int, default=64, help="of the pieces that the dense model writes")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     check_free(args.output, [args.dense], overwrite=False)
     torch.manual_seed(args.seed)
     # half the time of the defaults on a CPU
     torch.set_float32_matmul_precision("medium")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dense = AutoModelForCausalLM.from_pretrained(args.dense, dtype=torch.float32, attn_implementation="eager").eval()
     tokenizer = AutoTokenizer.from_pretrained(args.dense)
     valid, test = (
         blocks(tokenizer, [(args.data / "text" / "wikitext-2" / name).read_text("utf-8")], LENGTH, False)
         for name in ("valid.txt", "raw_test.txt")
     )
-    pieces = valid + sample_base(dense, tokenizer, WRITTEN, LENGTH, args.seed, 32)
+    mixture = divided(dense, args.experts, args.active, args.seed).to(device)
+    pieces = valid + sample_base(dense.to(device), tokenizer, args.written, LENGTH, args.seed, WRITTEN_AT_ONCE)
     pieces = [piece for piece in pieces if len(piece) == LENGTH]
-    mixture = divided(dense, args.experts, args.active, args.seed)
-    distill(dense, mixture, batches(pieces, args.seed), args.steps)
-    unseen = torch.tensor(random.Random(0).sample([piece for piece in test if len(piece) == LENGTH], 64))
+    distill(dense, mixture, batches(pieces, args.batch, args.seed), args.steps)
+    unseen = torch.tensor(random.Random(0).sample([piece for piece in test if len(piece) == LENGTH], 64)).to(device)
     quality = {"tokens": unseen.numel(), "dense": loss(dense, unseen), "mixture": loss(mixture, unseen)}
     with staging(args.output) as folder:
         mixture.to(torch.bfloat16).save_pretrained(folder)
@@ -111,13 +119,13 @@ def clusters(neurons: Tensor, count: int, random: np.random.Generator) -> list[T
     return [torch.from_numpy(np.flatnonzero(groups == group)) for group in range(count)]
 
 
-def batches(pieces: Sequence[Sequence[int]], seed: int) -> Iterator[Tensor]:
+def batches(pieces: Sequence[Sequence[int]], size: int, seed: int) -> Iterator[Tensor]:
     """Mini-batches without end, each piece once before any comes again."""
     dealt = random.Random(seed)
     while True:
         order = dealt.sample(list(pieces), len(pieces))
-        for first in range(0, len(order) - BATCH + 1, BATCH):
-            yield torch.tensor(order[first : first + BATCH])
+        for first in range(0, len(order) - size + 1, size):
+            yield torch.tensor(order[first : first + size])
 
 
 def distill(dense: nn.Module, mixture: nn.Module, texts: Iterator[Tensor], steps: int) -> None:
@@ -132,7 +140,7 @@ def distill(dense: nn.Module, mixture: nn.Module, texts: Iterator[Tensor], steps
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, count)
         with tqdm(range(count), desc=part.__doc__.partition(",")[0]) as bar:
             for _ in bar:
-                found = part(dense, mixture, next(texts))
+                found = part(dense, mixture, next(texts).to(mixture.device))
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
@@ -171,7 +179,7 @@ def by_distribution(dense: nn.Module, mixture: nn.Module, ids: Tensor) -> float:
 @torch.no_grad()
 def loss(model: nn.Module, ids: Tensor) -> float:
     """Nats a token."""
-    return float(np.mean([model(input_ids=each, labels=each).loss.item() for each in ids.split(BATCH)]))
+    return float(np.mean([model(input_ids=each, labels=each).loss.item() for each in ids.split(AT_ONCE)]))
 
 
 if __name__ == "__main__":

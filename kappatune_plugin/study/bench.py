@@ -4,7 +4,8 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,10 +116,10 @@ class Bench:
         found = ModelSource(base).base_hashes()
         hashes = {"base": found.today}
         report = full_report(recipe.kappatune, base, found, rank_by)
-        for rank in sorted(ranks & set(ON_ROWS)):
-            report = with_scores(recipe, base, tokenizer, learned, report, rank)
-            base.cpu()
-        probe = ForgettingProbe.build(recipe.forgetting, data, base, tokenizer)
+        with placed(base, recipe.training_args.device):
+            for rank in sorted(ranks & set(ON_ROWS)):
+                report = with_scores(recipe, base, tokenizer, learned, report, rank)
+            probe = ForgettingProbe.build(recipe.forgetting, data, base, tokenizer)
         texts = ["".join(pair) for pair in task_pairs(probe.task[:TASK_TEXTS])]
         hashes["data"] = _digest([*_rows(train), "held out", *_rows(held_out)])
         return cls(
@@ -152,14 +153,16 @@ class Bench:
 
     def replayed(self, replay: ReplayConfig) -> tuple[Dataset, Dataset]:
         """The training rows with the texts of `replay` between them, and those texts alone, prepared likewise."""
-        args, moves, here = self.recipe.training_args, quantization_of(self.base) is None, self.base.device
-        if moves:
-            self.base.to(args.device)
+        args = self.recipe.training_args
         limits, count = (args.max_length, self.recipe.folder), replay.texts(self.rows)
-        texts = replay_texts(replay, count, self.base, self.hashes["base"], self.tokenizer, *limits)
-        if moves:
-            self.base.to(here)
+        with placed(self.base, args.device):
+            texts = replay_texts(replay, count, self.base, self.hashes["base"], self.tokenizer, *limits)
         return mixed(self.train, texts, args)
+
+    def before(self) -> dict[str, float]:
+        """`measure` of the base, where and as precisely as what is trained from it."""
+        with placed(self.base, self.recipe.training_args.device), self.precision():
+            return self.measure(self.base)
 
     def measure(self, model: nn.Module, quick: bool = False) -> dict[str, float]:
         """`ForgettingProbe.measure`, and with `kl` KL(base || model) per token on each control and on the task's text.
@@ -198,6 +201,19 @@ class Bench:
         controls = {name: pieces for name, pieces in self.probe.controls.items() if name not in written}
         without = [] if self.kl else ["no KL"]
         return _digest([resolved, self.hashes, controls, self.probe.task, self.probe.facts, *without])
+
+
+@contextmanager
+def placed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """`model` on `device` while the context lasts; a quantized one stays where it is."""
+    here, moves = model.device, quantization_of(model) is None
+    if moves:
+        model.to(device)
+    try:
+        yield
+    finally:
+        if moves:
+            model.to(here)
 
 
 def _flags(settings: dict[str, Any]) -> list[str]:

@@ -70,8 +70,7 @@ class _Runner:
     def before(self) -> dict[str, float]:
         """The measurements of the base."""
         identity = {**self._identity, "what": "before"}
-        with self.bench.precision():
-            return self.store.get("before", identity, lambda: self.bench.measure(self.bench.base))
+        return self.store.get("before", identity, self.bench.before)
 
     def trains(self, tried: Tried) -> dict[str, int] | None:
         """Type of matrix -> how many a KappaTune method trains with the first seed; None for other methods."""

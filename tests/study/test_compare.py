@@ -57,11 +57,45 @@ def whole(bench, tmp_path_factory) -> tuple[Path, dict]:
     return folder, compare(bench, METHODS, SETTINGS, folder)
 
 
+class Placed:
+    """A model that says where it has been."""
+
+    def __init__(self) -> None:
+        self.device, self.seen = "cpu", []
+
+    def to(self, device: str) -> None:
+        self.device = device
+        self.seen.append(device)
+
+
+def test_a_base_is_on_the_device_of_the_runs_while_it_is_measured_and_then_back():
+    model = Placed()
+    with pytest.raises(ZeroDivisionError), bench_module.placed(model, "cuda:0"):
+        assert model.device == "cuda:0"
+        raise ZeroDivisionError
+    assert model.seen == ["cuda:0", "cpu"]
+    model.config = type("Config", (), {"quantization_config": {"load_in_4bit": True}})
+    with bench_module.placed(model, "cuda:0"):
+        assert model.device == "cpu"
+
+
+@pytest.mark.parametrize("measured", ["before", "load", "replayed"])
+def test_what_measures_the_base_places_it(bench, recipe, monkeypatch, measured):
+    places, really = [], bench_module.placed
+    monkeypatch.setattr(bench_module, "placed", lambda *where: places.append(where[1]) or really(*where))
+    calls = {
+        "before": bench.before,
+        "load": lambda: Bench.load(recipe, validation=0.25),
+        "replayed": lambda: bench.replayed(bench_module.ReplayConfig(share=0.5)),
+    }
+    calls[measured]()
+    assert places == [bench.recipe.training_args.device]
+
+
 def test_the_base_is_measured_in_the_precision_of_the_runs(recipe):
     """A run that changes nothing has forgotten nothing, in mixed precision too."""
     bench = Bench.load(recipe, ["--bf16", "true", "--use_cpu", "true"], validation=0.25, kl=False)
-    with bench.precision():
-        before = bench.measure(bench.base)
+    before = bench.before()
     run = train_run(bench, METHODS[0], 1e-30, 0, every=6)
     after = {key: value for key, value in run["points"][-1].items() if key != "step"}
     assert after == before and not any(key.endswith("_kl") for key in before)

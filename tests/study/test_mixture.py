@@ -45,7 +45,7 @@ def test_distilling_brings_the_mixture_near_and_trains_its_experts_only(dense, i
     divided = mixture.divided(dense, experts=4, active=2, seed=0)
     before = {name: each.clone() for name, each in divided.state_dict().items()}
     far = mixture.by_distribution(dense, divided, ids)
-    mixture.distill(dense, divided, mixture.batches(ids.tolist(), 0), 30)
+    mixture.distill(dense, divided, mixture.batches(ids.tolist(), 4, 0), 30)
     assert mixture.by_distribution(dense, divided, ids) < far / 2
     moved = {name for name, each in divided.state_dict().items() if not torch.equal(each, before[name])}
     assert moved == {name for name in before if ".mlp." in name}
