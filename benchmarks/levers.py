@@ -39,7 +39,6 @@ REPLAYED = {name: f"{name}:replay=0.25" for name in ("lora", "full", "lowest_mlp
 LEVERS = {
     "How the limit is kept": (
         Lever("scaled back, against the best rate that keeps it by itself", ((EVERY, EVERY),), ("one", "rate")),
-        Lever("a scale a matrix, against one for all", ((EVERY, EVERY),), ("per_matrix", "one")),
         Lever("a quarter of replay, against none", tuple((each, name) for name, each in REPLAYED.items())),
     ),
     "Which matrices, by the rate alone": (
@@ -60,6 +59,7 @@ LEVERS = {
         _choice(GATE, "random_mlp"),
         _choice("random_mlp", "lora"),
         _choice("lora_mlp", "lora"),
+        _choice("lora_mlp", "lowest"),
         _choice("full", "lora"),
     ),
     "Which matrices, beyond dial and replay": (

@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import dial
+import ranks
 import study_gpu
 import study_real
-from levers import ENOUGH_SETTINGS, LEVERS, added, counted, difference, is_clear, kept
+from levers import ENOUGH_SETTINGS, LEVERS, added, counted, difference, is_clear
 from real_tables import LARGER, LEGEND, LOSS, MODELS, RIGHT, TASKS, every_method, limits_of, words_of
+from real_twins import FORM, end_token, per_matrix
 
 from kappatune_plugin.console import number
 from kappatune_plugin.study.summary import leaders, over_seeds
@@ -33,21 +35,25 @@ def names() -> list[str]:
     return [f"{model}-{task}" for model in MODELS for task in TASKS]
 
 
-def text(contents: Contents, dialed: Sequence[Mapping[str, Any]], matrices: str) -> str:
+def text(
+    contents: Contents, dialed: Sequence[Mapping[str, Any]], matrices: str, quality: Mapping[str, float] | None = None
+) -> str:
     """The page.
 
     Args:
         contents: setting -> its comparison.
         dialed: the records of benchmarks/dial.py.
         matrices: the section on one matrix at a time.
+        quality: of the mixture, as benchmarks/mixture.py writes it.
     """
-    # the same task without its end token is no setting more
-    settings = {name: each for name, each in contents.items() if not name.endswith(study_real.NO_END)}
-    parts = [HEAD, in_short(settings, dialed), how(contents)]
+    # the same but for one thing is no setting more
+    settings = {name: each for name, each in contents.items() if not study_real.twin(name)}
+    parts = [HEAD, in_short(settings, dialed), ranks.table(list(settings.values())), how(contents, quality)]
     for place, (model, found) in enumerate(by_model(settings).items()):
         picture = f"\n![learned within two limits](results/{model}-limits.png)\n" if place < PICTURES else ""
         parts.append(f"## {MODELS[model]}\n\n{winners(found)}\n{picture}")
-    parts += [what_adds(settings), end_token(contents), on_the_dial(dialed), matrices, unknown(contents)]
+    parts += [what_adds(settings), per_matrix(contents), end_token(contents)]
+    parts += [on_the_dial(dialed), matrices, unknown(contents)]
     parts += ["## Every method\n\n" + LEGEND if contents else ""]
     for name, content in contents.items():
         seeds = counted(len(content["settings"]["seeds"]), "seed")
@@ -56,9 +62,11 @@ def text(contents: Contents, dialed: Sequence[Mapping[str, Any]], matrices: str)
 
 
 def by_model(contents: Contents) -> dict[str, dict[str, Mapping[str, Any]]]:
-    """Model -> words for a task -> comparison."""
+    """Model -> words for a task -> comparison; without settings that are another one but for one thing."""
     found: dict[str, dict[str, Mapping[str, Any]]] = {}
     for name, content in contents.items():
+        if study_real.twin(name):
+            continue
         model, task = name.split("-")
         found.setdefault(model, {})[TASKS[task]] = content
     return found
@@ -71,6 +79,9 @@ def in_short(contents: Contents, dialed: Sequence[Mapping[str, Any]]) -> str:
         lines.append("- No comparison with tuned rates is in `docs/results` yet; what follows is all that is measured.")
     for limit in limits_of(contents.values()):
         lines.append(f"- **Within {limit:g} nats** {most(contents, limit)}")
+    ranked = [ranks.sentence(list(contents.values()), limit) for limit in limits_of(contents.values())]
+    if all(ranked) and ranked:
+        lines.append(f"- **Best mean rank of the loss over {len(contents)} settings**, within {', '.join(ranked)}.")
     for heading, levers in LEVERS.items():
         said = [sentence for lever in levers[:SAID] if (sentence := verdict(contents, lever))]
         if said:
@@ -124,19 +135,19 @@ def told(words: str, found: Mapping[float, Mapping[str, Any]]) -> str:
     return f"{words[0].upper()}{words[1:]}: {'; '.join(parts)}."
 
 
-FORM = "{:+.3f}"
-
-
-def how(contents: Contents) -> str:
+def how(contents: Contents, quality: Mapping[str, float] | None = None) -> str:
     """The setting: what is measured how, and of which models."""
-    rows = ["| setting | seeds | methods | steps | precision | task before | WikiText before | the other task before |"]
+    rows = [
+        "| setting | seeds | methods | steps | trained in | task before | WikiText before | the other task before |"
+    ]
     rows.append("|---" * 8 + "|")
     for name in [*study_real.SETTINGS, *(name for name in contents if name not in study_real.SETTINGS)]:
         content = contents.get(name)
         cells = ["not measured yet", *[""] * 6] if content is None else _before(content)
         rows.append(f"| {words_of(name)} | {' | '.join(cells)} |")
     larger = any(name.partition("-")[0] in LARGER for name in contents)
-    return f"{HOW}{ON_A_GPU if larger else ''}\n{chr(10).join(rows)}\n"
+    mixture = "" if quality is None else MIXTURE.format(**quality)
+    return f"{HOW}{mixture}{LARGER_SETTING if larger else ''}\n{chr(10).join(rows)}\n"
 
 
 def _before(content: Mapping[str, Any]) -> list[str]:
@@ -145,11 +156,16 @@ def _before(content: Mapping[str, Any]) -> list[str]:
         str(len(content["settings"]["seeds"])),
         str(len(content["methods"])),
         str(content["steps"]),
-        "bfloat16, mixed" if content["recipe"].get("bf16") else "float32",
+        _precision(content["recipe"]),
         f"{base[RIGHT]:.1%} right, loss {base[LOSS]:.2f}" if RIGHT in base else f"loss {base[LOSS]:.2f}",
         f"{base['wikitext_loss']:.3f}" if "wikitext_loss" in base else "",
         f"{base['recall']:.1%} right" if "recall" in base else "",
     ]
+
+
+def _precision(recipe: Mapping[str, Any]) -> str:
+    where = "" if recipe.get("use_cpu") else ", on a GPU"
+    return ("bfloat16, mixed" if recipe.get("bf16") else "float32") + where
 
 
 HOW = f"""## The setting
@@ -163,7 +179,7 @@ HOW = f"""## The setting
 - Tweets and reviews have {study_real.LONGEST} words at most; problems of GSM8K {study_real.LONGEST_PROBLEM} with their
   answer, and half as many rows: {study_real.ROWS // study_real.HALF} a step of
   {study_real.TRAIN // study_real.HALF}, and {study_real.TEST // study_real.HALF} to test. The base is measured in the
-  precision that a setting trains in.
+  precision that a setting trains in. On a GPU products of float32 have TF32's digits.
 - κ methods train a tenth of the matrices, the others as many parameters as κ-lowest does, full fine-tuning all.
 - Another task isn't trained, only asked ({study_real.ASKED} rows): what becomes of it is in the tables at the end.
 - ± is the 95% interval of Student's t over seeds, which share the test rows: with {study_real.TEST} of them a share of
@@ -171,7 +187,13 @@ HOW = f"""## The setting
 """
 
 
-ON_A_GPU = f"""- {", ".join(MODELS[model] for model in LARGER)}: {study_gpu.STEPS} steps of 4 rows, rates of
+MIXTURE = """- The mixture (`benchmarks/mixture.py`): SmolLM2 with each MLP divided into 8 experts, 6 of them active,
+  and distilled. Its loss on WikiText's test part is {mixture:.3f}, the dense model's {dense:.3f} ({tokens} tokens).
+  What both make of the tasks untrained stands in the table.
+"""
+
+
+LARGER_SETTING = f"""- {", ".join(MODELS[model] for model in LARGER)}: {study_gpu.STEPS} steps of 4 rows, rates of
   {study_gpu.RATES.replace(",", ", ")} and one beyond where an edge is best; 300 test rows, 300 of the other task.
 """
 
@@ -234,43 +256,6 @@ def _added_row(contents: Contents, lever: Any, limits: Sequence[float]) -> str:
         points = right and {name: right[name] and 100 * right[name] for name in ("mean", "half")}
         cells.append("; ".join(filter(None, (difference(loss, FORM), difference(points, "{:+.1f}")))))
     return f"| {lever.words} | {over} | {' | '.join(cells)} |" if any(cells) else ""
-
-
-def end_token(contents: Contents) -> str:
-    """What leaving the end token out changes, method by method; "" where no setting has both."""
-    rows = []
-    for name, content in contents.items():
-        twin = contents.get(name.removesuffix(study_real.NO_END))
-        if name.endswith(study_real.NO_END) and twin is not None:
-            limits = limits_of([content])
-            rows += [f"| | {' | '.join(f'{limit:g} nats' for limit in limits)} | rise, all kept |"]
-            rows += ["|---" * (len(limits) + 2) + "|"]
-            rows += [_without_end(content, twin, method) for method in content["methods"]]
-    return "\n".join([END_TOKEN, *rows, ""]) if rows else ""
-
-
-END_TOKEN = """## What the end token does
-
-Trained without an end token behind each answer, against with one: differences of the loss of the right label on test
-rows within each limit, and of the rise with all that was trained kept (nats a token), seed by seed; in bold where the
-95% interval leaves out zero.
-"""
-
-
-def _without_end(content: Mapping[str, Any], twin: Mapping[str, Any], method: Mapping[str, Any]) -> str:
-    other = next((each for each in twin["methods"] if each["name"] == method["name"]), None)
-    if other is None or not all("points" in each["frontier"] for each in (method, other)):
-        return f"| `{method['name']}` |"
-    sides = [
-        (kept(content, method, "one", limit, LOSS), kept(twin, other, "one", limit, LOSS))
-        for limit in limits_of([content])
-    ]
-    sides.append(tuple(each["frontier"]["points"][-1]["rise"]["values"] for each in (method, other)))
-    cells = [
-        difference(over_seeds([a - b for a, b in zip(*pair, strict=False) if None not in (a, b)]), FORM)
-        for pair in sides
-    ]
-    return f"| `{method['name']}` | {' | '.join(cells)} |"
 
 
 def on_the_dial(records: Sequence[Mapping[str, Any]]) -> str:
@@ -347,9 +332,25 @@ def unknown(contents: Contents) -> str:
         [f"- {', '.join(larger)}: `python benchmarks/study_gpu.py` would measure them, on a GPU."] if larger else []
     )
     lines += [f"- What most random choices do: each seed draws its own, {draws} to a method."] if draws else []
+    edge, tuned = at_an_edge(contents)
+    lines += (
+        [f"- What other rates do: of {tuned} best ones {edge} are the lowest or the highest of those tried."]
+        if edge
+        else []
+    )
     lines += [
         f"- Whether longer runs than {study_real.STEPS} steps, other tasks or models a hundred times as large agree. "
         "Measure with `kappatune compare` before you believe it of yours.",
         "- What dequantizing from 4 bit changes: the models are not quite the published ones, nor are their κ.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def at_an_edge(contents: Contents) -> tuple[int, int]:
+    """How many methods have their best rate at an end of the grid, and how many there are, over all settings."""
+    found = [
+        (each["learning_rate"], sorted(map(float, each["grid"])))
+        for one in contents.values()
+        for each in one["methods"]
+    ]
+    return sum(rate in (rates[0], rates[-1]) for rate, rates in found if rates), len(found)

@@ -24,6 +24,8 @@ TASKS = {
     "sst2": "tone of film reviews (SST-2)",
     "gsm8k": "sums in words (GSM8K), free answers",
     "irony_no_end": "irony of tweets, end token left out",
+    "irony_per_matrix": "irony of tweets, also a scale a matrix",
+    "sst2_per_matrix": "tone of film reviews (SST-2), also a scale a matrix",
 }
 LEGEND = """Within each limit: right answers on test rows; loss; × the share kept of what was trained (of a scale a
 matrix the median). Then all that was trained, its rise of the control that rose most, and the task that was only asked.

@@ -18,7 +18,7 @@ import records
 import small_page
 import speech_results
 
-from kappatune_plugin.files import write_text
+from kappatune_plugin.files import read_json, write_text
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 RESULTS = DOCS / "results"
@@ -42,9 +42,11 @@ def pages() -> dict[str, str]:
     """File in docs -> its text."""
     small, real = committed(small_page.SETTINGS), committed(real_page.names())
     heard, dialed = (records.read(RESULTS / f"{name}.jsonl") for name in ("speech", "dial"))
+    quality = RESULTS / "mixture-quality.json"
+    mixture = read_json(quality, "what benchmarks/mixture.py wrote") if quality.exists() else None
     earlier = (RESULTS / "earlier.md").read_text(encoding="utf-8")
     return {
-        "RESULTS.md": real_page.text(real, dialed, one_matrix_page.section(matrices())),
+        "RESULTS.md": real_page.text(real, dialed, one_matrix_page.section(matrices()), mixture),
         "RESULTS-small-models.md": small_page.text(small, heard, earlier),
     }
 

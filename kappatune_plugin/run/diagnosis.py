@@ -8,6 +8,7 @@ from kappatune_plugin.run.end_token import EndTokenShare
 from kappatune_plugin.selection.auto_budget import Losses, mean_loss
 from kappatune_plugin.selection.report import KappaReport
 from kappatune_plugin.selection.selection import Selection
+from kappatune_plugin.weights.patterns import module_type
 
 # a curve is judged by the means of this many equal parts of it
 PARTS = 10
@@ -46,23 +47,28 @@ def findings(
     max_delta: float | None = None,
     target_loss: float | None = None,
     end_token: EndTokenShare | None = None,
+    adapter: str | None = None,
 ) -> list[str]:
     """What a run shows of the four signatures, a sentence or two each; empty where nothing does.
 
     Early plateau: K is too small. Forgetting above the limit: what the selection takes and leaves out. A loss that was
-    mostly the end-of-text token. Matrices whose smallest singular value is 0: they were never candidates.
+    mostly the end-of-text token. Matrices whose smallest singular value is 0: they were never candidates. Besides, a
+    choice that has learned more than this one within a limit of forgetting, where it was measured.
 
     Args:
         losses: (step, training loss) as logged.
         max_delta: the limit of forgetting; None judges none.
         target_loss: what counts as learned; None: half of the first losses.
         end_token: its share of the task's loss before training.
+        adapter: "lora" where a low-rank pair is trained beside each matrix.
     """
     found = _early_plateau(losses, len(selection.units), target_loss)
     if forgetting is not None and max_delta is not None and forgetting.after:
         found += _too_much_forgotten(forgetting, selection, report, max_delta)
     found += _learns_to_stop(end_token)
-    return found + (_never_candidates(report) if report is not None else [])
+    if report is not None:
+        found += _never_candidates(report) + ([] if adapter else _another_choice(selection, report))
+    return found
 
 
 def _early_plateau(losses: Losses, matrices: int, target_loss: float | None) -> list[str]:
@@ -110,6 +116,20 @@ def _learns_to_stop(end_token: EndTokenShare | None) -> list[str]:
         "of the loss (the model then goes on after an answer: stop generating at the line's end, or by "
         "max_new_tokens), or take a base that knows its end token, such as an instruction-tuned one with its chat "
         "template."
+    ]
+
+
+def _another_choice(selection: Selection, report: KappaReport) -> list[str]:
+    """What benchmarks/study_real.py measured against the paper's choice over all matrices."""
+    types = {unit.name: module_type(unit.name, unit.groups) for unit in report.units if unit.status == "ok"}
+    attention = sum(types.get(name) == "attention" for name in _names(selection.units))
+    if (selection.order, selection.rank_by) != ("lowest", "kappa") or not attention or "mlp" not in types.values():
+        return []
+    return [
+        f"{attention} of the {len(selection.units)} matrices of lowest kappa are attention's. On the language models "
+        "of docs/RESULTS.md LoRA within the MLP has learned more where as little was forgotten. To train that, write "
+        '`kappatune: {adapter: lora, k: "100%", include: [mlp]}`; to see whether it holds for your model and data, run '
+        "`kappatune compare --methods lowest,lora_mlp`."
     ]
 
 

@@ -386,5 +386,6 @@ def _say_findings(
     # a limit that is kept needs no advice
     max_delta = recipe.forgetting.max_delta if recipe.forgetting and not forgetting.kept else None
     report = decided(trainer.model).report
-    for finding in findings(losses, selection, report, forgetting, max_delta, target, end_token):
+    adapter = recipe.kappatune.adapter
+    for finding in findings(losses, selection, report, forgetting, max_delta, target, end_token, adapter):
         out.print(f"- {finding}", highlight=False, soft_wrap=True)

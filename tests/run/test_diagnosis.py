@@ -70,3 +70,18 @@ def test_matrices_without_a_condition_number_are_named():
     assert "2 of 13 matrices" in singular and "zero.weight, deficient.weight" in singular
     assert "modules_to_save" in singular
     assert "1 matrices hold NaN" in broken and "broken.weight" in broken
+
+
+def test_the_papers_choice_over_all_matrices_is_told_what_has_learned_more():
+    made = report(
+        row("layers.0.self_attn.v_proj.weight", 1.0),
+        row("layers.0.self_attn.k_proj.weight", 2.0),
+        row("layers.0.mlp.up_proj.weight", 3.0),
+    )
+    (found,) = findings([], select(made, k=3), made)
+    assert found.startswith("2 of the 3 matrices of lowest kappa are attention's.") and "lowest,lora_mlp" in found
+    # another choice, pairs in the place of matrices, no MLP that could be chosen, none of attention's chosen
+    assert findings([], select(made, k=3, order="highest"), made) == []
+    assert findings([], select(made, k=3), made, adapter="lora") == []
+    attention, mlp = report(*made.units[:2]), report(*made.units[2:])
+    assert findings([], select(attention, k=2), attention) == findings([], select(mlp, k=1), mlp) == []

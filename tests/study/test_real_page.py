@@ -12,6 +12,7 @@ REPOSITORY = Path(__file__).parents[2]
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 import levers  # noqa: E402
+import ranks  # noqa: E402
 import real_page  # noqa: E402
 import real_plots  # noqa: E402
 import real_tables  # noqa: E402
@@ -116,7 +117,7 @@ def test_the_page_names_who_has_learned_most_and_what_a_choice_adds(contents):
         "against `random_mlp`: the loss is higher within 0.02 (**+0.050 ± .000**); no clear difference within 0.1.",
         "| `osf` | 0.001 | 1,000 | It has no scale. |",
         "| `lora` | 0.001 | 1,000 | 60.0%; 0.500; ×0.50 | 60.0%; 0.400; ×0.50 | 60.0%; 0.400; ×1.00 | +0.010 | - |",
-        "- 5 of the 7 settings above: not measured yet.",
+        "- 7 of the 9 settings above: not measured yet.",
         "- What more than a seed or two would say: Gemma 3 270M (dequantized from 4 bit): irony of tweets.",
         "### Gemma 3 270M (dequantized from 4 bit): irony of tweets (1 seed)",
         "![learned within two limits](results/smollm2-limits.png)",
@@ -130,6 +131,52 @@ def test_the_end_token_is_compared_seed_by_seed_and_counts_for_no_setting_more(c
     page = real_page.text({**contents, "smollm2-irony_no_end": without}, [], "")
     assert "| `lowest_mlp` | **-0.200 ± .000** | -0.010 ± .224 | +0.000 ± .000 |" in page
     assert "of 2 settings" in page and "of 3 settings" not in page
+
+
+def test_a_scale_a_matrix_is_compared_in_its_own_setting_and_counts_for_no_setting_more(contents):
+    each = compared(method("full", [0.10, 0.11, 0.13], [0.1, 0.2, 0.3]))
+    page = real_page.text({**contents, "smollm2-sst2_per_matrix": each}, [], "")
+    assert "| `full`, tone of film reviews (SST-2) | **-0.010 ± .000** | **-0.010 ± .000** |" in page
+    assert "of 2 settings" in page and "of 3 settings" not in page
+    assert list(real_page.by_model({**contents, "smollm2-sst2_per_matrix": each})["smollm2"]) == ["irony of tweets"]
+    assert "against one for all" not in real_page.text(contents, [], "")
+
+
+def ranked(*losses: float) -> dict:
+    """A setting with methods a, b, c of these losses within both limits; all are right as often."""
+    return compared(*(method(name, [loss], [loss]) for name, loss in zip("abc", losses, strict=True)), seeds=1)
+
+
+def test_mean_ranks_are_over_settings_whatever_the_size_of_their_losses():
+    contents = [ranked(1, 2, 3), ranked(10, 30, 20), ranked(0.1, 0.2, 0.2), ranked(2, 1, 3)]
+    assert ranks.mean_ranks(contents, 0.02, "task_loss") == ({"a": 1.25, "b": 2.125, "c": 2.625}, 4)
+    assert ranks.mean_ranks(contents, 0.02, "task_accuracy")[0] == {"a": 2, "b": 2, "c": 2}
+    contents[1]["methods"] = contents[1]["methods"][:2]
+    assert ranks.mean_ranks(contents, 0.02, "task_loss") == ({"a": 1.25, "b": 1.75}, 4)
+    free = {key: each for key, each in contents[0]["before"].items() if key != "task_accuracy"}
+    assert ranks.mean_ranks([{**contents[0], "before": free}, *contents[1:]], 0.02, "task_accuracy")[1] == 3
+
+
+def test_the_critical_difference_is_that_of_the_source():
+    # Demsar 2006, section 3.2.4: four methods on 14 data sets, 2.569 * sqrt(4 * 5 / (6 * 14)) = 1.25
+    assert ranks.critical_difference(4, 14) == pytest.approx(1.25, abs=5e-3)
+
+
+def test_the_page_ranks_methods_from_four_settings_on():
+    contents = {name: ranked(1, 2, 3) for name in ("smollm2-irony", "smollm2-sst2", "smollm2-gsm8k", "mixture-irony")}
+    page = real_page.text(contents, [], "")
+    assert "| `a` | 1.0; 2.0 | 1.0; 2.0 |\n| `b` | 2.0; 2.0 | 2.0; 2.0 |" in page
+    # three methods in four settings: 2.343 * sqrt(3 * 4 / 24) = 1.66
+    assert "over 4 settings**, within 0.02 `a` (1.0; by more than chance ahead of `c`)" in page
+    assert "less than 1.7 apart" in " ".join(page.split())
+    del contents["mixture-irony"]
+    assert "rank" not in real_page.in_short(contents, []) and ranks.table(list(contents.values())) == ""
+
+
+def test_the_page_says_how_good_the_mixture_is():
+    quality = {"dense": 3.9, "mixture": 4.25, "tokens": 8192}
+    page = real_page.text({}, [], "", quality)
+    assert "is 4.250, the dense model's 3.900 (8192 tokens)" in page and "The mixture" not in real_page.text({}, [], "")
 
 
 def dialed(arm, seed, loss, mode="per_matrix"):
@@ -158,7 +205,7 @@ def test_the_dials_runs_are_compared_one_by_one_and_what_keeps_nothing_is_the_ba
 
 def test_a_page_without_comparisons_says_so():
     page = real_page.text({}, [], "")
-    assert "No comparison with tuned rates is in `docs/results` yet" in page and page.count("not measured yet") == 8
+    assert "No comparison with tuned rates is in `docs/results` yet" in page and page.count("not measured yet") == 10
     assert "Every method" not in page and "What each decision adds" not in page
 
 
