@@ -19,7 +19,7 @@ from kappatune_plugin.study.method_configs import choose
 from kappatune_plugin.study.methods import Method
 from kappatune_plugin.study.settings import Settings, Tried
 from kappatune_plugin.study.store import RunStore
-from kappatune_plugin.study.summary import first_crossing, smoothed, summarize
+from kappatune_plugin.study.summary import first_crossing, or_infinite, smoothed, summarize
 from kappatune_plugin.study.training import train_run
 from kappatune_plugin.weights.units import find_units
 
@@ -161,13 +161,12 @@ class _Runner:
 
 def lowest_loss(runs: Mapping[float, Mapping[str, Any]]) -> float:
     """The lowest loss on held-out rows; infinite without one."""
-    losses = [run["validation_loss"] for run in runs.values() if run["validation_loss"] is not None]
-    return min(losses, default=math.inf)
+    return min((or_infinite(run["validation_loss"]) for run in runs.values()), default=math.inf)
 
 
 def best_rate(losses: Mapping[float, float | None]) -> float:
     """The rate of lowest loss, the lower one in a tie; the lowest rate if every loss is None (diverged)."""
-    return min(sorted(losses), key=lambda rate: math.inf if losses[rate] is None else losses[rate])
+    return min(sorted(losses), key=lambda rate: or_infinite(losses[rate]))
 
 
 def rate_beyond(losses: Mapping[float, float | None]) -> float | None:

@@ -181,6 +181,11 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
     return mean, float(t.ppf(0.975, count - 1)) * statistics.stdev(values) / math.sqrt(count)
 
 
+def or_infinite(loss: float | None) -> float:
+    """A loss to be compared with others, where None is one that wasn't finite."""
+    return math.inf if loss is None else loss
+
+
 def smoothed(losses: Sequence[float | None], window: int) -> list[float]:
     """The mean of the last `window` losses after each step; infinite where there are fewer, or one isn't finite (None).
 

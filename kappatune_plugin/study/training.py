@@ -27,7 +27,7 @@ from kappatune_plugin.study.frontier import measure_frontier
 from kappatune_plugin.study.method_configs import arm_config, peft_refusals
 from kappatune_plugin.study.methods import Method
 from kappatune_plugin.study.settings import Frontier
-from kappatune_plugin.study.summary import first_crossing, smoothed
+from kappatune_plugin.study.summary import first_crossing, or_infinite, smoothed
 
 
 def train_run(
@@ -79,21 +79,10 @@ def train_run(
         trainer.add_callback(course)
         trainer.add_callback(_Progress(progress, stop_at))
         trainer.train()
-        steps = trainer.state.global_step
-        record = {
-            "losses": course.losses,
-            "points": course.points,
-            "at_target": course.at_target,
-            # a loader reads ahead of the training
-            "order": order.batches[: steps * trainer.args.gradient_accumulation_steps],
-            "trainable": sum(parameter.numel() for parameter in _trained(trainer.model)),
-            "training_bytes": _training_bytes(trainer),
-            "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
-            "seconds": course.seconds,
-        }
+        record = _record(trainer, course, order)
         if stop_at is None:
             loss = record["validation_loss"] = finite_or_none(trainer.evaluate()["eval_loss"])
-            if frontier is not None and (math.inf if loss is None else loss) <= below:
+            if frontier is not None and or_infinite(loss) <= below:
                 trained = trainer.accelerator.unwrap_model(trainer.model)
                 record["frontier"] = measure_frontier(bench, trained, method.name, frontier)
     # modules and callbacks are in reference cycles; without collecting them this run's GPU memory stays in use
@@ -101,6 +90,22 @@ def train_run(
     if torch.cuda.is_available():
         gc.collect()
     return record
+
+
+def _record(trainer: SFTTrainer, course: "_Course", order: "_BatchOrder") -> dict[str, Any]:
+    """What there is to say of a run that has ended."""
+    # a loader reads ahead of the training
+    batches = trainer.state.global_step * trainer.args.gradient_accumulation_steps
+    return {
+        "losses": course.losses,
+        "points": course.points,
+        "at_target": course.at_target,
+        "order": order.batches[:batches],
+        "trainable": sum(parameter.numel() for parameter in _trained(trainer.model)),
+        "training_bytes": _training_bytes(trainer),
+        "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        "seconds": course.seconds,
+    }
 
 
 def _trainer(bench: Bench, rows: Dataset, method: Method, learning_rate: float, seed: int, folder: Path) -> SFTTrainer:
