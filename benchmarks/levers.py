@@ -10,6 +10,7 @@ from kappatune_plugin.study.tables import shown
 
 Content = Mapping[str, Any]
 EVERY = "*"
+FORM = "{:+.3f}"
 # an interval over fewer settings is too wide to say anything; over their runs it speaks of these settings alone
 ENOUGH_SETTINGS = 4
 
@@ -142,3 +143,13 @@ def difference(measure: Mapping[str, Any] | None, form: str) -> str:
         return ""
     text = shown(measure, form)
     return f"**{text}**" if is_clear(measure) else text
+
+
+def told(words: str, found: Mapping[float, Mapping[str, Any]]) -> str:
+    """Differences of the loss that can be told from chance, by limit, as a sentence that begins with `words`."""
+    clear = {limit: each for limit, each in found.items() if is_clear(each)}
+    parts = []
+    for kind, sign in (("lower", -1), ("higher", 1)):
+        there = [f"{limit:g} ({difference(each, FORM)})" for limit, each in clear.items() if sign * each["mean"] > 0]
+        parts += [f"the loss is {kind} within {', '.join(there)}"] if there else []
+    return f"{words[0].upper()}{words[1:]}: {'; '.join(parts) or 'no clear difference'}."

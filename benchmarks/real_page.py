@@ -8,9 +8,9 @@ import dial
 import ranks
 import study_gpu
 import study_real
-from levers import ENOUGH_SETTINGS, LEVERS, Lever, added, counted, difference, is_clear
+from levers import ENOUGH_SETTINGS, FORM, LEVERS, Lever, added, counted, difference, is_clear, told
 from real_tables import LARGER, LEGEND, LOSS, MODELS, RIGHT, TASKS, every_method, limits_of, words_of
-from real_twins import FORM, end_token, per_matrix
+from real_twins import end_token, per_matrix, per_matrix_in_short
 
 from kappatune_plugin.study.summary import leaders, over_seeds
 from kappatune_plugin.study.tables import MEASURES, shown
@@ -44,9 +44,8 @@ def text(
         matrices: the section on one matrix at a time.
         quality: of the mixture, as benchmarks/mixture.py writes it.
     """
-    # the same but for one thing is no setting more
-    settings = {name: each for name, each in contents.items() if not study_real.twin(name)}
-    parts = [HEAD, in_short(settings, dialed), ranks.table(list(settings.values())), how(contents, quality)]
+    settings = without_twins(contents)
+    parts = [HEAD, in_short(contents, dialed), ranks.table(list(settings.values())), how(contents, quality)]
     for place, (model, found) in enumerate(by_model(settings).items()):
         picture = f"\n![learned within two limits](results/{model}-limits.png)\n" if place < PICTURES else ""
         parts.append(f"## {MODELS[model]}\n\n{winners(found)}\n{picture}")
@@ -59,12 +58,15 @@ def text(
     return "\n".join(part for part in parts if part)
 
 
+def without_twins(contents: Contents) -> dict[str, Mapping[str, Any]]:
+    """`contents` without settings that are another one but for one thing."""
+    return {name: each for name, each in contents.items() if not study_real.twin(name)}
+
+
 def by_model(contents: Contents) -> dict[str, dict[str, Mapping[str, Any]]]:
-    """Model -> words for a task -> comparison; without settings that are another one but for one thing."""
+    """Model -> words for a task -> comparison."""
     found: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for name, content in contents.items():
-        if study_real.twin(name):
-            continue
+    for name, content in without_twins(contents).items():
         model, task = name.split("-")
         found.setdefault(model, {})[TASKS[task]] = content
     return found
@@ -72,6 +74,7 @@ def by_model(contents: Contents) -> dict[str, dict[str, Mapping[str, Any]]]:
 
 def in_short(contents: Contents, dialed: Sequence[Mapping[str, Any]]) -> str:
     """The answers, from the files."""
+    each_matrix, contents = per_matrix_in_short(contents), without_twins(contents)
     lines, limits = ["## In short\n"], limits_of(contents.values())
     if not contents:
         lines.append("- No comparison with tuned rates is in `docs/results` yet; what follows is all that is measured.")
@@ -83,6 +86,7 @@ def in_short(contents: Contents, dialed: Sequence[Mapping[str, Any]]) -> str:
     for heading, levers in LEVERS.items():
         if said := clear_ones(contents, levers):
             lines.append(f"- **{heading}.** {said}")
+    lines += [f"- **A scale a matrix.** {each_matrix}"] if each_matrix else []
     said = [
         told(words, {limit: loss for limit, (loss, _) in found.items()}) for words, found in on_dial(dialed).items()
     ]
@@ -121,16 +125,6 @@ def clear_ones(contents: Contents, levers: Sequence[Lever]) -> str:
         elif there:
             unclear.append(lever.words)
     return " ".join([*clear, *([f"No clear difference within any limit: {', '.join(unclear)}."] if unclear else [])])
-
-
-def told(words: str, found: Mapping[float, Mapping[str, Any]]) -> str:
-    """Differences of the loss that can be told from chance, by limit, as a sentence that begins with `words`."""
-    clear = {limit: each for limit, each in found.items() if is_clear(each)}
-    parts = []
-    for kind, sign in (("lower", -1), ("higher", 1)):
-        there = [f"{limit:g} ({difference(each, FORM)})" for limit, each in clear.items() if sign * each["mean"] > 0]
-        parts += [f"the loss is {kind} within {', '.join(there)}"] if there else []
-    return f"{words[0].upper()}{words[1:]}: {'; '.join(parts) or 'no clear difference'}."
 
 
 def how(contents: Contents, quality: Mapping[str, float] | None = None) -> str:

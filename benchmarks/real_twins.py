@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import study_real
-from levers import difference, kept
+from levers import EVERY, FORM, Lever, added, counted, difference, kept, told
 from real_tables import LOSS, TASKS, limits_of
 
 from kappatune_plugin.study.summary import over_seeds
 
 Contents = Mapping[str, Mapping[str, Any]]
-FORM = "{:+.3f}"
+EACH_MATRIX = Lever("against one for all", ((EVERY, EVERY),), ("per_matrix", "one"))
 
 
 def end_token(contents: Contents) -> str:
@@ -58,6 +58,16 @@ def per_matrix(contents: Contents) -> str:
             sides = [tuple(kept(content, method, way, limit, LOSS) for way in ways) for limit in limits]
             rows.append(f"| `{method['name']}`, {task} | {' | '.join(_differences(sides))} |")
     return "\n".join([EACH, *rows, ""]) if there else ""
+
+
+def per_matrix_in_short(contents: Contents) -> str:
+    """The same over all methods and settings that have it, as a sentence."""
+    there = [each for name, each in contents.items() if name.endswith(study_real.PER_MATRIX)]
+    found = {limit: added(there, EACH_MATRIX, limit, LOSS) for limit in limits_of(there)}
+    methods = max((len(each["methods"]) for each in there), default=0)
+    known = {limit: each for limit, each in found.items() if each}
+    over = next(iter(known.values()))["over"] if known else ""
+    return f"{told(EACH_MATRIX.words, known)[:-1]} (mean of {counted(methods, 'method')}, {over})." if known else ""
 
 
 EACH = """## A scale a matrix, against one for all

@@ -138,6 +138,7 @@ def test_a_scale_a_matrix_is_compared_in_its_own_setting_and_counts_for_no_setti
     each = compared(method("full", [0.10, 0.11, 0.13], [0.1, 0.2, 0.3]))
     page = real_page.text({**contents, "smollm2-sst2_per_matrix": each}, [], "")
     assert "| `full`, tone of film reviews (SST-2) | **-0.010 ± .000** | **-0.010 ± .000** |" in page
+    assert "within 0.02 (**-0.010 ± .000**), 0.1 (**-0.010 ± .000**) (mean of 1 method, 3 seeds)." in page
     assert "of 2 settings" in page and "of 3 settings" not in page
     assert list(real_page.by_model({**contents, "smollm2-sst2_per_matrix": each})["smollm2"]) == ["irony of tweets"]
     assert "against one for all" not in real_page.text(contents, [], "")
