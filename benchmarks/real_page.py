@@ -182,8 +182,8 @@ HOW = f"""## The setting
 - ± is the 95% interval of Student's t over seeds, which share the test rows: with {study_real.TEST} of them a share of
   a half has a standard error of {100 * (0.25 / study_real.TEST) ** 0.5:.1f} points besides.
 - What it took: SmolLM2's irony and SST-2 about two hours of a CPU core and 7 GB each, irony without the end token half
-  an hour, with a scale a matrix nearly two hours each; the rest ten minutes of an H100, sixteen runs side by side, of at
-  most 9 GB of its memory each.
+  an hour, with a scale a matrix nearly two hours each; the rest ten minutes of an H100, sixteen runs side by side, of
+  at most 9 GB of its memory each.
 """
 
 
