@@ -4,6 +4,7 @@ Friedman's ranks and Nemenyi's critical difference, as J. Demsar has them (Stati
 Multiple Data Sets, JMLR 7, 2006, section 3.2.2): losses of different tasks are of different sizes, their ranks aren't.
 """
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -35,10 +36,10 @@ def _names(content: Mapping[str, Any]) -> list[str]:
 
 
 def _mean(content: Mapping[str, Any], name: str, limit: float, key: str) -> float:
-    """Lower is better."""
+    """Lower is better; infinite where no seed's is finite."""
     method = next(each for each in content["methods"] if each["name"] == name)
-    point = within_limit(method, limits_of([content]).index(limit))
-    return point[key]["mean"] * (-1 if key == RIGHT else 1)
+    measure = within_limit(method, limits_of([content]).index(limit))[key]
+    return math.inf if measure is None else measure["mean"] * (-1 if key == RIGHT else 1)
 
 
 def critical_difference(methods: int, settings: int) -> float:

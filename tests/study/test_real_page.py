@@ -30,7 +30,11 @@ def method(name: str, *losses: list[float], grid: dict | None = None) -> dict:
         return {key: over_seeds(numbers) for key, numbers in {**each, "scale": [scale] * len(values)}.items()}
 
     within = [
-        {"limit": limit, "one": point(values, 0.5), "per_matrix": point([value - 0.01 for value in values], 0.4)}
+        {
+            "limit": limit,
+            "one": point(values, 0.5),
+            "per_matrix": point([value and value - 0.01 for value in values], 0.4),
+        }
         for limit, values in zip(LIMITS, losses, strict=True)
     ]
     frontier = {"points": [point([1.0], 0.0), point(losses[-1], 1.0)], "within": within}
@@ -144,7 +148,7 @@ def test_a_scale_a_matrix_is_compared_in_its_own_setting_and_counts_for_no_setti
     assert "against one for all" not in real_page.text(contents, [], "")
 
 
-def ranked(*losses: float) -> dict:
+def ranked(*losses: float | None) -> dict:
     """A setting with methods a, b, c of these losses within both limits; all are right as often."""
     return compared(*(method(name, [loss], [loss]) for name, loss in zip("abc", losses, strict=True)), seeds=1)
 
@@ -153,6 +157,8 @@ def test_mean_ranks_are_over_settings_whatever_the_size_of_their_losses():
     contents = [ranked(1, 2, 3), ranked(10, 30, 20), ranked(0.1, 0.2, 0.2), ranked(2, 1, 3)]
     assert ranks.mean_ranks(contents, 0.02, "task_loss") == ({"a": 1.25, "b": 2.125, "c": 2.625}, 4)
     assert ranks.mean_ranks(contents, 0.02, "task_accuracy")[0] == {"a": 2, "b": 2, "c": 2}
+    diverged = [ranked(1, 2, 3), ranked(2, 1, None)]
+    assert ranks.mean_ranks(diverged, 0.02, "task_loss")[0] == {"a": 1.5, "b": 1.5, "c": 3}
     contents[1]["methods"] = contents[1]["methods"][:2]
     assert ranks.mean_ranks(contents, 0.02, "task_loss") == ({"a": 1.25, "b": 1.75}, 4)
     free = {key: each for key, each in contents[0]["before"].items() if key != "task_accuracy"}
