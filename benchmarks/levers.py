@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from real_tables import LOSS, limits_of
+
 from kappatune_plugin.study.summary import over_seeds, within_limit
 from kappatune_plugin.study.tables import shown
 
@@ -145,11 +147,17 @@ def difference(measure: Mapping[str, Any] | None, form: str) -> str:
     return f"**{text}**" if is_clear(measure) else text
 
 
-def told(words: str, found: Mapping[float, Mapping[str, Any]]) -> str:
-    """Differences of the loss that can be told from chance, by limit, as a sentence that begins with `words`."""
+def by_limit(contents: Sequence[Content], lever: Lever) -> dict[float, dict[str, Any]]:
+    """Limit -> how much higher the loss is by the first of a lever's pairs, where that is measured."""
+    found = {limit: added(contents, lever, limit, LOSS) for limit in limits_of(contents)}
+    return {limit: measure for limit, measure in found.items() if measure}
+
+
+def told(words: str, found: Mapping[float, Mapping[str, Any]], note: str = "") -> str:
+    """Differences of the loss that can be told from chance, by limit, as a sentence from `words` to `note`."""
     clear = {limit: each for limit, each in found.items() if is_clear(each)}
     parts = []
     for kind, sign in (("lower", -1), ("higher", 1)):
         there = [f"{limit:g} ({difference(each, FORM)})" for limit, each in clear.items() if sign * each["mean"] > 0]
         parts += [f"the loss is {kind} within {', '.join(there)}"] if there else []
-    return f"{words[0].upper()}{words[1:]}: {'; '.join(parts) or 'no clear difference'}."
+    return f"{words[0].upper()}{words[1:]}: {'; '.join(parts) or 'no clear difference'}{note}."

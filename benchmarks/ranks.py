@@ -9,14 +9,14 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from real_tables import LOSS, RIGHT, limits_of
+from figures import method_of
+from levers import ENOUGH_SETTINGS
+from real_tables import LOSS, RIGHT, head, limits_of, within
 from scipy.stats import rankdata, studentized_range
 
 from kappatune_plugin.study.summary import within_limit
 
 Contents = Sequence[Mapping[str, Any]]
-# a critical difference from fewer settings is larger than the ranks are apart
-ENOUGH = 4
 
 
 def mean_ranks(contents: Contents, limit: float, key: str) -> tuple[dict[str, float], int]:
@@ -37,8 +37,7 @@ def _names(content: Mapping[str, Any]) -> list[str]:
 
 def _mean(content: Mapping[str, Any], name: str, limit: float, key: str) -> float:
     """Lower is better; infinite where no seed's is finite."""
-    method = next(each for each in content["methods"] if each["name"] == name)
-    measure = within_limit(method, limits_of([content]).index(limit))[key]
+    measure = within_limit(method_of(content, name), limits_of([content]).index(limit))[key]
     return math.inf if measure is None else measure["mean"] * (-1 if key == RIGHT else 1)
 
 
@@ -51,9 +50,9 @@ def table(contents: Contents) -> str:
     """All methods in the order of their mean rank; "" for too few settings."""
     limits = limits_of(contents)
     found = {limit: [mean_ranks(contents, limit, key) for key in (LOSS, RIGHT)] for limit in limits}
-    if not limits or min(count for each in found.values() for _, count in each) < ENOUGH:
+    if not limits or min(count for each in found.values() for _, count in each) < ENOUGH_SETTINGS:
         return ""
-    rows = ["| | " + " | ".join(f"{limit:g} nats" for limit in limits) + " |", "|---" * (len(limits) + 1) + "|"]
+    rows = head(["", *within(limits)])
     overall = {name: sum(found[limit][0][0][name] for limit in limits) for name in found[limits[0]][0][0]}
     for name in sorted(overall, key=overall.__getitem__):
         cells = ["; ".join(f"{ranks[name]:.1f}" for ranks, _ in found[limit]) for limit in limits]
@@ -78,7 +77,7 @@ in the first, or {right:.1f} in the second, may be so by chance (Nemenyi's criti
 def sentence(contents: Contents, limit: float) -> str:
     """Who has the best mean rank of the loss within `limit`, and against whom by more than chance; "" for too few."""
     ranks, settings = mean_ranks(contents, limit, LOSS)
-    if settings < ENOUGH or not ranks:
+    if settings < ENOUGH_SETTINGS or not ranks:
         return ""
     best = min(ranks, key=ranks.__getitem__)
     apart = critical_difference(len(ranks), settings)

@@ -8,8 +8,8 @@ import dial
 import ranks
 import study_gpu
 import study_real
-from levers import ENOUGH_SETTINGS, FORM, LEVERS, Lever, added, counted, difference, is_clear, told
-from real_tables import LARGER, LEGEND, LOSS, MODELS, RIGHT, TASKS, every_method, limits_of, words_of
+from levers import ENOUGH_SETTINGS, FORM, LEVERS, Lever, added, by_limit, counted, difference, is_clear, told
+from real_tables import LARGER, LEGEND, LOSS, MODELS, RIGHT, TASKS, every_method, head, limits_of, within, words_of
 from real_twins import end_token, per_matrix, per_matrix_in_short
 
 from kappatune_plugin.study.summary import leaders, over_seeds
@@ -46,7 +46,7 @@ def text(
     """
     settings = without_twins(contents)
     parts = [HEAD, in_short(contents, dialed), ranks.table(list(settings.values())), how(contents, quality)]
-    for place, (model, found) in enumerate(by_model(settings).items()):
+    for place, (model, found) in enumerate(by_model(contents).items()):
         picture = f"\n![learned within two limits](results/{model}-limits.png)\n" if place < PICTURES else ""
         parts.append(f"## {MODELS[model]}\n\n{winners(found)}\n{picture}")
     parts += [what_adds(settings), per_matrix(contents), end_token(contents)]
@@ -118,21 +118,18 @@ def clear_ones(contents: Contents, levers: Sequence[Lever]) -> str:
     """Of some decisions what can be told from chance, and which can't; "" where none is measured."""
     clear, unclear = [], []
     for lever in levers:
-        found = {limit: added(list(contents.values()), lever, limit, LOSS) for limit in limits_of(contents.values())}
-        there = {limit: measure for limit, measure in found.items() if measure}
-        if any(map(is_clear, there.values())):
-            clear.append(told(lever.words, there))
-        elif there:
+        found = by_limit(list(contents.values()), lever)
+        if any(map(is_clear, found.values())):
+            clear.append(told(lever.words, found))
+        elif found:
             unclear.append(lever.words)
     return " ".join([*clear, *([f"No clear difference within any limit: {', '.join(unclear)}."] if unclear else [])])
 
 
 def how(contents: Contents, quality: Mapping[str, float] | None = None) -> str:
     """The setting: what is measured how, and of which models."""
-    rows = [
-        "| setting | seeds | methods | steps | trained in | task before | WikiText before | the other task before |"
-    ]
-    rows.append("|---" * 8 + "|")
+    before = ["task before", "WikiText before", "the other task before"]
+    rows = head(["setting", "seeds", "methods", "steps", "trained in", *before])
     for name in [*study_real.SETTINGS, *(name for name in contents if name not in study_real.SETTINGS)]:
         content = contents.get(name)
         cells = ["not measured yet", *[""] * 6] if content is None else _before(content)
@@ -200,8 +197,8 @@ LARGER_SETTING = f"""- {", ".join(MODELS[model] for model in LARGER)}: {study_gp
 
 def winners(found: Mapping[str, Mapping[str, Any]]) -> str:
     """A row a task and limit: who has learned most, and how many methods it may be by chance."""
-    rows = ["| task | limit | lowest loss | may be chance against | most right | may be chance against |"]
-    rows.append("|---" * 6 + "|")
+    chance = "may be chance against"
+    rows = head(["task", "limit", "lowest loss", chance, "most right", chance])
     for task, content in found.items():
         seeds = counted(len(content["settings"]["seeds"]), "seed")
         for place, limit in enumerate(content["settings"]["frontier"]["limits"]):
@@ -234,8 +231,7 @@ def what_adds(contents: Contents) -> str:
             rows += [f"| **{heading}** |" + " |" * (len(limits) + 1), *filter(None, group)]
     if not rows:
         return ""
-    head = [f"| | over | {' | '.join(f'{limit:g} nats' for limit in limits)} |", "|---" * (len(limits) + 2) + "|"]
-    return "\n".join([WHAT_ADDS, *head, *rows, ""])
+    return "\n".join([WHAT_ADDS, *head(["", "over", *within(limits)]), *rows, ""])
 
 
 WHAT_ADDS = f"""## What each decision adds
@@ -265,7 +261,7 @@ def on_the_dial(records: Sequence[Mapping[str, Any]]) -> str:
         return ""
     limits = list(next(iter(found.values())))
     heads = ["", *(f"within {limit:g} nats" for limit in limits)]
-    rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    rows = head(heads)
     for words, each in found.items():
         cells = [
             f"{difference(loss, FORM)}; {difference(right, '{:+.1f}')} ({counted(len(loss['values']), 'run')})"

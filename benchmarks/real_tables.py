@@ -1,6 +1,6 @@
 """What docs/RESULTS.md calls models and tasks, and its table of every method."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kappatune_plugin.console import number
@@ -43,11 +43,21 @@ def limits_of(contents: Iterable[Mapping[str, Any]]) -> list[float]:
     return sorted({limit for each in contents for limit in each["settings"]["frontier"]["limits"]})
 
 
+def within(limits: Iterable[float]) -> list[str]:
+    """Heads of the columns of a table that has one for each limit."""
+    return [f"{limit:g} nats" for limit in limits]
+
+
+def head(cells: Sequence[str]) -> list[str]:
+    """The first two lines of a table."""
+    return [f"| {' | '.join(cells)} |", "|---" * len(cells) + "|"]
+
+
 def every_method(content: Mapping[str, Any]) -> str:
     """A comparison's table: each method at its rate, within each limit and whole."""
     limits = limits_of([content])
     heads = ["method", "rate", "trained", *(f"{limit:g}" for limit in limits), "all kept", "rise", "the other task"]
-    rows = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    rows = head(heads)
     for method in content["methods"]:
         cells = [f"`{method['name']}`", f"{method['learning_rate']:g}", f"{method['trainable']['mean']:,.0f}"]
         if "points" not in method["frontier"]:

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import study_real
-from levers import EVERY, FORM, Lever, added, counted, difference, kept, told
-from real_tables import LOSS, TASKS, limits_of
+from levers import EVERY, FORM, Lever, by_limit, counted, difference, kept, told
+from real_tables import LOSS, TASKS, head, limits_of, within
 
 from kappatune_plugin.study.summary import over_seeds
 
@@ -19,9 +19,7 @@ def end_token(contents: Contents) -> str:
     for name, content in contents.items():
         other = contents.get(name.removesuffix(study_real.NO_END))
         if name.endswith(study_real.NO_END) and other is not None:
-            limits = limits_of([content])
-            rows += [f"| | {' | '.join(f'{limit:g} nats' for limit in limits)} | rise, all kept |"]
-            rows += ["|---" * (len(limits) + 2) + "|"]
+            rows += head(["", *within(limits_of([content])), "rise, all kept"])
             rows += [_without_end(content, other, method) for method in content["methods"]]
     return "\n".join([END_TOKEN, *rows, ""]) if rows else ""
 
@@ -50,7 +48,7 @@ def per_matrix(contents: Contents) -> str:
     """What a scale for each matrix adds to one for all, method by method; "" where it isn't measured."""
     there = {name: each for name, each in contents.items() if name.endswith(study_real.PER_MATRIX)}
     limits = limits_of(there.values())
-    rows = [f"| | {' | '.join(f'{limit:g} nats' for limit in limits)} |", "|---" * (len(limits) + 1) + "|"]
+    rows = head(["", *within(limits)])
     for name, content in there.items():
         task = TASKS[name.removesuffix(study_real.PER_MATRIX).partition("-")[2]]
         for method in content["methods"]:
@@ -63,11 +61,12 @@ def per_matrix(contents: Contents) -> str:
 def per_matrix_in_short(contents: Contents) -> str:
     """The same over all methods and settings that have it, as a sentence."""
     there = [each for name, each in contents.items() if name.endswith(study_real.PER_MATRIX)]
-    found = {limit: added(there, EACH_MATRIX, limit, LOSS) for limit in limits_of(there)}
-    methods = max((len(each["methods"]) for each in there), default=0)
-    known = {limit: each for limit, each in found.items() if each}
-    over = next(iter(known.values()))["over"] if known else ""
-    return f"{told(EACH_MATRIX.words, known)[:-1]} (mean of {counted(methods, 'method')}, {over})." if known else ""
+    found = by_limit(there, EACH_MATRIX)
+    if not found:
+        return ""
+    methods = counted(max(len(each["methods"]) for each in there), "method")
+    over = next(iter(found.values()))["over"]
+    return told(EACH_MATRIX.words, found, f" (mean of {methods}, {over})")
 
 
 EACH = """## A scale a matrix, against one for all

@@ -25,7 +25,6 @@ import results  # noqa: E402
 import small_conclusions  # noqa: E402
 import small_page  # noqa: E402
 import study  # noqa: E402
-import study_real  # noqa: E402
 
 REPLAY = levers.LEVERS["How the limit is kept"][1]
 SMALL, REAL = results.committed(small_page.SETTINGS), results.committed(real_page.names())
@@ -73,7 +72,7 @@ def test_the_readme_shows_what_was_measured():
 
 def test_the_readme_shows_what_was_learned_within_a_limit():
     words = " ".join((REPOSITORY / "README.md").read_text(encoding="utf-8").split())
-    settings = [content for name, content in REAL.items() if not study_real.twin(name)]
+    settings = list(real_page.without_twins(REAL).values())
     assert len(settings) == 6 and "six settings, three seeds each" in words
     assert {len(each["settings"]["seeds"]) for each in settings} == {3}
 
