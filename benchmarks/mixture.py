@@ -9,7 +9,7 @@ model writes; WikiText's test part tells the quality, which quality.json in the 
         [--steps 450 --batch 64 --written 8192]
 
 On a GPU, as above, SmolLM2-135M's loss on WikiText rises from 3.89 to 4.22: the mixture of docs/RESULTS.md, whose
-quality.json is docs/results/mixture-quality.json. A CPU core takes 20 minutes for the defaults, which are a fortieth of
+quality.json is docs/results/mixture-quality.json. A CPU core takes 20 minutes for the defaults, which are a fiftieth of
 that text, and gets to 4.55. With 4 of 8 experts active it was far worse throughout. The folder is made whole or not at
 all.
 """

@@ -328,7 +328,8 @@ def unknown(contents: Contents) -> str:
         [f"- {', '.join(larger)}: `python benchmarks/study_gpu.py` would measure them, on a GPU."] if larger else []
     )
     lines += [f"- What most random choices do: each seed draws its own, {draws} to a method."] if draws else []
-    edge, tuned = at_an_edge(contents)
+    # a twin's runs are those of its setting
+    edge, tuned = at_an_edge(without_twins(contents))
     lines += (
         [f"- What other rates do: of {tuned} best ones {edge} are the lowest or the highest of those tried."]
         if edge

@@ -129,7 +129,7 @@ def _another_choice(selection: Selection, report: KappaReport) -> list[str]:
         f"{attention} of the {len(selection.units)} matrices of lowest kappa are attention's. On the language models "
         "of docs/RESULTS.md LoRA within the MLP has learned more where as little was forgotten. To train that, write "
         '`kappatune: {adapter: lora, k: "100%", include: [mlp]}`; to see whether it holds for your model and data, run '
-        "`kappatune compare --methods lowest,lora_mlp`."
+        "`kappatune compare --config RECIPE --methods lowest,lora_mlp`."
     ]
 
 

@@ -79,7 +79,10 @@ def test_the_papers_choice_over_all_matrices_is_told_what_has_learned_more():
         row("layers.0.mlp.up_proj.weight", 3.0),
     )
     (found,) = findings([], select(made, k=3), made)
-    assert found.startswith("2 of the 3 matrices of lowest kappa are attention's.") and "lowest,lora_mlp" in found
+    assert (
+        found.startswith("2 of the 3 matrices of lowest kappa are attention's.")
+        and "--config RECIPE --methods lowest,lora_mlp" in found
+    )
     # another choice, pairs in the place of matrices, no MLP that could be chosen, none of attention's chosen
     assert findings([], select(made, k=3, order="highest"), made) == []
     assert findings([], select(made, k=3), made, adapter="lora") == []

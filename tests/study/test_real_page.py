@@ -146,6 +146,9 @@ def test_a_scale_a_matrix_is_compared_in_its_own_setting_and_counts_for_no_setti
     assert "of 2 settings" in page and "of 3 settings" not in page
     assert list(real_page.by_model({**contents, "smollm2-sst2_per_matrix": each})["smollm2"]) == ["irony of tweets"]
     assert "against one for all" not in real_page.text(contents, [], "")
+    tuned = {"smollm2-sst2": compared(method("full", [0.1], [0.1], grid={"0.001": {}, "0.01": {}}), seeds=1)}
+    page = real_page.unknown({**tuned, "smollm2-sst2_per_matrix": tuned["smollm2-sst2"]})
+    assert "of 1 best ones 1 are the lowest or the highest" in page
 
 
 def ranked(*losses: float | None) -> dict:

@@ -103,6 +103,11 @@ def test_the_readme_shows_what_was_learned_within_a_limit():
         f"{levers.difference(levers.added(settings, REPLAY, 0.05, 'task_loss'), real_page.FORM)}.",
     ):
         assert said in words, said
+    rates = {
+        name: figures.method_of(each, "lora_mlp")["learning_rate"]
+        for name, each in real_page.without_twins(REAL).items()
+    }
+    assert {name: rate for name, rate in rates.items() if rate != 5e-4} == {"gemma3-irony": 5e-5}
     ahead = [ranks.sentence(settings, limit).partition("ahead of ")[2] for limit in (0.02, 0.05, 0.1)]
     assert ahead == ["`highest`)", "`highest`)", "none)"]
 

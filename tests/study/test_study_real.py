@@ -44,6 +44,7 @@ def test_a_setting_is_a_recipe(data, tmp_path, name):
     changes = study_real.changed(name, tmp_path / "models", data, tmp_path / "rows")
     recipe = load_recipe(study_real.RECIPE, study_real.words_of(changes))
     assert recipe.end_token is not name.endswith("_no_end")
+    assert recipe.forgetting.max_delta == (0.05 if name.endswith("_per_matrix") else None)
     assert list(recipe.forgetting.controls()) == ["wikitext", "self"]
     task, other = ((each or {}).values() for each in (recipe.data["labels"], recipe.forgetting.recall.labels))
     free = "gsm8k" in name
